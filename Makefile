@@ -1,0 +1,41 @@
+# make compare   the main job: install, fit a line-up of models to real digits, print the table
+# make test      install with the test extra, check, run the tests
+# CPU=1          on Linux without an NVIDIA GPU: take PyTorch's CPU build, not gigabytes of CUDA
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: compare test slow clean
+
+compare: $(VENV)/.compare
+	$(BIN)/probae compare
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+$(BIN)/python:
+	@$(PYTHON) -c '' 2>/dev/null || { echo "probae needs Python 3.11 or newer: no '$(PYTHON)' found; name one by PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "probae needs Python 3.11 or newer: $$($(PYTHON) -V 2>&1) is too old; name another by PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "probae needs Python's venv module: install it (on Debian: apt install python3-venv)"; exit 1; }
+	@echo "making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.compare: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing probae (once; PyTorch is large)"
+	@$(PIP) -e '.[compare]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing probae and what its tests need (once; PyTorch is large)"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,112 @@
+"""What a batch is: a tensor, a tuple or a dict of tensors that share their first axis, N."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+type_names = "a tensor, a NumPy array, a DataFrame, or a tuple or dict of these"
+Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def as_batch(data: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Batch:
+    """Turn arrays of any kind into a batch of tensors that share N.
+
+    Floating leaves are cast to ``dtype``. A lone array is cast too when it holds whole numbers or booleans, since that
+    is what networks and densities take; inside a tuple or dict whole numbers stay whole (they may be labels).
+
+    Raises:
+        TypeError: if ``data`` is no array, or holds something else than real numbers.
+        ValueError: if it is empty, or its leaves differ in N.
+
+    Example:
+        >>> as_batch(np.ones((3, 2), dtype="uint8"), torch.float32).dtype
+        torch.float32
+    """
+    if isinstance(data, dict):
+        batch: Batch = {str(k): _as_leaf(v, f"the batch's leaf {k!r}", dtype, device, False) for k, v in data.items()}
+    elif isinstance(data, tuple):
+        batch = tuple(_as_leaf(v, f"the batch's leaf {i}", dtype, device, False) for i, v in enumerate(data))
+    else:
+        batch = _as_leaf(data, "the data", dtype, device, True)
+    sizes = {name: leaf.shape[0] for name, leaf in leaves(batch)}
+    if not sizes:
+        raise ValueError("the data is an empty tuple or dict: expected at least one array")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the leaves of a batch must share their first axis, N; got {sizes}")
+    return batch
+
+
+def _as_leaf(data: Any, what: str, dtype: torch.dtype | None, device: Any, whole_to_float: bool) -> Tensor:
+    tensor = data.detach() if isinstance(data, Tensor) else _from_array(data, what)
+    if tensor.is_complex() or tensor.layout != torch.strided:
+        raise TypeError(f"{what}: expected a dense tensor of real numbers, got {tensor.dtype}, layout {tensor.layout}")
+    if tensor.dim() == 0 or tensor.numel() == 0:
+        raise ValueError(f"{what}: expected N >= 1 rows, got shape {tuple(tensor.shape)}")
+    cast = dtype if tensor.is_floating_point() or whole_to_float else None
+    return tensor.to(device=device, dtype=cast)
+
+
+def _from_array(data: Any, what: str) -> Tensor:
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        for column in data.columns:
+            if np.asarray(data[column].to_numpy()).dtype.kind not in "biuf":
+                raise TypeError(f"{what}: expected columns of numbers, column {column!r} is {data[column].dtype}")
+    if isinstance(data, str | bytes) or data is None:
+        raise TypeError(f"{what}: expected {type_names}, got {type(data).__name__} ({data!r:.40})")
+    array = np.asarray(data.to_numpy() if hasattr(data, "to_numpy") else data)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{what}: expected {type_names}, of real numbers; got {type(data).__name__} ({array.dtype})")
+    array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def leaves(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch with a name each: ``"x"`` for a lone tensor, else the key or position."""
+    if isinstance(batch, Tensor):
+        yield "x", batch
+    elif isinstance(batch, dict):
+        yield from batch.items()
+    else:
+        yield from ((str(i), leaf) for i, leaf in enumerate(batch))
+
+
+def each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The batch with ``function`` applied to each leaf."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: function(leaf) for key, leaf in batch.items()}
+    return tuple(function(leaf) for leaf in batch)
+
+
+def length(batch: Batch) -> int:
+    """N, the number of data."""
+    return next(leaves(batch))[1].shape[0]
+
+
+def rows_at(batch: Batch, index: Tensor) -> Batch:
+    """The rows of the batch at an index."""
+    return each(lambda leaf: leaf[index.to(leaf.device)], batch)
+
+
+def rows_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch cut into blocks of at most ``size`` rows."""
+    for start in range(0, length(batch), size):
+        yield each(lambda leaf, start=start: leaf[start : start + size], batch)  # type: ignore[misc]
+
+
+def call(program: Callable[..., Any], batch: Batch) -> Any:
+    """``program(x)``, ``program(*batch)`` or ``program(**batch)``."""
+    if isinstance(batch, Tensor):
+        return program(batch)
+    return program(**batch) if isinstance(batch, dict) else program(*batch)
+
+
+def shapes(batch: Batch) -> str:
+    """The leaves' shapes in words, for messages."""
+    return ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in leaves(batch))

@@ -1,0 +1,300 @@
+"""Models × held-out data: one table of log p(x), with paired differences and their standard errors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from probae.batches import as_batch
+from probae.checks import check, quiet
+from probae.evidence import Evidence, log_evidence, no_bound
+from probae.models.baselines import GaussianMixture, Independent
+from probae.pair import Pair, as_pair
+from probae.transforms import Dequantised
+
+if TYPE_CHECKING:
+    import pandas
+
+INDEPENDENT = "independent features"
+
+
+@dataclass
+class Entry:
+    """One name of a comparison: its fits, and what they gave.
+
+    Attributes:
+        name, models: the name, and one fitted model or several.
+        evidence: one `Evidence` per fit, or None where there is no log p(x), for the reason in ``why_not``.
+        reconstruction: the mean of E_q log p(x | z), nats per datum; NaN without a guide.
+        seconds: of evaluation.
+        baseline: whether it came with the comparison.
+    """
+
+    name: str
+    models: list[Any]
+    evidence: list[Evidence] | None
+    why_not: str | None
+    reconstruction: float
+    measure: str
+    seconds: float
+    baseline: bool
+
+    @property
+    def values(self) -> Tensor:
+        """log p(x_n), (N,), averaged over the fits."""
+        return torch.stack([e.values for e in self.evidence or []]).mean(0)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers of one fit."""
+        return sum(p.numel() for p in as_pair(self.models[0]).parameters() if p.requires_grad)
+
+
+@dataclass(repr=False)
+class Comparison:
+    """What `compare` returns: ``entries``, the ``table``, and ``notes``, sentences on how to read it."""
+
+    entries: list[Entry]
+    data: Tensor
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def table(self) -> pandas.DataFrame:
+        """A row per model, best first; nats per datum, higher is better.
+
+        Columns: ``log_evidence``, its ``bound``; ``stderr``, over all data (sampling and Monte Carlo); ``mc_stderr``, for
+        these data; ``difference`` to the best and ``difference_stderr``, paired by datum; ``over_independent``, the paired
+        difference to independent features, and its error; ``fits`` and ``fit_stderr``, between the fits of one name;
+        ``reconstruction``, E_q log p(x | z); ``parameters``; ``seconds`` of evaluation; ``method``; ``role``.
+        """
+        import pandas
+
+        ranked = sorted(self.entries, key=lambda e: -float(e.values.mean()) if e.evidence else math.inf)
+        best = next((e for e in ranked if e.evidence), None)
+        independent = next((e for e in ranked if e.name == INDEPENDENT and e.baseline), None)
+        rows = [self._row(entry, best, independent) for entry in ranked]
+        return pandas.DataFrame(rows).set_index("model")
+
+    def _row(self, entry: Entry, best: Entry | None, independent: Entry | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"model": entry.name, "log_evidence": math.nan, "bound": "–"}
+        numbers = "stderr mc_stderr difference difference_stderr over_independent over_independent_stderr fit_stderr"
+        row |= dict.fromkeys(numbers.split(), math.nan)
+        if entry.evidence:
+            errors = [e.mean_mc_stderr for e in entry.evidence]
+            fits = torch.tensor([e.mean for e in entry.evidence], dtype=torch.float64)
+            mean = Evidence(entry.values, torch.zeros_like(entry.values), "exact", "", "")
+            row |= {
+                "log_evidence": mean.mean,
+                "bound": entry.evidence[0].bound,
+                "stderr": math.hypot(mean.mean_stderr, *(e.shared_mc_stderr or 0.0 for e in entry.evidence)),
+                "mc_stderr": math.sqrt(sum(e * e for e in errors)) / len(errors),
+                "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,
+            }
+            row["difference"], row["difference_stderr"] = paired(entry.values, best.values)  # type: ignore[union-attr]
+            if independent is not None:
+                against = paired(entry.values, independent.values)
+                row["over_independent"], row["over_independent_stderr"] = against
+        row["fits"] = len(entry.models)
+        row["reconstruction"] = entry.reconstruction
+        row["parameters"], row["seconds"] = entry.parameters, entry.seconds
+        row["method"] = entry.evidence[0].method if entry.evidence else "–"
+        row["role"] = "baseline" if entry.baseline else "model" if entry.evidence else "no evidence"
+        return row
+
+    def evidence(self) -> pandas.DataFrame:
+        """log p(x_n) by datum (rows) and model (columns), averaged over fits."""
+        import pandas
+
+        columns = {entry.name: entry.values.numpy() for entry in self.entries if entry.evidence}
+        return pandas.DataFrame(columns).rename_axis("datum")
+
+    def plot(self, ax: Any = None) -> Any:
+        """The evidence of each model with intervals of two standard errors; needs ``probae[plots]``."""
+        from probae.figures import evidence_figure
+
+        return evidence_figure(self, ax)
+
+    def __repr__(self) -> str:
+        table = self.table
+        shown = table[["log_evidence", "bound", "stderr", "mc_stderr", "difference", "difference_stderr"]].copy()
+        if table["over_independent"].notna().any():
+            shown["over_independent"] = table["over_independent"]
+        shown["reconstruction"] = table["reconstruction"]
+        text = shown.to_string(float_format=lambda v: f"{v:.2f}", na_rep="–")
+        return "\n".join([f"log p(x), nats per datum, {len(self.data)} data", text, *(f"· {n}" for n in self.notes)])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{note}</li>" for note in self.notes)
+        return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
+
+
+def compare(
+    models: Mapping[str, Any],
+    x: Any,
+    *,
+    train: Any = None,
+    method: str = "auto",
+    particles: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Comparison:
+    """Rank models by held-out log p(x) on the same data, with paired differences.
+
+    Per-datum evidence scatters by tens of nats, mostly in the same way for all models: a difference between two of them is
+    known far better when it is taken datum by datum, and that is the error to look at.
+
+    Args:
+        models: name -> a fitted model, pair or `Run`, or a list of several fits of it.
+        x: N held-out data, the same for all.
+        train: training data: with them come baselines (independent features, a full-covariance Gaussian, and a mixture of
+            ten Gaussians where scikit-learn is installed), dequantised where the models are of counts.
+        method, particles, seed: as for `log_evidence`.
+        progress: whether to show a bar.
+
+    Returns:
+        `Comparison`, with ``.table``, ``.notes`` and ``.plot()``. Models without an evidence (a flat prior, a point guide)
+        are listed with their reconstruction log-likelihood alone.
+
+    Raises:
+        ValueError: if there is nothing to compare, or densities would be ranked against masses.
+
+    Example:
+        >>> import probae
+        >>> x = torch.randn(100, 4)
+        >>> models = {f"{n} latents": probae.PPCA(4, n).maximum_likelihood(x) for n in (1, 2)}
+        >>> len(compare(models, x).table)
+        2
+    """
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError("models: expected a dictionary from names to fitted models, with at least one")
+    given: dict[str, list[Any]] = {}
+    for name, fits in models.items():
+        given[str(name)] = list(fits) if isinstance(fits, Sequence) else [fits]
+        if not given[str(name)]:
+            raise ValueError(f"models: the list of fits of {name!r} is empty")
+    data = as_batch(x, torch.float64)
+    _require_one_measure({name: check_measure(fits[0], x) for name, fits in given.items()})
+
+    from tqdm.auto import tqdm
+
+    options = {"method": method, "particles": particles, "seed": seed}
+    bar = tqdm(given.items(), disable=not progress, unit="model", desc="log p(x)")
+    entries = [_entry(name, fits, x, False, options) for name, fits in bar]
+    if train is not None:
+        mass = any(entry.measure == "mass" for entry in entries)
+        for name, model in baselines(train, mass, seed).items():
+            if name in given:
+                raise ValueError(f"models: the name {name!r} belongs to a baseline")
+            entries.append(_entry(name, [model], x, True, {**options, "method": "auto"}))
+    comparison = Comparison(entries, data if isinstance(data, Tensor) else torch.empty(entries[0].values.shape[0], 0))
+    comparison.notes = _notes(comparison)
+    return comparison
+
+
+def check_measure(model: Any, x: Any) -> str:
+    """``"mass"`` or ``"density"``, after checking the pair against the data."""
+    pair = as_pair(model)
+    return check(pair, as_batch(x, pair.dtype, pair.device)).measure
+
+
+def _require_one_measure(measures: dict[str, str]) -> None:
+    kinds: dict[str, list[str]] = {}
+    for name, measure in measures.items():
+        kinds.setdefault(measure, []).append(name)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+        raise ValueError(
+            f"a density cannot be ranked against a mass: their log p(x) have different units ({listed}). For whole numbers, "
+            "make masses of the densities by probae.Dequantised(model), or use likelihoods.DiscretisedNormal"
+        )
+
+
+def paired(values: Tensor, others: Tensor) -> tuple[float, float]:
+    """The mean of values − others, and its standard error, over the data."""
+    difference = values - others
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference)) if len(
+        difference
+    ) > 1 else math.nan
+
+
+def _entry(name: str, fits: list[Any], x: Any, baseline: bool, options: dict[str, Any]) -> Entry:
+    start = time.perf_counter()
+    pair = as_pair(fits[0])
+    batch = as_batch(x, pair.dtype, pair.device)
+    layout = check(pair, batch)
+    why_not = None if pair.tractable else no_bound(layout)
+    evidence = None if why_not else [log_evidence(fit, x, **options) for fit in fits]
+    seconds = time.perf_counter() - start
+    recon = _reconstruction(pair, batch, options["seed"]) if pair.has_guide and layout.latents else math.nan
+    return Entry(name, fits, evidence, why_not, recon, layout.measure, seconds, baseline)
+
+
+def _reconstruction(pair: Pair, batch: Any, seed: int, particles: int = 8) -> float:
+    with quiet(pair, seed):
+        return float(pair.traces(batch, particles).likelihood().local.double().mean())
+
+
+def baselines(train: Any, mass: bool, seed: int = 0) -> dict[str, Pair]:
+    """Fitted baselines for data: independent features, a full-covariance Gaussian, a mixture of ten.
+
+    Args:
+        train: training data (N, D).
+        mass: whether they are whole numbers, whose mass is compared; Gaussians are then dequantised.
+        seed: of the mixture's start.
+    """
+    x = as_batch(train, torch.get_default_dtype())
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        raise ValueError("train: baselines take one array (N, D)")
+    features = x.shape[1]
+    classes = int(x.max()) + 1 if mass else None
+    fitted: dict[str, Pair] = {INDEPENDENT: Independent(features, classes).maximum_likelihood(x)}
+
+    def gaussian(components: int) -> Pair:
+        model = GaussianMixture(features, components)
+        wrapped = Dequantised(model) if mass else model
+        return wrapped.maximum_likelihood(x, seed=seed)
+
+    fitted["full Gaussian"] = gaussian(1)
+    # scikit-learn is optional, and the table shows which baselines it has
+    with contextlib.suppress(ImportError):
+        fitted["mixture of 10 Gaussians"] = gaussian(10)
+    return fitted
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """How to read the table: what beats what, and where the likelihood is to blame."""
+    table, notes = comparison.table, []
+    if (table["bound"] == "lower").any():
+        notes.append("a lower bound may sit below log p(x) by more than its error; an exact value does not")
+    for entry in comparison.entries:
+        if entry.why_not:
+            notes.append(f"{entry.name}: no log p(x): {entry.why_not.split(':')[0]}; its reconstruction is no evidence")
+    if table["over_independent"].notna().any():
+        below = table[(table["over_independent"] < 0) & (table["log_evidence"].notna())]
+        if len(below):
+            notes.append(
+                f"{', '.join(below.index)}: worse than independent features, which have no latents at all: there the "
+                "likelihood is wrong for these values, and better latents cannot make up for it"
+                + _ends(comparison.data)
+            )
+    return notes
+
+
+def _ends(x: Tensor) -> str:
+    if x.numel() == 0 or not bool((x == x.round()).all()):
+        return ""
+    low, high = x.min(), x.max()
+    share = float(((x == low) | (x == high)).double().mean())
+    if share < 0.2 or high - low < 2:
+        return ""
+    return (
+        f" ({share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range, where a Gaussian cannot put "
+        "its mass)"
+    )

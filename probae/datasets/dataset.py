@@ -1,0 +1,75 @@
+"""What a data set is: three arrays of rows, what their values are, and how rows are split."""
+
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["binary", "counts", "real"]
+Splits = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Rows for training, validation and test, with what a likelihood must know about their values.
+
+    Arguments:
+        name: The data set's name, or the stem of its file's name.
+        train: Training rows (N, D).
+        validation: Validation rows (N, D).
+        test: Test rows (N, D).
+        kind: ``"binary"`` (0 or 1), ``"counts"`` (nonnegative integers) or ``"real"``.
+        maximum: The largest possible count; None unless ``kind`` is ``"counts"``.
+        image_shape: (height, width) where a row is an image, row by row.
+        feature_names: D names, where the features have any.
+        description: One line: what it is, and where it was published.
+
+    Example:
+        >>> x = np.eye(3, dtype=np.uint8)
+        >>> Dataset("eyes", x, x, x, kind="binary").features
+        3
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    kind: Kind
+    maximum: int | None = None
+    image_shape: tuple[int, int] | None = None
+    feature_names: tuple[str, ...] | None = None
+    description: str = ""
+
+    @property
+    def features(self) -> int:
+        """The number D of features."""
+        return self.train.shape[1]
+
+    def __repr__(self) -> str:
+        values = f"counts 0..{self.maximum}" if self.kind == "counts" else self.kind
+        rows = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
+        image = "" if self.image_shape is None else ", images {}x{}".format(*self.image_shape)
+        return f"Dataset({self.name!r}: {rows} rows x {self.features} features, {values} ({self.train.dtype}){image})"
+
+
+def split(x: np.ndarray, seed: int, sizes: tuple[int, int] | None = None) -> Splits:
+    """Split rows by a permutation that ``seed`` fixes.
+
+    Arguments:
+        x: Rows (N, ...).
+        seed: Seed of the permutation, from 0 to 2**32 - 1.
+        sizes: Numbers of training and validation rows; 60% and 20% of N where None. The rest is test.
+
+    Errors:
+        TypeError: ``seed`` is not an integer.
+        ValueError: ``seed`` is out of range.
+
+    Example:
+        >>> [len(part) for part in split(np.arange(10), seed=0)]
+        [6, 2, 2]
+    """
+    train, validation = sizes or (len(x) * 6 // 10, len(x) * 2 // 10)
+    # RandomState and not default_rng: NumPy promises never to change this stream, and a split is for ever.
+    order = np.random.RandomState(operator.index(seed)).permutation(len(x))
+    return x[order[:train]], x[order[train : train + validation]], x[order[train + validation :]]

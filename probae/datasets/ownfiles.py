@@ -1,0 +1,91 @@
+"""A user's own file as a data set: what its values are is read off them."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from probae.datasets.dataset import Dataset, Kind, split
+from probae.datasets.formats import numbers, numpy_arrays, table
+
+SUFFIXES = (".npy", ".npz", ".csv")
+LEAST_ROWS = 10
+
+
+def load_file(path: Path, seed: int) -> Dataset:
+    """Read a ``.npy``, ``.npz`` or ``.csv`` file; see `probae.datasets.load` for the rules."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    names, note = None, ""
+    if path.suffix.lower() == ".csv":
+        names, frame = table(path)
+        # pandas and R both write row names under an empty heading: labels, which no model should explain.
+        if names and names[0] in ("", "Unnamed: 0"):
+            names, frame, note = names[1:], frame.iloc[:, 1:], ", its first, unnamed column left out as row labels"
+        arrays = {"": numbers(path, frame)}
+    else:
+        arrays = numpy_arrays(path)
+    parts, image_shape = _rows(path, _chosen(path, arrays))
+    _check(path, parts)
+    kind, maximum, dtype = _values(path, parts)
+    parts = [np.ascontiguousarray(part, dtype) for part in parts]
+    how = "splits as given" if len(parts) == 3 else f"split 60/20/20 by a permutation with seed {seed}"
+    train, validation, test = parts if len(parts) == 3 else split(parts[0], seed)
+    return Dataset(
+        path.stem, train, validation, test, kind, maximum, image_shape, tuple(names) if names else None,
+        description=f"{path.name}{note}: {how}",
+    )  # fmt: skip
+
+
+def _chosen(path: Path, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    second = "validation" if "validation" in arrays else "valid"
+    if all(key in arrays for key in ("train", second, "test")):
+        return [arrays["train"], arrays[second], arrays["test"]]
+    if len(arrays) != 1:
+        found = ", ".join(arrays) or "none"
+        raise ValueError(f"{path}: expected arrays train, validation (or valid) and test, or one array; got {found}")
+    return list(arrays.values())
+
+
+def _rows(path: Path, arrays: list[np.ndarray]) -> tuple[list[np.ndarray], tuple[int, int] | None]:
+    shape = arrays[0].shape[1:]
+    for array in arrays:
+        if array.dtype.kind not in "buif":
+            raise ValueError(f"{path}: expected numbers, got an array of {array.dtype}")
+        if array.ndim < 2 or math.prod(array.shape[1:]) == 0:
+            raise ValueError(f"{path}: expected rows of features, an array (N, D), got shape {array.shape}")
+        if array.shape[1:] != shape:
+            raise ValueError(f"{path}: the splits differ in shape: train has rows {shape}, another {array.shape[1:]}")
+    rows = [array.reshape(len(array), math.prod(shape)) for array in arrays]
+    return rows, shape if len(shape) == 2 else None
+
+
+def _check(path: Path, parts: list[np.ndarray]) -> None:
+    sizes = [len(part) for part in parts]
+    if sum(sizes) < LEAST_ROWS or 0 in sizes:
+        raise ValueError(f"{path}: too few rows: expected at least {LEAST_ROWS} and no empty split, got {sizes}")
+    missing = np.concatenate([np.isnan(part) for part in parts])
+    if missing.any():
+        rows, columns = missing.any(1), missing.any(0)
+        raise ValueError(
+            f"{path}: missing values in {rows.sum():,} of {rows.size:,} rows and {columns.sum():,} of {columns.size:,} "
+            "columns: leave these rows out or fill them first"
+        )
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError(f"{path}: infinite values")
+
+
+def _values(path: Path, parts: list[np.ndarray]) -> tuple[Kind, int | None, type[np.generic]]:
+    largest = max(part.max() for part in parts)
+    whole = all((part >= 0).all() and (part.dtype.kind in "bui" or (part == np.floor(part)).all()) for part in parts)
+    if whole and largest <= 1:
+        return "binary", None, np.uint8
+    # The unsigned types past uint8 are left out: torch hardly computes with them.
+    for dtype in (np.uint8, np.int16, np.int32, np.int64):
+        if whole and int(largest) <= np.iinfo(dtype).max:
+            return "counts", int(largest), dtype
+    if any(np.abs(part.astype(np.float64)).max() > np.finfo(np.float32).max for part in parts):
+        raise ValueError(f"{path}: values too large for float32")
+    return "real", None, np.float32

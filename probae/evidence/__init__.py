@@ -1,0 +1,77 @@
+"""Estimators of log p(x), for any pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from probae.evidence.exact import enumerate_states, exact, states
+from probae.evidence.importance import _count as _checked_count
+from probae.evidence.importance import elbo, iwae, log_weights, no_bound, prepare
+from probae.evidence.result import Evidence
+
+__all__ = ["METHODS", "Evidence", "log_evidence", "log_weights", "no_bound"]
+
+METHODS = ("auto", "exact", "enumerate", "elbo", "iwae")
+
+
+def log_evidence(model: Any, x: Any, method: str = "auto", *, particles: int | None = None, seed: int = 0) -> Evidence:
+    r"""log p(x) of each datum, or a lower bound on it, in nats.
+
+    ======================  ==================================================  ==========
+    method                  value for a datum                                   bound
+    ======================  ==================================================  ==========
+    ``"exact"``             log p(x), by the model's ``marginal()``             exact
+    ``"enumerate"``         log Σ_z p(x, z), over small discrete latents        exact
+    ``"elbo"``              mean of log w over K particles                      lower
+    ``"iwae"``              log mean of w over K particles                      lower
+    ``"auto"``              the first of exact, enumerate, iwae that applies
+    ======================  ==================================================  ==========
+
+    with :math:`\log w = \log p(x, z) - \log q(z \mid x)`, z ~ q(z | x). With latents outside the data plate, ``"iwae"``
+    draws them from the guide and estimates log E_q(θ) p(x_n | θ).
+
+    Args:
+        model: a model, a pair, or an object with ``model`` and ``guide``.
+        x: N data.
+        particles: K for ``"elbo"`` (64 by default) and ``"iwae"`` (1,000).
+        seed: of the draws; the caller's own random stream is left as it was.
+
+    Returns:
+        `Evidence`, per datum, with the Monte-Carlo error and the sampling error kept apart.
+
+    Raises:
+        ValueError: if there is no bound here (a flat prior, a point guide), saying why; if the method does not apply to
+            the model; if the data do not fit the model.
+
+    Reference: Burda, Grosse & Salakhutdinov (2016), *Importance weighted autoencoders*.
+
+    Example:
+        >>> import torch, probae
+        >>> log_evidence(probae.PPCA(features=4, latents=2), torch.zeros(3, 4)).bound
+        'exact'
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {list(METHODS)}, got {method!r}")
+    if particles is not None:
+        _checked_count(particles)
+    pair, batch, layout = prepare(model, x)
+    if method == "auto":
+        method = _choose(pair, batch, layout)
+    if method == "exact":
+        return exact(pair, batch, layout)
+    if method == "enumerate":
+        return enumerate_states(pair, batch, layout)
+    estimator, default = (elbo, 64) if method == "elbo" else (iwae, 1000)
+    return estimator(pair, batch, layout, particles or default, seed)
+
+
+def _choose(pair: Any, batch: Any, layout: Any) -> str:
+    if pair.tractable:
+        return "exact"
+    if layout.latents and layout.nesting == 1 and layout.vectorised:
+        try:
+            states(pair, batch, layout)
+            return "enumerate"
+        except ValueError:
+            pass
+    return "iwae"

@@ -1,0 +1,113 @@
+"""log p(x) without sampling: by the marginal, or by summing out discrete latents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from probae.batches import Batch, each, length, rows_of
+from probae.checks import quiet
+from probae.evidence.result import Evidence, as_values
+from probae.pair import Pair
+from probae.traces import Layout, base, samples
+
+#: the most joint states of a datum's latents that are summed over
+STATES = 2**16
+_CELLS = 2**22  # states × data × latents at a time
+
+
+def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
+    """log p(x) by the pair's marginal.
+
+    Raises:
+        ValueError: if the pair has none.
+    """
+    if not pair.tractable:
+        raise ValueError(
+            "method='exact' needs the pair's marginal(), a callable that returns the distribution p(x); this pair has none: "
+            "use method='iwae' for a bound"
+        )
+    if not isinstance(batch, Tensor):
+        raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
+    with quiet(pair):
+        values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
+    return Evidence(values, torch.zeros_like(values), "exact", "exact", layout.measure)
+
+
+def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
+    """Every joint state of a datum's discrete latents: by site, (S, 1, event).
+
+    Raises:
+        ValueError: if a latent is continuous or shared by all data, or there are more than `STATES`.
+    """
+    if layout.globals_:
+        raise ValueError(
+            f"method='enumerate' sums out latents of each datum; {list(layout.globals_)} are shared by all"
+        )
+    if not layout.latents:
+        raise ValueError("method='enumerate' needs discrete latents, and this pair has no latents at all")
+    rows = each(lambda leaf: leaf[:1], batch)
+    with quiet(pair):
+        # a guide is not needed for the sum; where there is one, it spares the model from drawing its own latents
+        guide = pair.run(pair.guide, rows, 1, layout) if pair.has_guide else poutine.Trace()
+        model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
+    grids: list[tuple[str, Any, Tensor, int]] = []
+    for site in samples(model):
+        if site["is_observed"]:
+            continue
+        fn = base(site["fn"])
+        if not getattr(fn, "has_enumerate_support", False):
+            raise ValueError(
+                f"method='enumerate' sums over discrete latents; site {site['name']!r} ({type(fn).__name__}) has no finite "
+                "support: use method='iwae'"
+            )
+        values = fn.enumerate_support(expand=False).flatten()
+        if fn.event_shape.numel() > 1:
+            raise ValueError(
+                f"method='enumerate' cannot list the states of site {site['name']!r} ({type(fn).__name__})"
+            )
+        grids.append((site["name"], site["fn"].event_shape, values, site["fn"].event_shape.numel()))
+    count = math.prod(len(values) ** size for _, _, values, size in grids)
+    if count > STATES:
+        raise ValueError(
+            f"method='enumerate' sums over at most {STATES} states, and the latents have {count}: use 'iwae'"
+        )
+    axes = [values for _, _, values, size in grids for _ in range(size)]
+    table = torch.tensor(list(itertools.product(*(axis.tolist() for axis in axes))), device=pair.device)
+    found, at = {}, 0
+    for name, shape, values, size in grids:
+        found[name] = table[:, at : at + size].to(values.dtype).reshape(count, 1, *shape)
+        at += size
+    return found
+
+
+def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
+    r"""log p(x) as :math:`\log \sum_z p(x, z)` over every state of the discrete latents."""
+    grid = states(pair, batch, layout)
+    count = len(next(iter(grid.values())))
+    if layout.nesting > 1 or not layout.vectorised:
+        raise ValueError("method='enumerate' needs programs that run with a particle axis and only the plate over data")
+    width = sum(values[0].numel() for values in grid.values())
+    rows = max(1, min(length(batch), _CELLS // (min(count, 1024) * max(width, 1))))
+    together = max(2, _CELLS // (rows * max(width, 1)))
+    totals = []
+    with quiet(pair):
+        for block in rows_of(batch, rows):
+            n = length(block)
+            parts = []
+            for k in range(0, count, together):
+                part = {name: values[k : k + together] for name, values in grid.items()}
+                size = len(next(iter(part.values())))
+                values = {name: v.expand(size, n, *v.shape[2:]) for name, v in part.items()}
+                if size == 1:
+                    values = {name: v.squeeze(0) for name, v in values.items()}
+                traces = pair.replay(block, values, size)
+                parts.append(as_values((traces.likelihood() + traces.prior()).local))
+            totals.append(torch.logsumexp(torch.cat(parts), 0))
+    values_ = torch.cat(totals)
+    return Evidence(values_, torch.zeros_like(values_), "exact", "enumerate", layout.measure)

@@ -1,0 +1,82 @@
+"""What an estimator of log p(x) returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, repr=False)
+class Evidence:
+    """log p(x_n), or a bound on it, for each datum.
+
+    Attributes:
+        values: (N,) float64 on the CPU, nats.
+        mc_stderr: (N,) the Monte-Carlo standard error of each; 0 where the value is exact, NaN where one draw tells none.
+        bound: ``"exact"``, ``"lower"`` or ``"upper"``: what ``values`` are in expectation.
+        method: the estimator.
+        measure: ``"mass"`` of discrete data, or ``"density"``; the two do not compare.
+        particles: draws per datum; 0 where none were needed.
+        shared_mc_stderr: the Monte-Carlo error of the mean where all data share draws (of global latents), else None.
+    """
+
+    values: Tensor
+    mc_stderr: Tensor
+    bound: str
+    method: str
+    measure: str
+    particles: int = 0
+    shared_mc_stderr: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean over the data, nats per datum."""
+        return float(self.values.mean())
+
+    @property
+    def mean_mc_stderr(self) -> float:
+        """The Monte-Carlo standard error of the mean: what other draws for the same data would change."""
+        if self.shared_mc_stderr is not None:
+            return self.shared_mc_stderr
+        return float(self.mc_stderr.square().sum().sqrt()) / len(self.values)
+
+    @property
+    def mean_stderr(self) -> float:
+        """The standard error of the mean as one over all data: sampling of the data and Monte-Carlo together.
+
+        The values scatter by both, so their standard deviation over √N holds both; NaN for a single datum.
+        """
+        if len(self.values) < 2:
+            return math.nan
+        sampling = float(self.values.std()) / math.sqrt(len(self.values))
+        return math.hypot(sampling, self.shared_mc_stderr or 0.0)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``."""
+        import pandas
+
+        columns = {"log_evidence": self.values.numpy(), "mc_stderr": self.mc_stderr.numpy()}
+        return pandas.DataFrame(columns).assign(bound=self.bound, method=self.method).rename_axis("datum")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        what = {"exact": "log p(x)", "lower": "lower bound on log p(x)", "upper": "upper bound on log p(x)"}[self.bound]
+        draws = f", {self.particles} particles" if self.particles else ""
+        return (
+            f"<{what}: {self.mean:.4f} ± {self.mean_stderr:.4f} nats per datum (Monte Carlo {self.mean_mc_stderr:.4f}), "
+            f"{len(self)} data, {self.method}{draws}>"
+        )
+
+
+def as_values(values: Tensor) -> Tensor:
+    """float64 on the CPU."""
+    return values.detach().to("cpu", torch.float64)

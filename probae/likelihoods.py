@@ -1,0 +1,212 @@
+"""Likelihood heads: modules that turn a decoder's output into the distribution p(x | z) of D features.
+
+A head is made without knowing D, ``Binomial(16)``; a model binds it, ``head.bind(features)``, which gives a fresh module
+with parameters of its own. ``width`` is how many outputs of the decoder it takes per feature. ``start(x)`` puts the head
+into the data's units, so that a decoder whose output is 0 predicts the data's mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from probae.distributions import DiscretisedNormal as DiscretisedNormalDistribution
+from probae.nn import moments
+from probae.recipe import recorded
+
+T = TypeVar("T", bound="Head")
+
+
+class Head(nn.Module):
+    """What every head has; a head of one's own subclasses it and gives ``forward`` and, if it likes, ``start``."""
+
+    width = 1
+    origin: Tensor
+    features: int | None = None
+
+    def bind(self: T, features: int) -> T:
+        """A fresh head for a number of features."""
+        if self.features is not None:
+            raise ValueError(f"this {type(self).__name__} head already belongs to a model: make a new one")
+        if not isinstance(features, int) or features < 1:
+            raise ValueError(f"features: expected a whole number of at least 1, got {features!r}")
+        bound = copy.deepcopy(self)
+        bound.features = features
+        bound.register_buffer("origin", torch.zeros(features * bound.width))
+        bound.attach(features)
+        return bound
+
+    def attach(self, features: int) -> None:
+        """Make the parameters that depend on the number of features."""
+
+    def start(self, x: Tensor) -> None:
+        """Take the units from data (N, D)."""
+
+
+class _LocationScale(Head):
+    family: Callable[..., Any]
+    unit: Tensor
+
+    def __init__(self, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-4):
+        super().__init__()
+        fixed = not isinstance(scale, str)
+        if fixed and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+            raise ValueError(f"scale: expected a positive number, 'shared', 'feature' or 'predicted', got {scale!r}")
+        if not fixed and scale not in {"shared", "feature", "predicted"}:
+            raise ValueError(f"scale: expected 'shared', 'feature', 'predicted' or a positive number, got {scale!r}")
+        if not 0 <= floor < math.inf:
+            raise ValueError(f"floor: expected a number of at least 0, got {floor!r}")
+        self.kind = "shared" if fixed else scale
+        self.initial = float(scale) if fixed else 1.0
+        self.learned = not fixed if learned is None else learned
+        self.fixed, self.floor = fixed, floor
+        self.width = 2 if scale == "predicted" else 1
+
+    def attach(self, features: int) -> None:
+        self.register_buffer("unit", torch.ones(features))
+        self.origin = self.origin[:features].clone()
+        if self.kind != "predicted":
+            log_scale = torch.full((features,) if self.kind == "feature" else (), math.log(self.initial))
+            if self.learned:
+                self.log_scale = nn.Parameter(log_scale)
+            else:
+                self.register_buffer("log_scale", log_scale)
+
+    def start(self, x: Tensor) -> None:
+        loc, scale = moments(x)
+        self.origin.copy_(loc)
+        self.unit.copy_(scale)
+        if self.kind != "predicted" and not self.fixed:
+            with torch.no_grad():
+                start = scale if self.kind == "feature" else scale.square().mean().sqrt()
+                self.log_scale.copy_(start.log())
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale that all data share, () or (D,), in the data's units."""
+        if self.kind == "predicted":
+            raise AttributeError("this head predicts a scale for each datum: read it from its distribution")
+        return self.log_scale.exp() if self.fixed and not self.learned else self.log_scale.exp() + self.floor
+
+    def parameters_at(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """loc and scale at the decoder's output."""
+        if self.kind != "predicted":
+            return self.origin + self.unit * output, self.scale
+        loc, raw = output.chunk(2, -1)
+        # softplus, shifted to be 1 at 0: unlike exp it cannot overflow early in training
+        return self.origin + self.unit * loc, self.unit * (F.softplus(raw + math.log(math.e - 1)) + self.floor)
+
+    def forward(self, output: Tensor) -> Any:
+        loc, scale = self.parameters_at(output)
+        return self.family(loc, scale, validate_args=False).to_event(1)
+
+
+@recorded
+class Normal(_LocationScale):
+    r"""x_d | z ~ N(loc_d, scale_d²), a density.
+
+    Args:
+        scale: ``"shared"`` by all features, one per ``"feature"``, ``"predicted"`` by the network, or a number.
+        learned: whether a shared scale is learned; by default it is, unless it is given as a number.
+        floor: the least scale that can be learned, in the units of the data.
+
+    Example:
+        >>> Normal(scale="feature").bind(3)(torch.zeros(5, 3)).log_prob(torch.zeros(3)).shape
+        torch.Size([5])
+    """
+
+    family = dist.Normal
+
+
+@recorded
+class Laplace(_LocationScale):
+    """x_d | z ~ Laplace(loc_d, scale_d), a density; arguments as for `Normal`."""
+
+    family = dist.Laplace
+
+
+@recorded
+class DiscretisedNormal(_LocationScale):
+    r"""A Normal rounded to whole numbers of an interval, a mass: counts need no dequantisation under it.
+
+    Args:
+        high, low: the ends of the interval.
+        scale, learned, floor: as for `Normal`.
+    """
+
+    def __init__(
+        self, high: int, low: int = 0, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-2
+    ):
+        if not (isinstance(high, int) and isinstance(low, int) and low < high):
+            raise ValueError(f"expected whole numbers low < high, got low={low!r}, high={high!r}")
+        super().__init__(scale, learned, floor)
+        self.low, self.high = low, high
+
+    def forward(self, output: Tensor) -> Any:
+        loc, scale = self.parameters_at(output)
+        return DiscretisedNormalDistribution(loc, scale, self.low, self.high, validate_args=False).to_event(1)
+
+
+@recorded
+class Bernoulli(Head):
+    """x_d | z ~ Bernoulli(logits = output), for data of 0 and 1."""
+
+    def start(self, x: Tensor) -> None:
+        self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
+
+    def forward(self, output: Tensor) -> Any:
+        return dist.Bernoulli(logits=self.origin + output, validate_args=False).to_event(1)
+
+
+@recorded
+class Binomial(Head):
+    """x_d | z ~ Binomial(total_count, logits = output), for counts from 0 to ``total_count``."""
+
+    def __init__(self, total_count: int):
+        super().__init__()
+        if not isinstance(total_count, int) or total_count < 1:
+            raise ValueError(f"total_count: expected a whole number of at least 1, got {total_count!r}")
+        self.total_count = total_count
+
+    def start(self, x: Tensor) -> None:
+        self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) * self.total_count + 1)))
+
+    def forward(self, output: Tensor) -> Any:
+        return dist.Binomial(self.total_count, logits=self.origin + output, validate_args=False).to_event(1)
+
+
+@recorded
+class Poisson(Head):
+    """x_d | z ~ Poisson(rate = exp(output)), for counts without an upper end."""
+
+    def start(self, x: Tensor) -> None:
+        self.origin.copy_(((x.sum(0) + 0.5) / (len(x) + 1)).log())
+
+    def forward(self, output: Tensor) -> Any:
+        return dist.Poisson((self.origin + output).exp(), validate_args=False).to_event(1)
+
+
+@recorded
+class Categorical(Head):
+    """x_d | z ~ Categorical(softmax of ``classes`` outputs), for data of class numbers 0, ..., classes − 1."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        if not isinstance(classes, int) or classes < 2:
+            raise ValueError(f"classes: expected a whole number of at least 2, got {classes!r}")
+        self.classes = self.width = classes
+
+    def start(self, x: Tensor) -> None:
+        counts = F.one_hot(x.long(), self.classes).to(x.dtype).sum(0) + 1
+        self.origin.copy_((counts / counts.sum(-1, keepdim=True)).log().flatten())
+
+    def forward(self, output: Tensor) -> Any:
+        logits = (self.origin + output).unflatten(-1, (-1, self.classes))
+        return dist.Categorical(logits=logits, validate_args=False).to_event(1)

@@ -1,0 +1,177 @@
+"""A line-up of models for a data set: what its values are decides the likelihoods; fitted, they are ready to compare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae import likelihoods
+from probae.datasets import Dataset
+from probae.likelihoods import Head
+from probae.models import PPCA, VAE, Autoencoder, FactorAnalysis, SparseAutoencoder, StochasticAutoencoder
+from probae.pair import Pair
+from probae.training import Run, fit
+from probae.transforms import Dequantised
+
+#: counts up to this number may have a class of their own each
+CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model for some kinds of data.
+
+    Attributes:
+        title: what it is, in a line.
+        build: from a data set and the number of latents.
+        kinds: of data that it is for.
+        standard: whether it is in the line-up when none is named.
+    """
+
+    title: str
+    build: Callable[[Dataset, int], Pair]
+    kinds: tuple[str, ...] = ("binary", "counts", "real")
+    standard: bool = True
+
+
+def _natural(data: Dataset) -> Head:
+    if data.kind == "binary":
+        return likelihoods.Bernoulli()
+    return likelihoods.Binomial(_maximum(data)) if data.kind == "counts" else likelihoods.Normal("feature")
+
+
+def _gaussian(data: Dataset) -> Head:
+    """A Normal that is a density of real numbers, and a mass of whole ones."""
+    if data.kind == "real":
+        return likelihoods.Normal("feature")
+    return likelihoods.DiscretisedNormal(_maximum(data), scale="feature")
+
+
+def _sparse(data: Dataset, latents: int, posterior: str) -> Pair:
+    scale = "shared" if posterior != "point" else float(data.train.std()) / 4
+    head = _natural(data)
+    if data.kind == "real":
+        head = likelihoods.Normal(scale)
+    elif data.kind == "counts":
+        head = likelihoods.DiscretisedNormal(_maximum(data), scale=scale)
+    hidden = (128,)
+    return SparseAutoencoder(
+        data.features, latents, hidden, posterior=posterior, likelihood=head, learned_rate=posterior != "point"
+    )
+
+
+def _linear(model: Callable[[int, int], Pair]) -> Callable[[Dataset, int], Pair]:
+    def build(data: Dataset, latents: int) -> Pair:
+        pair = model(data.features, latents)
+        return pair if data.kind == "real" else Dequantised(pair)
+
+    return build
+
+
+def _maximum(data: Dataset) -> int:
+    return data.maximum if data.maximum is not None else 1
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "ppca": Candidate("probabilistic PCA, maximum likelihood", _linear(PPCA)),
+    "factor_analysis": Candidate("factor analysis, maximum likelihood", _linear(FactorAnalysis)),
+    "sparse_vae": Candidate("sparse VAE: Laplace prior and guide, dictionary", lambda d, n: _sparse(d, n, "laplace")),
+    "normal_vae": Candidate(
+        "VAE, Normal likelihood (rounded, for counts)",
+        lambda d, n: VAE(d.features, n, likelihood=_gaussian(d)),
+        kinds=("counts", "real"),
+    ),
+    "binomial_vae": Candidate(
+        "VAE, Binomial likelihood",
+        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Binomial(_maximum(d))),
+        kinds=("counts",),
+    ),
+    "categorical_vae": Candidate(
+        f"VAE, a class for each count (up to {CLASSES})",
+        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Categorical(_maximum(d) + 1)),
+        kinds=("counts",),
+    ),
+    "vae": Candidate(
+        "VAE, with the likelihood that suits the values",
+        lambda d, n: VAE(d.features, n, hidden=(200, 200), likelihood=_natural(d)),
+        standard=False,
+    ),
+    "linear_vae": Candidate(
+        "VAE with an affine encoder and decoder",
+        lambda d, n: VAE(d.features, n, hidden=(), likelihood=_natural(d)),
+        standard=False,
+    ),
+    "sparse_autoencoder": Candidate(
+        "sparse autoencoder: Laplace prior, point guide", lambda d, n: _sparse(d, n, "point"), standard=False
+    ),
+    "autoencoder": Candidate(
+        "autoencoder: flat prior, point guide",
+        lambda d, n: Autoencoder(d.features, n, hidden=(128,), likelihood=_natural(d)),
+    ),
+    "stochastic_autoencoder": Candidate(
+        "stochastic autoencoder: flat prior, noisy code",
+        lambda d, n: StochasticAutoencoder(d.features, n, likelihood=_natural(d)),
+    ),
+}
+
+
+def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
+    """The line-up for a data set: the names given, or the standard ones that suit its values.
+
+    Raises:
+        ValueError: for an unknown name, or one that is not for such values.
+    """
+    suited = [n for n, c in CANDIDATES.items() if data.kind in c.kinds]
+    if data.kind == "counts" and _maximum(data) >= CLASSES:
+        suited.remove("categorical_vae")
+    if names is None:
+        standard = [name for name in suited if CANDIDATES[name].standard]
+        return standard if data.kind != "binary" else [*standard[:3], "vae", *standard[3:]]
+    for name in names:
+        if name not in CANDIDATES:
+            raise ValueError(f"models: expected some of {', '.join(CANDIDATES)}; got {name!r}")
+        if name not in suited:
+            raise ValueError(f"models: {name!r} is not for {data!r}; these are: {', '.join(suited)}")
+    return list(dict.fromkeys(names))
+
+
+def train(
+    name: str, data: Dataset, latents: int, steps: int, seed: int = 0, progress: bool = True
+) -> tuple[Pair, float]:
+    """A fitted model of the line-up, and the seconds that fitting took.
+
+    Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
+    """
+    from probae.seeding import seeded
+
+    with seeded(seed):
+        pair = CANDIDATES[name].build(data, latents)
+    start = time.perf_counter()
+    if hasattr(pair, "maximum_likelihood") and hasattr(getattr(pair, "inner", pair), "maximum_likelihood"):
+        pair.maximum_likelihood(data.train)
+        return pair, time.perf_counter() - start
+    run: Run = fit(
+        pair,
+        data.train,
+        validation=data.validation[:2000],
+        steps=steps,
+        scheduler="cosine",
+        lr=2e-3,
+        seed=seed,
+        progress=progress,
+    )
+    return pair.cpu(), run.seconds
+
+
+def images(values: Tensor | Any, data: Dataset) -> Tensor:
+    """Rows as images (N, H, W), scaled to 0..1."""
+    shape = data.image_shape
+    if shape is None:
+        raise ValueError(f"{data.name} holds no images")
+    top = float(data.maximum or 1)
+    return (torch.as_tensor(values).float() / top).clamp(0, 1).reshape(-1, *shape)

@@ -1,0 +1,88 @@
+"""What the autoencoders share: an encoder network under a posterior head, a decoder network under a likelihood head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probae.likelihoods import Head, Normal
+from probae.nn import MLP
+from probae.pair import Pair
+
+
+class Amortised(Pair):
+    """A pair whose posterior and likelihood are a network under a head each; what is left to a model is the choice.
+
+    Shapes: x (..., D), z (..., L); the encoder maps D to ``code.width * L`` outputs, the decoder L to ``head.width * D``.
+
+    Raises:
+        ValueError, TypeError: if a number of features or latents is below 1, or a given network has another shape.
+    """
+
+    initialised: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        latents: int,
+        prior: nn.Module,
+        code: Head,
+        likelihood: Head | None,
+        hidden: Sequence[int] | int,
+        activation: str,
+        encoder: nn.Module | None,
+        decoder: nn.Module | None,
+    ):
+        super().__init__()
+        if likelihood is not None and not isinstance(likelihood, Head):
+            raise TypeError(f"likelihood: expected a head of probae.likelihoods, got {type(likelihood).__name__}")
+        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        self.features, self.latents = features, latents
+        self.prior = prior
+        self.code = code.bind(latents)
+        self.head = (likelihood if likelihood is not None else Normal()).bind(features)
+        sizes = (features, self.code.width * latents), (latents, self.head.width * features)
+        self.encoder = encoder if encoder is not None else MLP(*sizes[0], widths, activation)
+        self.decoder = decoder if decoder is not None else MLP(*sizes[1], widths[::-1], activation)
+        self.register_buffer("initialised", torch.tensor(False))
+        for name, network, (inputs, outputs) in (("encoder", encoder, sizes[0]), ("decoder", decoder, sizes[1])):
+            if network is not None:
+                _check_network(name, network, inputs, outputs)
+
+    def likelihood(self, z: Tensor) -> Any:
+        """p(x | z): the head at the decoder's output."""
+        return self.head(self.decoder(z))
+
+    def posterior(self, x: Tensor) -> Any:
+        """q(z | x): the code head at the encoder's output."""
+        return self.code(self.encoder(x))
+
+    def initialise(self, x: Tensor) -> None:
+        """Take the units of input and output from training data (N, D), once: a network then starts at the data's mean."""
+        if bool(self.initialised):
+            return
+        self.head.start(x)
+        if isinstance(self.encoder, MLP):
+            self.encoder.standardise(x)
+        self.initialised.fill_(True)
+
+
+def _check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name}: expected a torch module, got {type(network).__name__}")
+    reference = next(network.parameters(), torch.empty(0))
+    training = network.training
+    try:
+        with torch.no_grad():
+            shape = tuple(network.eval()(torch.zeros(2, inputs, dtype=reference.dtype, device=reference.device)).shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a network that takes (..., {inputs}); it failed: {error}") from error
+    finally:
+        network.train(training)
+    if shape != (2, outputs):
+        raise ValueError(
+            f"{name}: expected a network (..., {inputs}) -> (..., {outputs}), got {shape} from (2, {inputs})"
+        )

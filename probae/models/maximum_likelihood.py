@@ -1,0 +1,367 @@
+r"""Maximum likelihood for models with linear-Gaussian latent variables, from sufficient statistics, in float64.
+
+.. math:: z \sim N(0, I_L), \qquad x \mid z \sim N(W z + \mu, \operatorname{diag}(\psi)^2)
+
+Probabilistic PCA (one scale) has a closed form; factor analysis (a scale per feature) is solved by Newton steps on the
+profile likelihood. Both read the data once: after the mean and the covariance, the cost does not depend on N.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Solution", "factor_analysis", "ppca"]
+
+_ROWS, _COLUMNS = 2048, 196  # blocks of the covariance: small beside the data, large enough for a fast product
+
+
+class Solution(NamedTuple):
+    """Parameters of a linear-Gaussian model at maximum likelihood, and that likelihood."""
+
+    loc: Tensor  #: (D,)
+    weight: Tensor  #: (D, L)
+    scale: Tensor  #: standard deviation of the noise: (D,), or () when the features share it
+    log_likelihood: float  #: mean log p(x) of the training data, nats per datum, every constant kept
+
+
+@torch.no_grad()
+def ppca(x: Tensor, latents: int) -> Solution:
+    r"""Maximum likelihood of probabilistic principal component analysis, in closed form.
+
+    .. math::
+        \sigma^2 = \frac{1}{D - L} \sum_{i > L} \lambda_i, \qquad W = U_L (\Lambda_L - \sigma^2 I)^{1/2}
+
+    with the eigenvalues :math:`\lambda_1 \ge \lambda_2 \ge \dots` and eigenvectors :math:`U` of the covariance (which
+    divides by N), or, when N < D, those of the N × N Gram matrix. Of each column of :math:`W` the entry largest in
+    magnitude is positive.
+
+    Args:
+        x: The data, shape (N, D).
+        latents: The number L of latent variables, 1 <= L < D.
+
+    Returns:
+        ``loc`` (D,), ``weight`` (D, L) and ``scale`` () with the dtype and device of ``x``, and the mean
+        log-likelihood in nats per datum.
+
+    Raises:
+        ValueError: If ``x`` is not a finite matrix with N >= 2, if ``latents`` is out of range, or if the centred data
+            have rank L or less, for which the density is unbounded.
+
+    References:
+        Tipping & Bishop (1999), Probabilistic principal component analysis.
+
+    Example:
+        >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+        >>> fit = ppca(x, latents=2)
+        >>> fit.weight.shape, fit.scale.shape
+        (torch.Size([8, 2]), torch.Size([]))
+    """
+    x = torch.as_tensor(x)
+    _check_data(x, latents)
+    size, features = x.shape
+    if size < features:
+        loc = _mean(x)
+        centred = _float64(x) - loc
+        values, vectors = _descending_eigh(centred @ centred.mT / size)
+        # Xᵀv has length √(Nλ), but only up to the rounding of λ: dividing by its own length keeps the columns unit.
+        vectors = torch.nn.functional.normalize(centred.mT @ vectors[:, :latents], dim=0)
+    else:
+        loc, covariance = _moments(x)
+        values, vectors = _descending_eigh(covariance)
+    rank = int((values > values[0] * torch.finfo(torch.float64).eps * max(size, features)).sum())
+    if rank <= latents:
+        raise ValueError(
+            f"expected centred data of rank above latents={latents}, got rank {rank} from x of shape {tuple(x.shape)}: "
+            f"the noise scale would be 0 and the density unbounded; use fewer latents, or more or dequantised data"
+        )
+    top, noise = values[:latents], values[latents:].sum() / (features - latents)
+    weight = _signed(vectors[:, :latents] * (top - noise).clamp_min(0).sqrt())
+    total = features * (math.log(2 * math.pi) + 1) + top.log().sum() + (features - latents) * noise.log()
+    return _result(x, loc, weight, noise.sqrt(), -0.5 * total.item())
+
+
+@torch.no_grad()
+def factor_analysis(
+    x: Tensor | None = None,
+    latents: int = 1,
+    *,
+    covariance: Tensor | None = None,
+    floor: float = 1e-6,
+    tolerance: float = 1e-8,
+    max_iterations: int = 100,
+    starts: int = 2,
+    seed: int = 0,
+) -> Solution:
+    r"""Maximum likelihood of factor analysis, from data or from a covariance (or correlation) matrix.
+
+    .. math:: \max_{W, \psi} \; -\tfrac12 \left[ D \ln 2\pi + \ln\det\Sigma + \operatorname{tr}(\Sigma^{-1} S) \right],
+        \qquad \Sigma = W W^\top + \operatorname{diag}(\psi)^2
+
+    For given :math:`\psi` the best :math:`W` is known from the eigendecomposition of
+    :math:`\psi^{-1} S \psi^{-1}`; what is left, a function of :math:`\ln \psi^2`, is minimised by Newton's method (the
+    exact Hessian by conjugate gradients, an Armijo line search). Where no bound is met, the solution has
+    :math:`\operatorname{diag} \Sigma = \operatorname{diag} S`. Rescaled features give the same solution, rescaled.
+
+    A noise variance that the likelihood would drive to 0 (a *Heywood case*) stops at ``floor`` times the feature's
+    variance, and there :math:`\Sigma_{ii}` may exceed :math:`S_{ii}`. Few data or many latents make such cases and
+    local optima common, hence more than one start. :math:`W^\top \Psi^{-1} W`, with :math:`\Psi` the noise variances,
+    is diagonal and descending; of each column the entry largest in magnitude is positive.
+
+    Args:
+        x: The data, shape (N, D). Give either ``x`` or ``covariance``.
+        latents: The number L of latent variables, 1 <= L < D; one unless told.
+        covariance: A covariance that divides by N, or a correlation matrix, shape (D, D). ``loc`` is then 0.
+        floor: The smallest noise variance allowed, as a fraction of the feature's variance.
+        tolerance: Convergence: the largest :math:`|\Sigma_{ii} - S_{ii}| / \psi_i^2` over features above the floor.
+        max_iterations: The most Newton steps from one start.
+        starts: How many starts, of which the best is kept: first no common variance, then Jöreskog's guess (1967),
+            then random ones.
+        seed: Seed of the random starts.
+
+    Returns:
+        ``loc`` (D,), ``weight`` (D, L) and ``scale`` (D,) with the dtype and device of the input, and the mean
+        log-likelihood in nats per datum.
+
+    Raises:
+        ValueError: If the input is not a finite matrix (data with N >= 2; a symmetric positive semi-definite
+            covariance), if ``latents`` is out of range, or if a feature is constant: its density is unbounded.
+
+    Warns:
+        RuntimeWarning: If the best start has not converged; the message holds the residual.
+
+    References:
+        Jöreskog (1967), Some contributions to maximum likelihood factor analysis.
+        Rubin & Thayer (1982), EM algorithms for ML factor analysis.
+
+    Example:
+        >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+        >>> fit = factor_analysis(x, latents=2)
+        >>> fit.weight.shape, fit.scale.shape
+        (torch.Size([8, 2]), torch.Size([8]))
+    """
+    if (x is None) == (covariance is None):
+        raise ValueError(f"expected either x or covariance, got {'neither' if x is None else 'both'}")
+    if not (0 < floor < 1 and starts >= 1):
+        raise ValueError(f"expected 0 < floor < 1 and starts >= 1, got floor={floor}, starts={starts}")
+    if x is not None:
+        given = torch.as_tensor(x)
+        _check_data(given, latents)
+        _check_constant((given == given[0]).all(0))  # exact, where the variance would be a rounding error
+        loc, second = _moments(given)
+    else:
+        given = torch.as_tensor(covariance)
+        _check_covariance(given, latents)
+        second = _float64(given)
+        second = (second + second.mT) / 2
+        loc = second.new_zeros(len(second))
+    # On the correlation scale the fit does not depend on units, and one floor serves every feature.
+    deviation = second.diagonal().sqrt()
+    correlation = second / deviation / deviation[:, None]
+    fits = [
+        _newton(correlation, latents, start, math.log(floor), tolerance, max_iterations)
+        for start in _starts(correlation, latents, starts, seed)
+    ]
+    profile, log_noise, residual = min(fits, key=lambda fit: fit[0].value)
+    if not residual <= tolerance:
+        warnings.warn(
+            f"factor_analysis did not converge: |Σᵢᵢ − Sᵢᵢ| / ψᵢ² is {residual:.3g} at its largest, above "
+            f"tolerance={tolerance:.3g}, with max_iterations={max_iterations}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    scale = deviation * (log_noise / 2).exp()
+    weight = scale.new_zeros(len(scale), latents)
+    weight[:, : profile.rank] = profile.signal * (profile.values[: profile.rank] - 1).sqrt()
+    total = profile.value + 0.5 * len(scale) * math.log(2 * math.pi) + deviation.log().sum().item()
+    return _result(given, loc, _signed(scale[:, None] * weight), scale, -total)
+
+
+class _Profile(NamedTuple):
+    """Negative log-likelihood at log noise variances, the weight at its best; the first `rank` eigenpairs make it."""
+
+    value: float
+    gradient: Tensor
+    values: Tensor
+    vectors: Tensor
+    rank: int
+
+    @property
+    def signal(self) -> Tensor:
+        return self.vectors[:, : self.rank]
+
+    @property
+    def noise(self) -> Tensor:
+        return self.vectors[:, self.rank :]
+
+
+def _profile(correlation: Tensor, latents: int, log_noise: Tensor) -> _Profile:
+    shrink = (-log_noise / 2).exp()
+    values, vectors = _descending_eigh(correlation * shrink * shrink[:, None])
+    values = values.clamp_min(0)
+    rank = int((values[:latents] > 1).sum())  # a direction with less variance than the noise earns no weight
+    value = 0.5 * (log_noise.sum() + values[:rank].log().sum() + rank + values[rank:].sum())
+    gradient = 0.5 * (vectors[:, rank:] ** 2 @ (1 - values[rank:]))  # = ½ (Σᵢᵢ − Sᵢᵢ) / ψᵢ²
+    return _Profile(value.item(), gradient, values, vectors, rank)
+
+
+def _newton(
+    correlation: Tensor, latents: int, log_noise: Tensor, lower: float, tolerance: float, steps: int
+) -> tuple[_Profile, Tensor, float]:
+    """Projected Newton: features at the floor that would go below it are held, the others move."""
+    log_noise = log_noise.clamp(lower, 0)
+    now = _profile(correlation, latents, log_noise)
+    for step in range(steps + 1):
+        free = ((log_noise > lower) | (now.gradient < 0)).nonzero()[:, 0]
+        residual = 2 * now.gradient[free].abs().max().item() if len(free) else 0.0
+        if residual <= tolerance or step == steps:
+            break
+        direction = _newton_direction(now, free, min(0.1, residual))
+        # Far from the solution the quadratic is not to be trusted: no log variance moves by more than 2.
+        length = 1.0 / max(1.0, direction.abs().max().item() / 2)
+        # The eigenvalues carry a rounding error proportional to the largest one. A line search that did not allow for
+        # it would refuse the last, best steps.
+        slack = torch.finfo(torch.float64).eps * (abs(now.value) + len(log_noise) * now.values[0].item())
+        while length > 1e-10:
+            trial = (log_noise + length * direction).clamp(lower, 0)
+            new = _profile(correlation, latents, trial)
+            if new.value <= now.value + 1e-4 * (now.gradient @ (trial - log_noise)).item() + slack:
+                break
+            length /= 2
+        else:
+            break
+        log_noise, now = trial, new
+    return now, log_noise, residual
+
+
+def _newton_direction(at: _Profile, free: Tensor, accuracy: float) -> Tensor:
+    """Solve Hessian · direction = −gradient over the free features by conjugate gradients.
+
+    The Hessian has two parts. The first, ½ (UΘUᵀ) ∘ (UUᵀ) over the noise eigenvectors, is positive semi-definite and
+    cheap to factor; the second vanishes where the model fits exactly. So the first preconditions, and a handful of
+    products with the whole are enough; forming the whole would cost L D³.
+    """
+    signal, noise = at.signal, at.noise
+    top, rest = at.values[: at.rank], at.values[at.rank :]
+    first = 0.5 * ((noise * rest) @ noise.mT) * (noise @ noise.mT)
+    gap = (top - rest[:, None]).clamp_min(torch.finfo(torch.float64).eps * at.values[0])
+    mixing = (top + rest[:, None]) * (1 - rest[:, None]) / gap
+
+    def hessian(v: Tensor) -> Tensor:
+        v = torch.zeros_like(at.gradient).index_put((free,), v)
+        crossed = noise @ (mixing * (noise.mT @ (v[:, None] * signal)))
+        return (first @ v + 0.5 * (signal * crossed).sum(1))[free]
+
+    block = first[free][:, free]
+    block.diagonal().add_(1e-10 * block.diagonal().max())  # beyond Ledermann's bound the block is singular
+    factor = torch.linalg.cholesky(block)
+    residual = -at.gradient[free]
+    solution, target = torch.zeros_like(residual), accuracy * residual.norm()
+    search = scaled = torch.cholesky_solve(residual[:, None], factor)[:, 0]
+    inner = residual @ scaled
+    for step in range(len(free)):
+        image = hessian(search)
+        curvature = search @ image
+        if curvature <= 0:  # the quadratic has no minimum: go where it still falls
+            solution = search if step == 0 else solution
+            break
+        solution = solution + inner / curvature * search
+        residual = residual - inner / curvature * image
+        if residual.norm() <= target:
+            break
+        scaled = torch.cholesky_solve(residual[:, None], factor)[:, 0]
+        inner, previous = residual @ scaled, inner
+        search = scaled + inner / previous * search
+    return torch.zeros_like(at.gradient).index_put((free,), solution)
+
+
+def _starts(correlation: Tensor, latents: int, starts: int, seed: int) -> Iterator[Tensor]:
+    features = len(correlation)
+    yield correlation.new_zeros(features)
+    if starts > 1:
+        # A small ridge, because the correlation of few data has no inverse.
+        inverse = torch.linalg.inv(correlation + 1e-3 * torch.eye(features).to(correlation))
+        yield ((1 - latents / (2 * features)) / inverse.diagonal()).log()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(starts - 2):
+        yield (0.1 + 0.9 * torch.rand(features, generator=generator, dtype=torch.float64)).log().to(correlation)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance (divided by N) in float64, by blocks of rows so that no float64 copy of x is made."""
+    features, loc = x.shape[1], _mean(x)
+    covariance = loc.new_zeros(features, features)
+    for rows in x.split(_ROWS):
+        rows = _float64(rows) - loc
+        # The matrix is symmetric: only the blocks on and below the diagonal are worth a product.
+        for i in range(0, features, _COLUMNS):
+            covariance[i:, i : i + _COLUMNS].addmm_(rows[:, i:].mT, rows[:, i : i + _COLUMNS])
+    return loc, (covariance.tril() + covariance.tril(-1).mT) / len(x)
+
+
+def _mean(x: Tensor) -> Tensor:
+    loc = sum(_float64(rows).sum(0) for rows in x.split(_ROWS)) / len(x)
+    if not loc.isfinite().all():  # one bad entry spoils its mean, so x need not be read once more
+        raise ValueError("expected finite x, got NaN or infinite values")
+    return loc
+
+
+def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0), vectors.flip(1)
+
+
+def _signed(weight: Tensor) -> Tensor:
+    largest = weight.gather(0, weight.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -weight, weight)
+
+
+def _float64(x: Tensor) -> Tensor:
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)  # MPS has no float64
+
+
+def _result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelihood: float) -> Solution:
+    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    return Solution(*(t.to(dtype).to(like.device) for t in (loc, weight, scale)), log_likelihood)
+
+
+def _check_data(x: Tensor, latents: int) -> None:
+    if x.ndim != 2 or x.shape[0] < 2:
+        raise ValueError(f"expected x of shape (N, D) with N >= 2, got {tuple(x.shape)}")
+    _check_latents(latents, x.shape[1])
+
+
+def _check_latents(latents: int, features: int) -> None:
+    if not 1 <= latents < features:
+        raise ValueError(f"expected 1 <= latents < {features} (the number of features), got latents={latents}")
+
+
+def _check_constant(constant: Tensor) -> None:
+    if constant.any():
+        raise ValueError(
+            f"expected features that vary, got variance 0 in the features {constant.nonzero()[:, 0].tolist()}: the "
+            f"density is unbounded; drop them or dequantise the data"
+        )
+
+
+def _check_covariance(covariance: Tensor, latents: int) -> None:
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"expected a covariance of shape (D, D), got {tuple(covariance.shape)}")
+    _check_latents(latents, len(covariance))
+    if not covariance.isfinite().all():
+        raise ValueError("expected a finite covariance, got NaN or infinite values")
+    _check_constant(covariance.diagonal() == 0)
+    # Judged to the rounding of the dtype it came in, on the correlation scale, where 1 is the unit of every entry.
+    second = _float64(covariance)
+    rounding = len(second) * torch.finfo(covariance.dtype if covariance.is_floating_point() else torch.float64).eps
+    deviation = second.diagonal().abs().sqrt()
+    correlation = second / deviation / deviation[:, None]
+    smallest = torch.linalg.eigvalsh((correlation + correlation.mT) / 2)[0].item()
+    if (correlation - correlation.mT).abs().max() > 10 * rounding or smallest < -10 * rounding:
+        raise ValueError(
+            f"expected a symmetric positive semi-definite covariance, got one whose correlation matrix has "
+            f"{smallest:.3g} as its smallest eigenvalue, or is not symmetric"
+        )

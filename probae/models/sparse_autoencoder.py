@@ -1,0 +1,110 @@
+"""Sparse autoencoders: a heavy-tailed prior over the coefficients of a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from probae import likelihoods, priors
+from probae.likelihoods import Head
+from probae.models.amortised import Amortised
+from probae.posteriors import named
+from probae.recipe import recorded
+
+PRIORS: dict[str, Any] = {"laplace": priors.Laplace, "student_t": priors.StudentT, "exponential": priors.Exponential}
+
+
+@recorded
+class Dictionary(nn.Module):
+    """z -> D z + b with columns of unit length, so that a penalty on z cannot be escaped by growing D.
+
+    Shapes: (..., L) -> (..., features).
+    """
+
+    def __init__(self, latents: int, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    @property
+    def columns(self) -> Tensor:
+        """The dictionary D (features, L), each column of length 1."""
+        return F.normalize(self.weight, dim=0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """D z + b."""
+        return z @ self.columns.mT + self.bias
+
+
+@recorded
+class SparseAutoencoder(Amortised):
+    r"""A dictionary with unit columns and sparse codes: the L1 autoencoder at one end, a sparse VAE at the other.
+
+    .. math:: z_l \sim \text{Laplace}(0, 1/\lambda), \qquad x \mid z \sim N(D z + b, \sigma^2 I), \qquad \|d_l\| = 1
+
+    With a point guide the loss is squared error / 2σ² + λ‖z‖₁ with every constant, −L log(λ/2) among them; with a Normal
+    or Laplace guide it is an ELBO, a bound on log p(x). Shapes: z (..., L), x (..., D); L may exceed D.
+
+    Args:
+        features, latents: D and L.
+        hidden: widths of the encoder's hidden layers.
+        prior: ``"laplace"``, ``"student_t"``, or ``"exponential"``, which goes with ReLU codes.
+        rate: λ > 0.
+        learned_rate: whether λ is learned (the unit columns keep that bounded).
+        posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head.
+        likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
+            learned otherwise.
+        activation, encoder, decoder: as for `VAE`.
+
+    Raises:
+        ValueError: if a point guide meets a learned scale and at least as many latents as features: data copied without
+            error would send the scale to zero.
+
+    References: Olshausen & Field (1996), *Nature* 381; Tonolini, Jensen & Murray-Smith (2020).
+
+    Example:
+        >>> model = SparseAutoencoder(features=64, latents=128, rate=2.0)
+        >>> bool(torch.allclose(model.decoder.columns.norm(dim=0), torch.ones(128)))
+        True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        latents: int,
+        hidden: Sequence[int] | int = (),
+        *,
+        prior: str = "laplace",
+        rate: float = 1.0,
+        learned_rate: bool = False,
+        posterior: str | Head = "point",
+        likelihood: Head | None = None,
+        activation: str = "relu",
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ):
+        if prior not in PRIORS:
+            raise ValueError(f"prior: expected one of {sorted(PRIORS)}, got {prior!r}")
+        point = posterior == "point"
+        likelihood = likelihood if likelihood is not None else likelihoods.Normal(1.0 if point else "shared")
+        if point and latents >= features and getattr(likelihood, "learned", False):
+            raise ValueError(
+                f"a point guide with a learned scale needs fewer latents than features, got {latents} latents and "
+                f"{features} features: fix the scale, likelihoods.Normal(scale=1.0), or use posterior='laplace'"
+            )
+        if decoder is None and likelihood.width == 1:
+            decoder = Dictionary(latents, features)
+        code = named(posterior, positive=prior == "exponential")
+        p = PRIORS[prior](latents, rate=rate, learned=learned_rate)
+        super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder)
+
+    def initialise(self, x: Tensor) -> None:
+        """As for every autoencoder, but in the data's own scale: λ is per unit of z, and the columns have length 1."""
+        super().initialise(x)
+        unit = getattr(self.head, "unit", None)
+        if unit is not None:
+            unit.fill_(1.0)

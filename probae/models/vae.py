@@ -1,0 +1,56 @@
+"""Variational autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from probae import priors
+from probae.likelihoods import Head
+from probae.models.amortised import Amortised
+from probae.posteriors import named
+from probae.recipe import recorded
+
+
+@recorded
+class VAE(Amortised):
+    r"""A latent variable model with networks for the likelihood's and the posterior's parameters.
+
+    .. math:: z \sim p(z), \qquad x \mid z \sim p(x \mid \text{decoder}(z)), \qquad q(z \mid x) = q(z \mid \text{encoder}(x))
+
+    Shapes: z (..., L), x (..., D). Nats per datum. Trained by ``ELBO`` unless told otherwise.
+
+    Args:
+        features, latents: D and L.
+        hidden: widths of the encoder's hidden layers; the decoder's are the same, reversed. None: a linear VAE.
+        prior: any module whose call returns p(z); `probae.priors.Normal` by default.
+        likelihood: a head of `probae.likelihoods`; a Normal with one learned scale by default.
+        posterior: ``"normal"`` (mean field), ``"laplace"``, or a head.
+        activation: of the hidden layers.
+        encoder, decoder: networks of one's own instead, (..., D) -> (..., 2 L) and (..., L) -> (..., width · D).
+
+    References: Kingma & Welling (2014), *Auto-encoding variational Bayes*; Rezende, Mohamed & Wierstra (2014).
+
+    Example:
+        >>> model = VAE(features=64, latents=8, hidden=(128,))
+        >>> model.likelihood(model.prior().sample((5,))).mean.shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        latents: int,
+        hidden: Sequence[int] | int = (128,),
+        *,
+        prior: nn.Module | None = None,
+        likelihood: Head | None = None,
+        posterior: str | Head = "normal",
+        activation: str = "relu",
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ):
+        prior = prior if prior is not None else priors.Normal(latents)
+        code = named(posterior)
+        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder)

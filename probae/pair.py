@@ -1,0 +1,313 @@
+"""The contract: a pair of Pyro programs, a model p(x, z) and a guide q(z | x), that share a plate over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from probae.batches import Batch, as_batch, call, length
+from probae.passes import Passes
+from probae.traces import Layout, Traces, samples
+
+Program = Callable[..., Any]
+
+
+class Pair(Passes, nn.Module):
+    r"""A model p(x, z) and a guide q(z | x), both Pyro programs.
+
+    Two ways to write one. Around two functions, which may use ``pyro.module`` and ``pyro.param`` (their parameters are
+    kept here, never in Pyro's global store):
+
+        >>> pair = Pair(model, guide)  # doctest: +SKIP
+
+    or as a class with the callables ``prior() -> p(z)``, ``likelihood(z) -> p(x | z)`` and ``posterior(x) -> q(z | x)``
+    (and ``marginal() -> p(x)`` where it is tractable), from which the two programs follow:
+
+    .. math:: z \sim \text{prior}(), \quad x \mid z \sim \text{likelihood}(z); \qquad z \mid x \sim \text{posterior}(x).
+
+    Shapes: x (..., N, D), z (..., N, L), the data plate ``"data"`` at dimension −1; particles, K, further to the left.
+
+    Args:
+        model, guide: Pyro programs of a batch; a model whose marginal is known, or whose latents can be enumerated,
+            needs no guide.
+        owner: the object they belong to, whose parameters and callables the pair takes over.
+    """
+
+    #: the objective that `fit` takes when none is given
+    default_objective = "elbo"
+    #: the rightmost dimensions of x that make one event
+    event_dim = 1
+    # what a class may have; methods or modules, so that p(x | z) is written in one place
+    prior: Any
+    likelihood: Any
+    posterior: Any
+    marginal: Any
+    initialise: Any
+    maximum_likelihood: Any
+    _programs: dict[str, Any] | None = None
+    _owner: Any = None
+
+    def __init__(self, model: Program | None = None, guide: Program | None = None, owner: Any = None):
+        super().__init__()
+        self._layout: Layout | None = None
+        self._constraints: dict[str, constraints.Constraint] = {}
+        self.stored = nn.ParameterDict()
+        if model is None:
+            if type(self) is Pair:
+                raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
+            return
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program) and not (name == "guide" and program is None):
+                raise TypeError(f"Pair(model, guide): expected {name} to be callable, got {type(program).__name__}")
+        owner = owner if owner is not None else getattr(model, "__self__", None)
+        object.__setattr__(self, "_programs", {"model": model, "guide": guide})
+        object.__setattr__(self, "_owner", owner)
+        # registering the modules behind the programs lets parameters(), to() and train() reach them
+        behind = {
+            "owner": owner,
+            "model_program": model,
+            "guide_program": guide,
+            "guide_owner": getattr(guide, "__self__", 0),
+        }
+        if not isinstance(owner, nn.Module):
+            behind |= {f"owner_{name}": value for name, value in getattr(owner, "__dict__", {}).items()}
+        for name, module in behind.items():
+            if isinstance(module, nn.Module) and all(module is not known for known in self.children()):
+                self.add_module(name, module)
+        for name in ("prior", "likelihood", "posterior", "marginal", "initialise", "validate", "default_objective"):
+            if hasattr(owner, name):
+                object.__setattr__(self, name, getattr(owner, name))
+
+    # -- the two programs --------------------------------------------------------------------------------------------
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """The generative program; the standard one draws z from the prior and observes x under the likelihood."""
+        if self._programs is not None:
+            return self._programs["model"](*args, **kwargs)
+        (x,) = args
+        with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
+            if self.has("likelihood"):
+                pyro.sample("x", self.likelihood(pyro.sample("z", self.prior())), obs=x)
+            else:
+                pyro.sample("x", self.marginal(), obs=x)
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """The recognition program; the standard one draws z from the posterior head."""
+        if self._programs is not None:
+            return self._programs["guide"](*args, **kwargs)
+        (x,) = args
+        if self.has("posterior"):
+            with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
+                pyro.sample("z", self.posterior(x))
+
+    @property
+    def has_guide(self) -> bool:
+        """Whether there is a guide (a model without latents needs none, and its own is empty)."""
+        return self._programs is None or self._programs["guide"] is not None
+
+    def has(self, name: str) -> bool:
+        """Whether the pair has a callable of that name: prior, likelihood, posterior, marginal."""
+        return callable(getattr(self, name, None))
+
+    @property
+    def tractable(self) -> bool:
+        """Whether log p(x) is known in closed form."""
+        return self.has("marginal")
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        """log p(x) (N,), by the marginal."""
+        self.need("marginal")
+        return self.marginal().log_prob(x)
+
+    def need(self, *names: str) -> None:
+        """Raise a ValueError that says which of the callables is missing."""
+        missing = [name for name in names if not self.has(name)]
+        if missing:
+            raise ValueError(
+                f"this needs the pair's {' and '.join(missing)}(...), a callable that returns a distribution; "
+                f"{type(self if self._owner is None else self._owner).__name__} has "
+                "none: write the pair as a class with prior(), likelihood(z) and posterior(x)"
+            )
+
+    # -- its runs ----------------------------------------------------------------------------------------------------
+
+    def layout(self, batch: Batch) -> Layout:
+        """Where the sites lie; found by one run on a few rows and kept."""
+        if self._layout is None:
+            from probae.checks import lay_out  # checks runs pairs
+
+            self._layout = lay_out(self, batch)
+        return self._layout
+
+    def traces(self, batch: Batch, particles: int = 1, through: Callable[[Tensor], Tensor] | None = None) -> Traces:
+        """Run guide, then model at its draws, for K particles at once.
+
+        Args:
+            batch: N data.
+            particles: K.
+            through: applied to each draw before the model and the densities see it (identity in value).
+
+        Returns:
+            The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
+        """
+        layout = self.layout(batch)
+        together = layout.vectorised or particles == 1
+        each = particles if together else 1
+        runs = [self._run(batch, layout, each, through) for _ in range(1 if together else particles)]
+        return Traces(runs, layout, particles, _rows(runs[0], layout, batch))
+
+    def replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
+        """Run the model alone, at given values (K, N, ...) of its latents."""
+        layout = self.layout(batch)
+        guide = poutine.Trace()
+        model = self.run(self.model, batch, particles, layout, poutine.condition, data=values)
+        for name in values:
+            model.nodes[name]["is_observed"] = False
+        return Traces([(guide, model)], layout, particles, length(batch))
+
+    def _run(
+        self, batch: Batch, layout: Layout, particles: int, through: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Any, Any]:
+        guide = self.run(self.guide, batch, particles, layout) if self.has_guide else poutine.Trace()
+        if through is not None:
+            for site in samples(guide):
+                if not site["is_observed"] and site["value"].requires_grad:
+                    site["value"] = through(site["value"])
+        return guide, self.run(self.model, batch, particles, layout, poutine.replay, trace=guide)
+
+    def run(
+        self, program: Program, batch: Batch, particles: int, layout: Layout | None, handler: Any = None, **options: Any
+    ) -> Any:
+        """Trace one program under a particle plate to the left of its own plates; parameters come from this pair."""
+
+        def vectorised() -> None:
+            if particles == 1 or layout is None:
+                call(program, batch)
+            else:
+                with pyro.plate("probae.particles", particles, dim=-1 - layout.nesting):
+                    call(program, batch)
+
+        handled = handler(vectorised, **options) if handler is not None else vectorised
+        with _Parameters(self):
+            return poutine.trace(handled).get_trace()
+
+    # -- its data ----------------------------------------------------------------------------------------------------
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Check a batch's shape against the number of features, where the pair has one.
+
+        Raises:
+            ValueError: with the shape that was expected and the one that came.
+        """
+        features = getattr(self, "features", None)
+        if features is None:
+            return
+        if len(args) != 1 or kwargs:
+            raise ValueError(f"site 'x': expected one array (N, {features}), got a batch of {len(args) + len(kwargs)}")
+        if args[0].dim() != 2 or args[0].shape[1] != features:
+            raise ValueError(f"site 'x': expected data of shape (N, {features}), got {tuple(args[0].shape)}")
+
+    def as_data(self, x: Any) -> Tensor:
+        """One array (N, D) as a tensor of the pair's dtype and device, its shape and finiteness checked."""
+        batch = as_batch(x, self.dtype, self.device)
+        self.validate(*(batch if isinstance(batch, tuple) else (batch,)))
+        if not isinstance(batch, Tensor) or not torch.isfinite(batch).all():
+            raise ValueError("site 'x': expected one array of finite numbers, got NaN, an infinity, or several arrays")
+        return batch
+
+    # -- its parameters ----------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str, init: Any = None, constraint: Any = constraints.real) -> Tensor:
+        """The value of a ``pyro.param`` statement, kept in this pair and not in the process's store."""
+        key = name.replace(".", "/")
+        if isinstance(init, nn.Parameter):
+            if all(init is not known for known in self.parameters()):
+                self.stored[key] = init
+            return init
+        if key not in self.stored:
+            if init is None:
+                raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
+            value = torch.as_tensor(init() if callable(init) else init).detach()
+            self.stored[key] = nn.Parameter(transform_to(constraint).inv(value).clone())
+        return transform_to(self._constraints.setdefault(key, constraint))(self.stored[key])
+
+    def _reference(self) -> Tensor:
+        tensors = [*self.parameters(), *self.buffers()]
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the parameters."""
+        return self._reference().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self._reference().device
+
+
+class _Parameters(Messenger):
+    """Answers ``pyro.param`` and ``pyro.module`` from a pair, so that the global store stays empty."""
+
+    def __init__(self, pair: Pair):
+        super().__init__()
+        self.pair = pair
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, init = (*msg["args"], None)[:2]
+        msg["value"] = self.pair.parameter(name, init, msg["kwargs"].get("constraint", constraints.real))
+        msg["done"] = msg["stop"] = True
+
+
+def _rows(run: tuple[Any, Any], layout: Layout, batch: Batch) -> int:
+    """The size of the data plate, smaller than N where the programs subsample."""
+    for site in run[1].nodes.values():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.dim == layout.data_dim:
+                return frame.size
+    return length(batch)
+
+
+def as_pair(model: Any) -> Pair:
+    """Any object with ``model`` and ``guide`` programs, as a `Pair`.
+
+    Raises:
+        TypeError: if the object has no ``model``.
+    """
+    if isinstance(model, Pair):
+        return model
+    if hasattr(model, "history") and isinstance(getattr(model, "model", None), nn.Module):
+        return as_pair(model.model)  # what fit returned
+    if callable(getattr(model, "model", None)):
+        return Pair(model.model, getattr(model, "guide", None), owner=model)
+    raise TypeError(
+        f"expected a model of probae, probae.Pair(model, guide), or an object with `model` and `guide` programs; "
+        f"got {type(model).__name__}"
+    )
+
+
+def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Tensor:
+    """Draw n data from a model; see `Pair.sample`."""
+    return as_pair(model).sample(n, like=like, seed=seed)
+
+
+def encode(model: Any, x: Any) -> Any:
+    """The posterior means of the latents at data x; see `Pair.encode`."""
+    return as_pair(model).encode(x)
+
+
+def decode(model: Any, z: Any) -> Tensor:
+    """The mean of x given latents z; see `Pair.decode`."""
+    return as_pair(model).decode(z)
+
+
+def reconstruct(model: Any, x: Any) -> Tensor:
+    """The mean of x given the posterior means of its latents; see `Pair.reconstruct`."""
+    return as_pair(model).reconstruct(x)

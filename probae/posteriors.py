@@ -1,0 +1,52 @@
+"""Posterior heads: modules that turn an encoder's output into the distribution q(z | x) of L latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from probae.likelihoods import Head, Laplace, Normal
+from probae.recipe import recorded
+
+
+@recorded
+class Point(Head):
+    """A point mass at the code: q has no density, and what trains is a penalised reconstruction error, no bound.
+
+    Args:
+        positive: whether codes pass a ReLU first, z >= 0.
+    """
+
+    def __init__(self, positive: bool = False):
+        super().__init__()
+        self.positive = positive
+
+    def forward(self, output: Tensor) -> Any:
+        code = torch.relu(output) if self.positive else output
+        return dist.Delta(code, event_dim=1, validate_args=False)
+
+
+def named(posterior: str | Head, positive: bool = False) -> Head:
+    """A posterior head by its name, ``"point"``, ``"normal"`` or ``"laplace"``, or the head itself.
+
+    Raises:
+        ValueError: if the name is unknown, or the codes must be positive and the head's are not.
+    """
+    heads: dict[str, Any] = {
+        "point": lambda: Point(positive),
+        "normal": lambda: Normal("predicted"),
+        "laplace": lambda: Laplace("predicted"),
+    }
+    if isinstance(posterior, str) and posterior not in heads:
+        raise ValueError(f"posterior: expected one of {sorted(heads)} or a head, got {posterior!r}")
+    if positive and posterior in {"normal", "laplace"}:
+        raise ValueError(
+            f"a {posterior!r} guide draws negative codes, outside the support z >= 0 of the prior: use 'point', or a "
+            "prior on the real line"
+        )
+    if not isinstance(posterior, str | Head):
+        raise TypeError(f"posterior: expected a name or a head, got {type(posterior).__name__}")
+    return heads[posterior]() if isinstance(posterior, str) else posterior

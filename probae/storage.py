@@ -1,0 +1,172 @@
+"""Models on disk: a folder with ``model.json``, how it was built, and ``model.safetensors``, its tensors. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probae.pair import Pair, as_pair
+
+FORMAT = 1
+_JSON, _TENSORS = "model.json", "model.safetensors"
+
+
+def save(model: Any, folder: str | os.PathLike[str]) -> Path:
+    """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads.
+
+    A model of probae is rebuilt from its arguments; of any other class, or one that holds networks of a user's own, the
+    tensors alone are kept, and loading needs ``into=``.
+
+    Args:
+        model: a torch module with the tensors (a model of ours, a class of the user's, a `Pair`), or a `Run`.
+        folder: made if it is not there; an earlier model in it is replaced.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        TypeError: if the model is no torch module.
+
+    Example:
+        >>> import tempfile, probae
+        >>> folder = save(probae.PPCA(features=4, latents=2), tempfile.mkdtemp())
+        >>> load(folder).latents
+        2
+    """
+    from safetensors.torch import save as serialise
+
+    import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
+    from probae.recipe import to_json
+
+    module = _module(model)
+    try:
+        recipe = to_json(module)
+    except TypeError:
+        recipe = None
+    names = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    tensors = serialise(names)
+    described = {
+        "format": FORMAT,
+        "class": type(module).__name__,
+        "recipe": recipe,
+        "sha256": hashlib.sha256(tensors).hexdigest(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / _TENSORS, tensors)
+    _write(folder / _JSON, (json.dumps(described, indent=2) + "\n").encode())
+    return folder
+
+
+def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
+    """Read a model that `save` wrote; its evidence is then bit-equal at the same seed.
+
+    Args:
+        folder: what `save` was given.
+        into: a model of the same class and sizes to read the tensors into: needed for classes that are not probae's.
+
+    Returns:
+        The model, in eval mode: ``into`` itself where it was given.
+
+    Raises:
+        FileNotFoundError: if the folder or a file is not there.
+        ValueError: if a file is damaged, truncated or foreign, or the tensors do not fit ``into``, naming the first.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialise
+
+    import probae.models
+    import probae.transforms  # noqa: F401 - registers the classes that can be rebuilt
+    from probae.recipe import from_json
+
+    folder = Path(folder)
+    for name in (_JSON, _TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no model in {folder}: expected the files {_JSON} and {_TENSORS}, {name} is missing"
+            )
+    try:
+        described = json.loads((folder / _JSON).read_bytes())
+        if not isinstance(described, dict) or not {"format", "recipe", "sha256"} <= set(described):
+            raise ValueError("expected the keys 'format', 'recipe' and 'sha256'")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / _JSON} is damaged, or no model of probae's: {error}") from error
+    if described["format"] != FORMAT:
+        raise ValueError(f"{folder / _JSON} has format {described['format']!r}; this version of probae reads {FORMAT}")
+    raw = (folder / _TENSORS).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != described["sha256"]:
+        raise ValueError(f"{folder / _TENSORS} is damaged, or belongs to another {_JSON}: its checksum differs")
+    try:
+        tensors = deserialise(raw)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / _TENSORS} is no safetensors file: {error}") from error
+
+    if into is not None:
+        module = _module(into)
+    elif described["recipe"] is None:
+        raise ValueError(
+            f"{folder} holds the tensors of a {described.get('class', 'class')!r}, which is not probae's to build: make the "
+            "model yourself and give it as into="
+        )
+    else:
+        try:
+            module = from_json(described["recipe"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / _JSON}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"{folder / _JSON}: the recipe is of no model")
+    _read_into(module, tensors, folder)
+    module.eval()
+    return into if into is not None else module
+
+
+def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    for name, tensor in tensors.items():
+        # plain programs declare their parameters as they run; a fresh pair takes them from the file
+        if name.startswith("stored.") and isinstance(module, Pair) and name not in module.state_dict():
+            module.stored[name.removeprefix("stored.")] = nn.Parameter(tensor)
+    own = module.state_dict()
+    if missing := sorted(set(own) - set(tensors)):
+        raise ValueError(f"{folder}: the model has a tensor {missing[0]!r} that the file lacks ({len(missing)} in all)")
+    if extra := sorted(set(tensors) - set(own)):
+        raise ValueError(f"{folder}: the file has a tensor {extra[0]!r} that the model lacks ({len(extra)} in all)")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{folder}: {name!r}: expected shape {tuple(own[name].shape)}, the file has {tuple(tensor.shape)}"
+            )
+    floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(floating) == 1:
+        module.to(dtype=floating.pop())
+    module.load_state_dict(tensors)
+
+
+def _module(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(getattr(model, "model", None), nn.Module):
+        return model.model  # a Run
+    if callable(getattr(model, "model", None)):
+        return as_pair(model)
+    raise TypeError(f"expected a model, got {type(model).__name__}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside the file and rename, so that no reader ever sees half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,94 @@
+"""Where minibatches come from: arrays in memory, or a torch Dataset or DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from probae.batches import Batch, as_batch, length, rows_at
+
+
+class Source:
+    """An endless stream of minibatches, in an order that follows from a seed."""
+
+    #: the number of data
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def passes(self) -> Iterator[Batch]:
+        """All of the data once, in blocks: what is checked before the first step."""
+        raise NotImplementedError
+
+
+class InMemory(Source):
+    """Arrays on the device, shuffled there anew in each pass; a last, smaller batch is completed from the next pass."""
+
+    def __init__(self, batch: Batch, batch_size: int, seed: int):
+        self.batch, self.size = batch, length(batch)
+        self.batch_size = min(batch_size, self.size)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(order) < self.batch_size:
+                order = torch.cat([order, torch.randperm(self.size, generator=self.generator)])
+            index, order = order[: self.batch_size], order[self.batch_size :]
+            yield rows_at(self.batch, index)
+
+    def passes(self) -> Iterator[Batch]:
+        yield self.batch
+
+
+class Streamed(Source):
+    """The batches of a DataLoader, again and again."""
+
+    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype, device: torch.device):
+        self.loader, self.dtype, self.device = loader, dtype, device
+        try:
+            self.size = len(loader.dataset)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(
+                "the data set has no length: training needs N, the number of data, to weigh what all data share"
+            ) from error
+        if self.size == 0:
+            raise ValueError("the data set is empty: expected N >= 1 data")
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield from self.passes()
+
+    def passes(self) -> Iterator[Batch]:
+        empty = True
+        for item in self.loader:
+            empty = False
+            # default_collate gives lists for tuples
+            yield as_batch(tuple(item) if isinstance(item, list) else item, self.dtype, self.device)
+        if empty:
+            raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
+
+
+def source(data: Any, batch_size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Source:
+    """The minibatches of arrays, a Dataset or a DataLoader (whose own batch size and order then hold).
+
+    Raises:
+        TypeError, ValueError: if ``data`` is none of these, or empty.
+    """
+    if isinstance(data, DataLoader):
+        return Streamed(data, dtype, device)
+    if isinstance(data, TensorDataset):
+        leaves: tuple[Tensor, ...] = data.tensors
+        return InMemory(as_batch(leaves if len(leaves) > 1 else leaves[0], dtype, device), batch_size, seed)
+    if isinstance(data, Dataset):
+        generator = torch.Generator().manual_seed(seed)
+        loader: DataLoader[Any] = DataLoader(
+            data, batch_size, shuffle=True, generator=generator, collate_fn=default_collate
+        )
+        return Streamed(loader, dtype, device)
+    return InMemory(as_batch(data, dtype, device), batch_size, seed)

@@ -1,0 +1,324 @@
+"""The loop: one objective, one optimizer, minibatches, a record of what happened."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from probae.batches import Batch, call
+from probae.checks import check
+from probae.objectives import Objective, named
+from probae.pair import Pair, as_pair
+from probae.seeding import seeded
+from probae.training.data import InMemory, Source, source
+from probae.training.watch import Watch
+
+if TYPE_CHECKING:
+    import pandas
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(repr=False)
+class Run:
+    """What `fit` returns.
+
+    Attributes:
+        model: the trained model, the very object that was given, in eval mode.
+        objective: the objective it was trained on.
+        records: what was recorded, a dict per record; `history` has them as a frame.
+        watched: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"`` or ``"objective"``, or None.
+        best_step: the step whose parameters were kept, where validation data were given.
+        stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
+    """
+
+    model: Any
+    objective: Objective
+    records: list[dict[str, float]] = field(default_factory=list)
+    watched: str | None = None
+    best_step: int | None = None
+    stopped: str = "steps"
+
+    @property
+    def history(self) -> pandas.DataFrame:
+        """A row per recorded step: ``step``, ``loss`` (its mean since the row before), ``validation``, ``seconds``."""
+        import pandas
+
+        return pandas.DataFrame(self.records, columns=["step", "loss", "validation", "seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the training steps, validation included."""
+        return self.records[-1]["seconds"] if self.records else 0.0
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return f"<Run of {type(self.model).__name__}: no step recorded, stopped by {self.stopped}>"
+        last = self.records[-1]
+        best = ""
+        if self.watched is not None and self.best_step is not None:
+            value = max(r["validation"] for r in self.records)
+            best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
+        return (
+            f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "
+            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}>"
+        )
+
+
+def fit(
+    model: Any,
+    data: Any,
+    *,
+    validation: Any = None,
+    objective: Objective | str | None = None,
+    steps: int = 5_000,
+    batch_size: int = 128,
+    lr: float | dict[str, float] = 1e-3,
+    optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
+    scheduler: str | Callable[[torch.optim.Optimizer], Any] | None = None,
+    clip: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    every: int | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
+    progress: bool = True,
+) -> Run:
+    """Train a model in place, by stochastic variational inference.
+
+    Pair and data are checked before the first step. With ``validation``, the bound named in ``run.watched`` is evaluated
+    at every record, and the parameters of the best record are the ones kept. Ctrl-C ends training and returns the run.
+
+    Args:
+        model: a model, a pair, or an object with ``model`` and ``guide``.
+        data: a tensor, array, DataFrame, tuple or dict of these, a torch ``Dataset`` or a ``DataLoader``.
+        validation: data of the same form, for early stopping.
+        objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
+        steps, batch_size: optimizer steps, and data in each.
+        lr: the learning rate, or ``{"model": ..., "objective": ...}`` where the objective has parameters too.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, or a function of parameter groups.
+        scheduler: ``"cosine"`` (from lr to 0 over the steps), or a function optimizer -> scheduler, stepped at each step.
+        clip: the largest norm of the gradient.
+        seed: of the order of the data and of every draw. The same seed gives the same bits on the CPU.
+        device: ``"auto"`` takes a GPU where there is one.
+        every: steps between records; by default a fiftieth of all.
+        patience: records without a better validation value after which training stops.
+        callbacks: functions of the run, called at every record; one that returns True ends training.
+        progress: whether to show a bar with loss, bound and speed.
+
+    Returns:
+        `Run`, with ``run.model`` and ``run.history``.
+
+    Raises:
+        ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
+        FloatingPointError: if the loss is not finite, naming the step.
+
+    Example:
+        >>> import probae
+        >>> run = fit(probae.VAE(features=4, latents=2), torch.randn(100, 4), steps=10, progress=False)
+        >>> len(run.history)
+        10
+    """
+    steps, batch_size = _whole("steps", steps), _whole("batch_size", batch_size)
+    every = max(1, steps // 50) if every is None else _whole("every", every)
+    if patience is not None and (_whole("patience", patience) and validation is None):
+        raise ValueError("patience: early stopping needs validation data")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a positive norm, got {clip!r}")
+
+    pair = as_pair(model)
+    goal = named(objective, pair)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    pair.to(where)
+    stream = source(data, batch_size, seed, pair.dtype, where)
+    with seeded(seed, where):
+        _prepare(pair, stream)
+        goal.to(device=where)
+        watch = None
+        if validation is not None:
+            watch = Watch(pair, _gather(validation, pair, where), goal, particles=8, seed=seed)
+        groups = _groups(pair, goal, lr)
+        maker = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+        if maker is None:
+            raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
+        chosen = maker(groups)
+        run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
+        loop = _Loop(pair, goal, chosen, _scheduler(scheduler, chosen, steps), clip, stream, watch, run)
+        loop.go(steps, every, patience, callbacks, progress)
+    pair.eval()
+    return run
+
+
+class _Loop:
+    def __init__(
+        self,
+        pair: Pair,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        clip: float | None,
+        stream: Source,
+        watch: Watch | None,
+        run: Run,
+    ):
+        self.pair, self.objective, self.optimizer, self.scheduler = pair, objective, optimizer, scheduler
+        self.clip, self.stream, self.watch, self.run = clip, stream, watch, run
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.step = torch.zeros((), device=pair.device)
+        self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
+
+    def go(
+        self,
+        steps: int,
+        every: int,
+        patience: int | None,
+        callbacks: Sequence[Callable[[Run], Any]],
+        progress: bool,
+    ) -> None:
+        start, total, count = time.perf_counter(), torch.zeros((), device=self.pair.device), 0
+        with _bar(steps, progress) as bar:
+            try:
+                for number, batch in zip(range(1, steps + 1), self.stream, strict=False):
+                    self.pair.train()
+                    loss = self.update(batch)
+                    if loss.device.type == "cpu" and not torch.isfinite(loss):
+                        raise FloatingPointError(_not_finite(loss, number))
+                    total, count = total + loss, count + 1
+                    if number % every == 0 or number == steps:
+                        mean = float(total) / count
+                        if not math.isfinite(mean):  # a GPU is asked only when it is recorded anyway
+                            raise FloatingPointError(_not_finite(total, number))
+                        self.record(number, mean, start)
+                        bar.set_postfix(self.shown())
+                        total, count = torch.zeros_like(total), 0
+                        asked = [callback(self.run) for callback in callbacks]
+                        if self.ended(patience) or True in asked:
+                            self.run.stopped = "patience" if self.ended(patience) else "callback"
+                            break
+                    bar.update()
+            except KeyboardInterrupt:
+                self.run.stopped = "interrupted"
+        if self.best[1]:
+            self.pair.load_state_dict(self.best[1])
+
+    def update(self, batch: Batch) -> Tensor:
+        """One step of the optimizer; returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.objective(self.pair, batch, self.stream.size, self.step)
+        loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+        return loss.detach()
+
+    def record(self, number: int, loss: float, start: float) -> None:
+        """Add a row to the history; keep the parameters if they are the best so far."""
+        row = {"step": number, "loss": loss, "validation": math.nan}
+        if self.watch is not None:
+            row["validation"] = value = self.watch(self.step)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the validation {self.watch.kind} is {value} at step {number}")
+            if value > self.best[0]:
+                self.best = value, copy.deepcopy(self.pair.state_dict())
+                self.run.best_step = number
+        row["seconds"] = time.perf_counter() - start
+        self.run.records.append(row)
+
+    def ended(self, patience: int | None) -> bool:
+        """Whether the validation value has not improved for so many records."""
+        since = sum(1 for r in self.run.records if r["step"] > (self.run.best_step or 0))
+        return patience is not None and since >= patience
+
+    def shown(self) -> dict[str, str]:
+        """What the bar shows."""
+        last = self.run.records[-1]
+        shown = {"loss": f"{last['loss']:.3f}"}
+        return shown if self.watch is None else shown | {self.watch.kind: f"{last['validation']:.3f}"}
+
+
+def _prepare(pair: Pair, stream: Source) -> None:
+    """Let the model look at the data for its start, then check all of them; lazily made parameters exist afterwards."""
+    initialise = getattr(pair, "initialise", None)
+    for i, batch in enumerate(stream.passes()):
+        if i == 0:
+            call(pair.validate, batch)
+            if callable(initialise) and isinstance(batch, Tensor) and torch.isfinite(batch).all():
+                with torch.no_grad():
+                    initialise(batch)
+        check(pair, batch)
+
+
+def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
+    stream = source(data, 4096, 0, pair.dtype, device)
+    if isinstance(stream, InMemory):
+        return stream.batch
+    blocks = list(stream.passes())
+    if isinstance(blocks[0], Tensor):
+        return torch.cat(blocks)  # type: ignore[arg-type]
+    keys = blocks[0].keys() if isinstance(blocks[0], dict) else range(len(blocks[0]))
+    joined: Any = {key: torch.cat([block[key] for block in blocks]) for key in keys}  # type: ignore[call-overload, index]
+    return joined if isinstance(blocks[0], dict) else tuple(joined.values())
+
+
+def _groups(pair: Pair, objective: Objective, lr: float | dict[str, float]) -> list[dict[str, Any]]:
+    rates = lr if isinstance(lr, dict) else {"model": lr, "objective": lr}
+    if unknown := set(rates) - {"model", "objective"}:
+        raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(unknown)}")
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(f"lr: expected a positive number, got {rate!r} for {name!r}")
+    groups = []
+    for name, module in (("model", pair), ("objective", objective)):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if parameters:
+            if name not in rates:
+                raise ValueError(f"lr: no learning rate for {name!r}, which has parameters; got {sorted(rates)}")
+            groups.append({"params": parameters, "lr": rates[name], "name": name})
+    if not groups or groups[0]["name"] != "model":
+        raise ValueError(
+            "the pair has no parameters to train: plain programs declare theirs by pyro.module('name', network) or "
+            "pyro.param('name', value)"
+        )
+    return groups
+
+
+def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    if scheduler is None or callable(scheduler):
+        return scheduler(optimizer) if scheduler is not None else None
+    if scheduler == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    raise ValueError(f"scheduler: expected None, 'cosine' or a function of the optimizer, got {scheduler!r}")
+
+
+def _bar(steps: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True)
+
+
+def _not_finite(loss: Tensor, number: int) -> str:
+    return f"the loss is {float(loss)} at step {number}: try a smaller lr, clip=10.0, or a floor under the likelihood's scale"
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.model if isinstance(model, Run) else model

@@ -1,0 +1,38 @@
+"""What early stopping watches: a bound on log p(x) where there is one, else the objective, and it says which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.batches import Batch, length
+from probae.checks import check, quiet
+from probae.evidence.exact import exact
+from probae.evidence.importance import elbo, no_bound
+from probae.objectives import Objective
+from probae.pair import Pair
+
+
+class Watch:
+    """The mean over validation data of ``kind``: ``"log p(x)"``, ``"elbo"`` or ``"objective"`` (minus the loss). Nats.
+
+    The draws follow from a seed that stays the same, so that two steps differ by their parameters alone.
+    """
+
+    def __init__(self, pair: Pair, batch: Batch, objective: Objective, particles: int, seed: int):
+        self.pair, self.batch, self.objective, self.particles, self.seed = pair, batch, objective, particles, seed
+        self.layout = check(pair, batch)
+        bounded = no_bound(self.layout) is None and (pair.has_guide or not self.layout.latents)
+        self.kind = "log p(x)" if pair.tractable else "elbo" if bounded else "objective"
+
+    def __call__(self, step: Tensor) -> float:
+        """Its value now; higher is better."""
+        if self.kind == "log p(x)":
+            return exact(self.pair, self.batch, self.layout).mean
+        if self.kind == "elbo":
+            return elbo(self.pair, self.batch, self.layout, self.particles, self.seed).mean
+        with quiet(self.pair, self.seed), torch.no_grad():
+            value: Any = self.objective(self.pair, self.batch, length(self.batch), step)
+        return -float(value)

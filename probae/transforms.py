@@ -1,0 +1,286 @@
+"""Pairs around pairs: the same data for all, so that a model of transformed values is compared on the original ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from probae.batches import as_batch
+from probae.distributions import Truncation
+from probae.nn import moments
+from probae.pair import Pair, as_pair
+from probae.recipe import recorded
+from probae.seeding import seeded
+
+
+class _Around(Pair):
+    """A pair whose programs are those of an inner one at values made from x."""
+
+    def __init__(self, pair: Any):
+        super().__init__()
+        self.inner = as_pair(pair)
+        self.depth: int = getattr(self.inner, "depth", 0) + 1
+        self.default_objective = self.inner.default_objective
+        features = getattr(self.inner, "features", None)
+        if features is not None:
+            self.features = features
+
+    @property
+    def has_guide(self) -> bool:
+        """Whether the inner pair has one."""
+        return self.inner.has_guide
+
+    def parameter(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Parameters of plain programs stay in the inner pair."""
+        return self.inner.parameter(*args, **kwargs)
+
+    def _rows(self, x: Tensor) -> Any:
+        # a plate of its own name: the inner programs open theirs; both lie along the data axis
+        return pyro.plate(f"data_{self.depth}", x.shape[-1 - self.event_dim], dim=-1)
+
+    def decode(self, z: Any) -> Tensor:
+        """The mean of the inner pair's x given latents z, mapped back."""
+        return self._back(self.inner.decode(z))
+
+    def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
+        """Draws of the inner pair, mapped back."""
+        if like is not None:
+            like = self._forth(torch.as_tensor(like))
+        return self._back(self.inner.sample(n, like=like, seed=seed))
+
+    def reconstruct(self, x: Any) -> Tensor:
+        """The inner pair's reconstruction, mapped back."""
+        return self._back(self.inner.reconstruct(self._forth(self.as_data(x))))
+
+    def encode(self, x: Any) -> Any:
+        """The inner pair's codes."""
+        return self.inner.encode(self._forth(self.as_data(x)))
+
+    def _forth(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _back(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@recorded
+class Dequantised(_Around):
+    r"""A density of continuous values as a mass of counts: uniform noise is one more latent.
+
+    .. math:: P(x) = \int_{[0,1)^D} p(x + u)\, du, \qquad u \sim U[0, 1)^D, \quad x = \lfloor x + u \rfloor
+
+    Averaging p, not log p, over draws of u estimates P(x) without bias, so a bound from K particles is a lower bound on
+    log P(x), for a model with an exact density too. Shapes as for the inner pair; x holds whole numbers.
+
+    Args:
+        pair: a pair on continuous data.
+
+    Reference: Theis, van den Oord & Bethge (2016), *A note on the evaluation of generative models*.
+
+    Example:
+        >>> import probae
+        >>> model = Dequantised(probae.PPCA(features=4, latents=1))
+        >>> probae.log_evidence(model, torch.zeros(3, 4), particles=10).bound
+        'lower'
+    """
+
+    measure = "mass"
+
+    def model(self, x: Tensor) -> None:
+        """u ~ U[0, 1); x + u under the inner model; x the whole number below it."""
+        with self._rows(x):
+            y = x + pyro.sample("u", self._noise(x))
+            pyro.sample("counts", Truncation(y.shape[:-1], y.shape[-1:]), obs=x)
+        self.inner.model(y)
+
+    def guide(self, x: Tensor) -> None:
+        """u ~ U[0, 1); the inner guide at x + u."""
+        with self._rows(x):
+            y = x + pyro.sample("u", self._noise(x))
+        if self.inner.has_guide:
+            self.inner.guide(y)
+
+    @property
+    def has_guide(self) -> bool:
+        """Always: the noise is drawn by it."""
+        return True
+
+    def initialise(self, x: Tensor) -> None:
+        """The inner pair's start, at the middles of the bins."""
+        if self.inner.has("initialise"):
+            self.inner.initialise(x + 0.5)
+
+    def maximum_likelihood(self, x: Any, seed: int = 0) -> Dequantised:
+        """The inner model's, on data with noise added once; returns the pair."""
+        x = self.inner.as_data(x)
+        with seeded(seed, x.device):
+            self.inner.maximum_likelihood(x + torch.rand_like(x))
+        return self.eval()
+
+    @staticmethod
+    def _noise(x: Tensor) -> Any:
+        zero = torch.zeros_like(x)
+        return dist.Uniform(zero, zero + 1, validate_args=False).to_event(1)
+
+    def _forth(self, x: Tensor) -> Tensor:
+        return x + 0.5
+
+    def _back(self, y: Tensor) -> Tensor:
+        return y - 0.5
+
+    def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
+        """Draws of the inner pair, rounded down."""
+        return (super().sample(n, like, seed) + 0.5).floor()
+
+
+class Transform(nn.Module):
+    """An invertible map of data: ``forward(x)`` gives y (..., D) and log |det dy/dx| (...), ``inverse(y)`` gives x."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x from y."""
+        raise NotImplementedError
+
+
+@recorded
+class Affine(Transform):
+    """y = (x − loc) / scale for each feature: standardised data.
+
+    Args:
+        loc, scale: (D,) or numbers; scales must be positive.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Any, scale: Any):
+        super().__init__()
+        self.register_buffer("loc", torch.as_tensor(loc, dtype=torch.get_default_dtype()).clone())
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.get_default_dtype()).clone())
+        if not (self.scale > 0).all():
+            raise ValueError(f"scale: expected positive numbers, got a least one of {float(self.scale.min()):g}")
+
+    @classmethod
+    def standardising(cls, x: Any) -> Affine:
+        """The map to mean 0 and variance 1 of data (N, D)."""
+        batch = as_batch(x, torch.get_default_dtype())
+        if not isinstance(batch, Tensor) or batch.dim() != 2:
+            raise ValueError("standardising: expected one array (N, D)")
+        return cls(*moments(batch))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_det = -self.scale.log().expand(x.shape[-1]).sum()
+        return (x - self.loc) / self.scale, log_det.expand(x.shape[:-1])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x = loc + scale y."""
+        return self.loc + self.scale * y
+
+
+@recorded
+class Logit(Transform):
+    r"""y = logit(a + (1 − 2a) (x − low) / (high − low)): values of an interval onto the real line.
+
+    Args:
+        low, high: the ends of the interval.
+        margin: a, which keeps the ends of the interval finite.
+    """
+
+    def __init__(self, low: float = 0.0, high: float = 1.0, margin: float = 1e-6):
+        super().__init__()
+        if not (low < high and 0 <= margin < 0.5):
+            raise ValueError(f"expected low < high and 0 <= margin < 0.5, got {low}, {high}, {margin}")
+        self.low, self.high, self.margin = float(low), float(high), float(margin)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        slope = (1 - 2 * self.margin) / (self.high - self.low)
+        p = self.margin + slope * (x - self.low)
+        log_det = torch.log(torch.full_like(p, slope)) - p.log() - torch.log1p(-p)
+        return torch.logit(p), log_det.sum(-1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x from y."""
+        return self.low + (torch.sigmoid(y) - self.margin) * (self.high - self.low) / (1 - 2 * self.margin)
+
+
+@recorded
+class Transformed(_Around):
+    r"""A pair on transformed data as a pair on the original data: the log-determinant joins the weights.
+
+    .. math:: \log p_X(x) = \log p_Y(T(x)) + \log |\det \partial T / \partial x|
+
+    Args:
+        pair: a pair on y = T(x).
+        transform: a `Transform`, or several, applied in turn.
+
+    Example:
+        >>> import probae
+        >>> pair = Transformed(probae.PPCA(features=4, latents=1), Affine(loc=2.0, scale=3.0))
+        >>> probae.log_evidence(pair, torch.zeros(3, 4)).bound
+        'exact'
+    """
+
+    def __init__(self, pair: Any, transform: Transform | Sequence[Transform]):
+        super().__init__(pair)
+        steps = [transform] if isinstance(transform, nn.Module) else list(transform)
+        if not steps or not all(isinstance(step, Transform) for step in steps):
+            raise TypeError(f"transform: expected transforms of probae.transforms, got {transform!r}")
+        self.steps = nn.ModuleList(steps)
+        inner = getattr(self.inner, "measure", None)
+        if inner == "mass":
+            raise ValueError("a mass of counts has no log-determinant: put Dequantised outside, Transformed inside")
+
+    def apply_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y = T(x) (..., D) and the log-determinant (...)."""
+        total = x.new_zeros(x.shape[:-1])
+        for step in self.steps:
+            x, log_det = step(x)
+            total = total + log_det
+        return x, total
+
+    def model(self, x: Tensor) -> None:
+        """The inner model at T(x), with the log-determinant as a factor."""
+        y, log_det = self.apply_to(x)
+        with self._rows(x):
+            pyro.factor(f"log_det_{self.depth}", log_det)
+        self.inner.model(y)
+
+    def guide(self, x: Tensor) -> None:
+        """The inner guide at T(x)."""
+        if self.inner.has_guide:
+            self.inner.guide(self.apply_to(x)[0])
+
+    @property
+    def tractable(self) -> bool:
+        """Whether the inner pair's marginal is known."""
+        return self.inner.tractable
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        """log p(x) (N,), where the inner pair's is known."""
+        y, log_det = self.apply_to(x)
+        return self.inner.log_marginal(y) + log_det
+
+    def initialise(self, x: Tensor) -> None:
+        """The inner pair's start, at T(x)."""
+        if self.inner.has("initialise"):
+            self.inner.initialise(self._forth(x))
+
+    def maximum_likelihood(self, x: Any) -> Transformed:
+        """The inner model's, at T(x); returns the pair."""
+        self.inner.maximum_likelihood(self._forth(self.as_data(x)))
+        return self.eval()
+
+    def _forth(self, x: Tensor) -> Tensor:
+        return self.apply_to(x)[0]
+
+    def _back(self, y: Tensor) -> Tensor:
+        for step in reversed(list(self.steps)):
+            y = step.inverse(y)  # type: ignore[operator]
+        return y
