@@ -182,7 +182,7 @@ def compare(
     data = as_batch(x, torch.float64)
     _require_one_measure({name: check_measure(fits[0], x) for name, fits in given.items()})
 
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     options = {"method": method, "particles": particles, "seed": seed}
     bar = tqdm(given.items(), disable=not progress, unit="model", desc="log p(x)")

@@ -150,8 +150,8 @@ def factor_analysis(
     if x is not None:
         given = torch.as_tensor(x)
         _check_data(given, latents)
-        _check_constant((given == given[0]).all(0))  # exact, where the variance would be a rounding error
         loc, second = _moments(given)
+        _check_constant((given == given[0]).all(0))  # exact, where the variance may be a rounding error
     else:
         given = torch.as_tensor(covariance)
         _check_covariance(given, latents)

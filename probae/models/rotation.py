@@ -141,7 +141,7 @@ def rotate(
 
 
 def _apply(loadings: Tensor, matrix: Tensor) -> Tensor:
-    return torch.linalg.solve(matrix, loadings.mT).mT
+    return loadings @ torch.linalg.inv(matrix).mT
 
 
 def _project(loadings: Tensor, criterion, oblique: bool, matrix: Tensor, tolerance: float, steps: int):

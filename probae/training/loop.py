@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     import pandas
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "adam": partial(torch.optim.Adam, fused=True),
+    "adamw": partial(torch.optim.AdamW, fused=True),
     "sgd": torch.optim.SGD,
 }
 
@@ -305,7 +306,7 @@ def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -> 
 
 
 def _bar(steps: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True)
 

@@ -1,0 +1,35 @@
+"""What all tests share: `oracles` can be imported, and a test that leaves global state changed fails."""
+
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def global_state():
+    return {
+        "Pyro's param store": sorted(pyro.get_param_store().keys()),
+        "torch's default dtype": torch.get_default_dtype(),
+        "the validation of torch distributions": torch.distributions.Distribution._validate_args,
+        "torch's number of threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def guard():
+    """Fails a test that changed what others rely on, and puts it back."""
+    before = global_state()
+    assert torch.get_default_dtype() is torch.float32
+    yield
+    after = global_state()
+    if after != before:
+        pyro.clear_param_store()
+        torch.set_default_dtype(torch.float32)
+        torch.distributions.Distribution.set_default_validate_args(before["the validation of torch distributions"])
+        torch.set_num_threads(before["torch's number of threads"])
+        changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+        pytest.fail(f"the test left global state changed, (before, after): {changed}")

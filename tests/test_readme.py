@@ -1,0 +1,31 @@
+"""The README's programs, run as they are written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"(?:<!-- (.*?) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_first_steps_print_evidence_and_a_table(capsys):
+    pytest.importorskip("sklearn")
+    (code,) = [code for name, code in BLOCKS if not name]
+    exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "lower bound on log p(x)" in out
+    assert "independent features" in out
+
+
+def test_a_class_and_two_functions_of_ones_own_are_fitted_and_compared(capsys):
+    pytest.importorskip("sklearn")
+    named = {name: code for name, code in BLOCKS if name}
+    assert list(named) == ["own class", "own functions", "own use"]
+    scope: dict = {}
+    for name, code in named.items():
+        assert len(code.strip().splitlines()) < 20, f"{name}: the README promises under 20 lines"
+        exec(compile(code, "README.md", "exec"), scope)
+    out = capsys.readouterr().out
+    for name in ("Student-t", "Normal", "full Gaussian"):
+        assert name in out
