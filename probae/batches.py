@@ -48,21 +48,36 @@ def _as_leaf(data: Any, what: str, dtype: torch.dtype | None, device: Any, whole
     if tensor.dim() == 0 or tensor.numel() == 0:
         raise ValueError(f"{what}: expected N >= 1 rows, got shape {tuple(tensor.shape)}")
     cast = dtype if tensor.is_floating_point() or whole_to_float else None
+    if cast is None and whole_to_float and not tensor.is_floating_point():
+        cast = torch.get_default_dtype()
     return tensor.to(device=device, dtype=cast)
 
 
 def _from_array(data: Any, what: str) -> Tensor:
-    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
-        for column in data.columns:
-            if np.asarray(data[column].to_numpy()).dtype.kind not in "biuf":
-                raise TypeError(f"{what}: expected columns of numbers, column {column!r} is {data[column].dtype}")
     if isinstance(data, str | bytes) or data is None:
         raise TypeError(f"{what}: expected {type_names}, got {type(data).__name__} ({data!r:.40})")
-    array = np.asarray(data.to_numpy() if hasattr(data, "to_numpy") else data)
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        columns = {column: _numbers(data[column]) for column in data.columns}
+        for name, column in columns.items():
+            if column.dtype.kind not in "biuf":
+                raise TypeError(f"{what}: expected columns of numbers, column {name!r} is {data[name].dtype}")
+        array = np.stack(list(columns.values()), 1) if columns else np.empty((len(data), 0))
+    else:
+        array = _numbers(data)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{what}: expected {type_names}, of real numbers; got {type(data).__name__} ({array.dtype})")
+    if array.ndim == 0:
+        raise ValueError(f"{what}: expected N >= 1 rows, got a single number")
     array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _numbers(data: Any) -> np.ndarray:
+    """An array of what may be a column of nullable numbers, whose gaps become NaN."""
+    array = np.asarray(data.to_numpy() if hasattr(data, "to_numpy") else data)
+    if array.dtype.kind == "O" and str(getattr(data, "dtype", "")).startswith(("Int", "UInt", "Float", "boolean")):
+        array = data.to_numpy(dtype=float, na_value=np.nan)
+    return array
 
 
 def leaves(batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from probae.batches import as_batch
-from probae.checks import check, quiet
+from probae.checks import check
 from probae.evidence import Evidence, log_evidence, no_bound
 from probae.models.baselines import GaussianMixture, Independent
 from probae.pair import Pair, as_pair
+from probae.seeding import still
 from probae.transforms import Dequantised
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _entry(name: str, fits: list[Any], x: Any, baseline: bool, options: dict[str
 
 
 def _reconstruction(pair: Pair, batch: Any, seed: int, particles: int = 8) -> float:
-    with quiet(pair, seed):
+    with still(pair, seed):
         return float(pair.traces(batch, particles).likelihood().local.double().mean())
 
 

@@ -76,7 +76,7 @@ class _LocationScale(Head):
             log_scale = torch.full((features,) if self.kind == "feature" else (), math.log(self.initial))
             if self.learned:
                 self.log_scale = nn.Parameter(log_scale)
-            else:
+            elif not self.fixed:
                 self.register_buffer("log_scale", log_scale)
 
     def start(self, x: Tensor) -> None:
@@ -93,7 +93,9 @@ class _LocationScale(Head):
         """The scale that all data share, () or (D,), in the data's units."""
         if self.kind == "predicted":
             raise AttributeError("this head predicts a scale for each datum: read it from its distribution")
-        return self.log_scale.exp() if self.fixed and not self.learned else self.log_scale.exp() + self.floor
+        if self.fixed and not self.learned:
+            return self.origin.new_tensor(self.initial)
+        return self.log_scale.exp() + self.floor
 
     def parameters_at(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """loc and scale at the decoder's output."""
@@ -101,7 +103,7 @@ class _LocationScale(Head):
             return self.origin + self.unit * output, self.scale
         loc, raw = output.chunk(2, -1)
         # softplus, shifted to be 1 at 0: unlike exp it cannot overflow early in training
-        return self.origin + self.unit * loc, self.unit * (F.softplus(raw + math.log(math.e - 1)) + self.floor)
+        return self.origin + self.unit * loc, self.unit * F.softplus(raw + math.log(math.e - 1)) + self.floor
 
     def forward(self, output: Tensor) -> Any:
         loc, scale = self.parameters_at(output)

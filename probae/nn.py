@@ -45,7 +45,7 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        widths = [inputs, *([hidden] if isinstance(hidden, int) else hidden), outputs]
+        widths = [inputs, *([hidden] if isinstance(hidden, int) else hidden or ()), outputs]
         if any(not isinstance(w, int) or w < 1 for w in widths):
             raise ValueError(f"widths of layers: expected whole numbers of at least 1, got {widths}")
         layers: list[nn.Module] = []

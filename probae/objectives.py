@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.batches import Batch
+from probae.layout import run_at, samples
 from probae.pair import Pair
 from probae.traces import Part, Traces
 
@@ -61,10 +62,11 @@ class Scaled(Objective):
     def __init__(self, term: Objective, factor: float):
         super().__init__()
         self.term = term
-        self.register_buffer("factor", torch.tensor(float(factor)))
+        self.register_buffer("factor", torch.tensor(float(factor), dtype=torch.float64))
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
-        return self.factor * self.term(pair, batch, size, step)
+        loss = self.term(pair, batch, size, step)
+        return self.factor.to(loss.dtype) * loss
 
 
 class Warmup(nn.Module):
@@ -122,7 +124,7 @@ class ELBO(Objective):
         if callable(beta):
             self.beta = beta
         elif isinstance(beta, int | float) and 0 <= beta < math.inf:
-            self.register_buffer("beta", torch.tensor(float(beta)))
+            self.register_buffer("beta", torch.tensor(float(beta), dtype=torch.float64))
         else:
             raise ValueError(f"beta: expected a number of at least 0, or a function of the step, got {beta!r}")
 
@@ -130,10 +132,10 @@ class ELBO(Objective):
         traces = pair.traces(batch, self.particles)
         likelihood = traces.likelihood()
         if self.gradient == "stl":
-            kl = traces.posterior(score=False) - traces.prior()
+            kl = _path_posterior(pair, batch, traces) - traces.prior()
         else:
             kl = traces.kl() if self.analytic_kl else traces.posterior() - traces.prior()
-        beta = self.beta if isinstance(self.beta, Tensor) else self.beta(step)
+        beta = (self.beta if isinstance(self.beta, Tensor) else self.beta(step)).to(likelihood.local.dtype)
         local = likelihood.local - beta * kl.local
         global_ = likelihood.global_ - beta * kl.global_
         value = local.mean() + global_.mean() / size
@@ -176,8 +178,12 @@ class IWAE(Objective):
         double = self.gradient == "dreg"
         gates: list[_Gate] = []
         traces = pair.traces(batch, self.particles, through=(lambda z: _gated(z, gates)) if double else None)
-        weights = traces.likelihood() + traces.prior() - traces.posterior(score=not double)
-        log_w = weights.local
+        if double and (discrete := traces.without_path()):
+            raise ValueError(
+                f"gradient='dreg' needs draws with a gradient, and site {discrete[0]!r} has none: use 'standard'"
+            )
+        posterior = _path_posterior(pair, batch, traces) if double else traces.posterior()
+        log_w = (traces.likelihood() + traces.prior() - posterior).local
         bound = torch.logsumexp(log_w, 0) - math.log(self.particles)
         normalised = torch.softmax(log_w.detach(), 0)
         if double:
@@ -225,9 +231,9 @@ def named(objective: str | Objective | None, pair: Pair) -> Objective:
         if objective not in known:
             raise ValueError(f"objective: expected one of {sorted(known)} or an Objective, got {objective!r}")
         return known[objective]()
-    if not isinstance(objective, nn.Module):
+    if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an Objective or its name, got {type(objective).__name__}")
-    return objective  # type: ignore[return-value]
+    return objective
 
 
 class _Gate:
@@ -242,11 +248,44 @@ class _Gate:
 
 def _beside_draws(weights: Tensor, traces: Traces, run: int) -> Tensor:
     """Weights (K, N) with axes where the draws of a run have theirs: particles, plates, data."""
-    if len(traces.runs) > 1 or traces.particles == 1:
-        return weights[run]
-    shape = [weights.shape[0], *[1] * traces.layout.nesting]
-    shape[traces.layout.data_dim] = weights.shape[1]
-    return weights.reshape(shape)
+    layout = traces.layout
+    alone = len(traces.runs) > 1 or traces.particles == 1
+    shape = [*([] if alone else [weights.shape[0]]), *[1] * layout.nesting]
+    shape[layout.data_dim] = weights.shape[1]
+    beside = (weights[run] if alone else weights).reshape(shape)
+    # draws of a single particle have no axes to the left of the plates they are in
+    return beside.reshape(beside.shape[layout.data_dim :]) if alone else beside
+
+
+def _path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
+    """log q whose gradient flows through the draws alone: its direct derivative, of mean zero, is left out.
+
+    With several sites the parameters at one may depend on the draws at another, so the guide is run again, once at its
+    draws and once at their detached values; the second run gives the direct derivative.
+    """
+    parts: list[Any] = []
+    for guide, _ in traces.runs:
+        sites = [s for s in samples(guide) if not s["is_observed"]]
+        particles = traces.particles if len(traces.runs) == 1 else 1
+        if len(sites) == 1:
+            (site,) = sites
+            direct = {**site, "value": site["value"].detach()}
+            parts.append((traces.part([site], particles), traces.part([direct], particles)))
+            continue
+        if any(isinstance(m, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm) for m in pair.modules()):
+            raise ValueError(
+                "gradient='stl' and 'dreg' run a guide of several sites again, and dropout or batch normalisation in it would "
+                "not be the same: use gradient='standard'"
+            )
+        again = [
+            run_at(pair, pair.guide, batch, particles, traces.layout, {s["name"]: value(s["value"]) for s in sites})
+            for value in (lambda z: z, Tensor.detach)
+        ]
+        parts.append(tuple(traces.part([s for s in samples(g) if not s["is_observed"]], particles) for g in again))
+    paths, directs = (
+        Part(*(torch.cat(tensors) for tensors in zip(*side, strict=True))) for side in zip(*parts, strict=True)
+    )
+    return Part(*(p - d + d.detach() for p, d in zip(paths, directs, strict=True)))
 
 
 def _gated(z: Tensor, gates: list[_Gate]) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, length
+from probae.layout import Layout, lay_out, rows_in_plate, run_at, samples
 from probae.passes import Passes
-from probae.traces import Layout, Traces, samples
+from probae.traces import Traces
 
 Program = Callable[..., Any]
 
@@ -69,18 +73,9 @@ class Pair(Passes, nn.Module):
         owner = owner if owner is not None else getattr(model, "__self__", None)
         object.__setattr__(self, "_programs", {"model": model, "guide": guide})
         object.__setattr__(self, "_owner", owner)
-        # registering the modules behind the programs lets parameters(), to() and train() reach them
-        behind = {
-            "owner": owner,
-            "model_program": model,
-            "guide_program": guide,
-            "guide_owner": getattr(guide, "__self__", 0),
-        }
-        if not isinstance(owner, nn.Module):
-            behind |= {f"owner_{name}": value for name, value in getattr(owner, "__dict__", {}).items()}
-        for name, module in behind.items():
-            if isinstance(module, nn.Module) and all(module is not known for known in self.children()):
-                self.add_module(name, module)
+        # registering what the programs use lets parameters(), to() and train() reach it
+        for name, found in _behind(owner, model, guide):
+            self._adopt(name, found)
         for name in ("prior", "likelihood", "posterior", "marginal", "initialise", "validate", "default_objective"):
             if hasattr(owner, name):
                 object.__setattr__(self, name, getattr(owner, name))
@@ -141,8 +136,6 @@ class Pair(Passes, nn.Module):
     def layout(self, batch: Batch) -> Layout:
         """Where the sites lie; found by one run on a few rows and kept."""
         if self._layout is None:
-            from probae.checks import lay_out  # checks runs pairs
-
             self._layout = lay_out(self, batch)
         return self._layout
 
@@ -161,16 +154,13 @@ class Pair(Passes, nn.Module):
         together = layout.vectorised or particles == 1
         each = particles if together else 1
         runs = [self._run(batch, layout, each, through) for _ in range(1 if together else particles)]
-        return Traces(runs, layout, particles, _rows(runs[0], layout, batch))
+        return Traces(runs, layout, particles, rows_in_plate(runs[0][1], layout, batch))
 
     def replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
         """Run the model alone, at given values (K, N, ...) of its latents."""
         layout = self.layout(batch)
-        guide = poutine.Trace()
-        model = self.run(self.model, batch, particles, layout, poutine.condition, data=values)
-        for name in values:
-            model.nodes[name]["is_observed"] = False
-        return Traces([(guide, model)], layout, particles, length(batch))
+        model = run_at(self, self.model, batch, particles, layout, values)
+        return Traces([(poutine.Trace(), model)], layout, particles, length(batch))
 
     def _run(
         self, batch: Batch, layout: Layout, particles: int, through: Callable[[Tensor], Tensor] | None
@@ -195,7 +185,8 @@ class Pair(Passes, nn.Module):
                     call(program, batch)
 
         handled = handler(vectorised, **options) if handler is not None else vectorised
-        with _Parameters(self):
+        # PyroModules write to the process's store on their own: they get an empty one for the while
+        with pyro.get_param_store().scope(), _Parameters(self):
             return poutine.trace(handled).get_trace()
 
     # -- its data ----------------------------------------------------------------------------------------------------
@@ -228,29 +219,47 @@ class Pair(Passes, nn.Module):
         """The value of a ``pyro.param`` statement, kept in this pair and not in the process's store."""
         key = name.replace(".", "/")
         if isinstance(init, nn.Parameter):
-            if all(init is not known for known in self.parameters()):
-                self.stored[key] = init
-            return init
+            self._adopt(key, init)
+            if "$$$" in name:  # pyro.module asks for the very tensor of its module
+                return init
+            value = init.view_as(init)
+            value.unconstrained = weakref.ref(init)  # type: ignore[attr-defined]
+            return value
         if key not in self.stored:
             if init is None:
-                raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
-            value = torch.as_tensor(init() if callable(init) else init).detach()
-            self.stored[key] = nn.Parameter(transform_to(constraint).inv(value).clone())
-        return transform_to(self._constraints.setdefault(key, constraint))(self.stored[key])
+                kept = pyro.get_param_store()._params.get(name)  # where a PyroModule has put it
+                if kept is None:
+                    raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
+                return self.parameter(name, kept)
+            start = torch.as_tensor(init() if callable(init) else init).detach()
+            self.stored[key] = nn.Parameter(transform_to(constraint).inv(start).clone())
+        value = transform_to(self._constraints.setdefault(key, constraint))(self.stored[key])
+        value = value.view_as(value) if value is self.stored[key] else value
+        value.unconstrained = weakref.ref(self.stored[key])  # type: ignore[attr-defined]
+        return value
 
-    def _reference(self) -> Tensor:
+    def _adopt(self, name: str, found: Any) -> None:
+        """Make a module or parameter that the programs use one of the pair's own, unless it is already."""
+        if isinstance(found, nn.Module) and all(found is not known for known in self.modules()):
+            self.add_module(name, found)
+        elif isinstance(found, nn.Parameter) and all(found is not known for known in self.parameters()):
+            self.stored[name] = found
+
+    def _reference(self) -> Tensor | None:
         tensors = [*self.parameters(), *self.buffers()]
-        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        return next((t for t in tensors if t.is_floating_point()), None)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The floating dtype of the parameters."""
-        return self._reference().dtype
+    def dtype(self) -> torch.dtype | None:
+        """The floating dtype of the parameters; None before there are any."""
+        reference = self._reference()
+        return None if reference is None else reference.dtype
 
     @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return self._reference().device
+    def device(self) -> torch.device | None:
+        """The device of the parameters; None before there are any."""
+        reference = self._reference()
+        return None if reference is None else reference.device
 
 
 class _Parameters(Messenger):
@@ -266,13 +275,19 @@ class _Parameters(Messenger):
         msg["done"] = msg["stop"] = True
 
 
-def _rows(run: tuple[Any, Any], layout: Layout, batch: Batch) -> int:
-    """The size of the data plate, smaller than N where the programs subsample."""
-    for site in run[1].nodes.values():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.dim == layout.data_dim:
-                return frame.size
-    return length(batch)
+def _behind(owner: Any, *programs: Any) -> Iterator[tuple[str, Any]]:
+    """What programs use that may hold parameters: themselves, their owner and its attributes, what functions close over."""
+    if isinstance(owner, nn.Module):
+        yield "owner", owner
+    else:
+        yield from ((f"owner_{name}", value) for name, value in getattr(owner, "__dict__", {}).items())
+    for role, program in zip(("model", "guide"), programs, strict=True):
+        yield f"{role}_program", program
+        yield f"{role}_owner", getattr(program, "__self__", None)
+        function = inspect.unwrap(getattr(program, "__func__", program))
+        if inspect.isfunction(function):
+            closed = inspect.getclosurevars(function)
+            yield from ((f"used_{name}", value) for name, value in {**closed.globals, **closed.nonlocals}.items())
 
 
 def as_pair(model: Any) -> Pair:
@@ -286,7 +301,13 @@ def as_pair(model: Any) -> Pair:
     if hasattr(model, "history") and isinstance(getattr(model, "model", None), nn.Module):
         return as_pair(model.model)  # what fit returned
     if callable(getattr(model, "model", None)):
-        return Pair(model.model, getattr(model, "guide", None), owner=model)
+        # one pair per object: parameters that its programs declare as they run are kept in it
+        pair = getattr(model, "__dict__", {}).get("_probae_pair")
+        if pair is None:
+            pair = Pair(model.model, getattr(model, "guide", None), owner=model)
+            with contextlib.suppress(AttributeError):  # an object with slots gets a new one each time
+                object.__setattr__(model, "_probae_pair", pair)
+        return pair
     raise TypeError(
         f"expected a model of probae, probae.Pair(model, guide), or an object with `model` and `guide` programs; "
         f"got {type(model).__name__}"

@@ -9,7 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.batches import as_batch, length, rows_at
-from probae.traces import base, samples
+from probae.layout import base, samples
+from probae.seeding import still
 
 
 class Passes:
@@ -31,7 +32,7 @@ class Passes:
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n: expected a whole number of at least 1, got {n!r}")
-        with self.still(seed):
+        with still(self, seed):
             try:
                 if self.has("prior") and self.has("likelihood"):
                     return self.likelihood(self.prior().sample((n,))).sample()
@@ -57,7 +58,7 @@ class Passes:
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
         batch = as_batch(x, self.dtype, self.device)
-        with self.still(0):
+        with still(self):
             guide = self.run(self.guide, batch, 1, self.layout(batch))
             codes = {s["name"]: _centre(s["fn"]) for s in samples(guide) if not s["is_observed"]}
         return next(iter(codes.values())) if len(codes) == 1 else codes
@@ -70,7 +71,7 @@ class Passes:
         """
         self.need("likelihood")
         z = as_batch(z, self.dtype, self.device)
-        with self.still(0):
+        with still(self):
             return _centre(self.likelihood(z))
 
     def reconstruct(self: Any, x: Any) -> Tensor:
@@ -82,19 +83,13 @@ class Passes:
         batch = as_batch(x, self.dtype, self.device)
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
-        with self.still(0):
+        with still(self):
             guide = self.run(self.guide, batch, 1, self.layout(batch))
             for site in samples(guide):
                 if not site["is_observed"]:
                     site["value"] = _centre(site["fn"])
             model = self.run(self.model, batch, 1, self.layout(batch), poutine.replay, trace=guide)
             return _centre(model.nodes[self.layout(batch).observed[0]]["fn"])
-
-    def still(self: Any, seed: int) -> Any:
-        """A context without gradient, in eval mode, under a random stream of its own."""
-        from probae.checks import quiet  # checks runs pairs
-
-        return quiet(self, seed)
 
 
 def _centre(fn: Any) -> Tensor:

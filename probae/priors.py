@@ -47,16 +47,14 @@ class _Rated(Prior):
         super().__init__(latents)
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
             raise ValueError(f"rate: expected a positive number, got {rate!r}")
-        log_rate = torch.tensor(math.log(rate))
+        self.fixed = None if learned else float(rate)
         if learned:
-            self.log_rate = nn.Parameter(log_rate)
-        else:
-            self.register_buffer("log_rate", log_rate)
+            self.log_rate = nn.Parameter(torch.tensor(math.log(rate)))
 
     @property
     def rate(self) -> Tensor:
         """λ > 0, a number shared by all latents."""
-        return self.log_rate.exp()
+        return self.log_rate.exp() if self.fixed is None else self.zero.new_tensor(self.fixed)
 
 
 @recorded

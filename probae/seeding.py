@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -25,9 +27,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         >>> bool((a == b).all())
         True
     """
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed: expected a whole number, got {seed!r}")
-    seed = seed.__index__() % 2**63
+    seed = checked_seed(seed)
     device = torch.device(device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
@@ -37,3 +37,28 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def still(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run a module without gradient, in eval mode and under a random stream of its own, and restore all three."""
+    modes = {part: part.training for part in module.modules()}
+    device: Any = getattr(module, "device", None) or "cpu"
+    module.eval()
+    try:
+        with torch.no_grad(), seeded(seed, device):
+            yield
+    finally:
+        for part in module.modules():  # one that was found on the way counts as in training mode
+            part.training = modes.get(part, module.training)
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed as a whole number that torch takes.
+
+    Raises:
+        TypeError: if it is not a whole number.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed: expected a whole number, got {seed!r}")
+    return seed.__index__() % 2**63

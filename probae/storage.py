@@ -142,10 +142,11 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path
             raise ValueError(
                 f"{folder}: {name!r}: expected shape {tuple(own[name].shape)}, the file has {tuple(tensor.shape)}"
             )
-    floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(floating) == 1:
-        module.to(dtype=floating.pop())
-    module.load_state_dict(tensors)
+    if any(own[name].dtype != tensor.dtype for name, tensor in tensors.items()):
+        device = next(iter(own.values())).device
+        module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    else:
+        module.load_state_dict(tensors)
 
 
 def _module(model: Any) -> nn.Module:

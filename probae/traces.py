@@ -7,18 +7,15 @@ The data axis is a dimension of its own, and so are the particles: a site inside
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-Site = dict[str, Any]
+from probae.layout import Layout, Site, is_flat, samples
 
 
 class Part(NamedTuple):
@@ -32,36 +29,6 @@ class Part(NamedTuple):
 
     def __add__(self, other: Part) -> Part:  # type: ignore[override]
         return Part(self.local + other.local, self.global_ + other.global_)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the sites of a pair lie, as one run on a few rows shows.
-
-    Attributes:
-        data_dim: the (negative) dimension of the plate over data.
-        nesting: how many plate dimensions the programs use; the particle plate goes to their left.
-        latents, globals_: the model's latent sites inside and outside the data plate.
-        observed: its observed sites.
-        points: local latents for which the guide has no density.
-        improper: local latents whose prior is flat.
-        measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
-        vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
-    """
-
-    data_dim: int
-    nesting: int
-    latents: tuple[str, ...]
-    globals_: tuple[str, ...]
-    observed: tuple[str, ...]
-    points: tuple[str, ...]
-    improper: tuple[str, ...]
-    measure: str
-    vectorised: bool
-
-    def is_local(self, site: Site) -> bool:
-        """Whether a site lies inside the data plate."""
-        return any(frame.dim == self.data_dim for frame in site["cond_indep_stack"])
 
 
 class Traces:
@@ -78,22 +45,9 @@ class Traces:
         """log p of the latent sites."""
         return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(model) if not s["is_observed"]))
 
-    def posterior(self, score: bool = True) -> Part:
-        """log q of the guide's sites; without ``score``, its gradient flows through the draws alone.
-
-        The direct derivative of log q at fixed draws has mean zero; it is what sticking-the-landing leaves out.
-        """
-
-        def terms(guide: Any, model: Any) -> Iterator[tuple[Site, Tensor]]:
-            for site in samples(guide):
-                if not site["is_observed"]:
-                    value = log_prob(site)
-                    if not score:
-                        direct = log_prob(site, site["value"].detach())
-                        value = value - direct + direct.detach()
-                    yield site, value
-
-        return self._sum(terms)
+    def posterior(self) -> Part:
+        """log q of the guide's sites."""
+        return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(guide) if not s["is_observed"]))
 
     def kl(self) -> Part:
         """log q − log p of the latents, in closed form at each site where one is known.
@@ -119,22 +73,29 @@ class Traces:
 
         return self._sum(terms)
 
+    def part(self, sites: Iterable[Site], particles: int) -> Part:
+        """The sum of the log densities of sites of one run."""
+        return self._sum_run(((site, log_prob(site)) for site in sites), particles)
+
     def score(self) -> Part | None:
         """log q of the sites that cannot be reparameterised (discrete ones), or None if all can."""
-        sites = [s for s in samples(self.runs[0][0]) if not s["is_observed"] and not s["fn"].has_rsample]
-        names = {s["name"] for s in sites}
+        names = self.without_path()
         if not names:
             return None
         return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(guide) if s["name"] in names))
 
+    def without_path(self) -> list[str]:
+        """The guide's sites whose draws have no gradient."""
+        return [s["name"] for s in samples(self.runs[0][0]) if not s["is_observed"] and not s["fn"].has_rsample]
+
     def _sum(self, terms: Callable[[Any, Any], Iterator[tuple[Site, Tensor]]]) -> Part:
-        parts = [self._sum_run(terms(guide, model)) for guide, model in self.runs]
+        particles = self.particles if len(self.runs) == 1 else 1
+        parts = [self._sum_run(terms(guide, model), particles) for guide, model in self.runs]
         if len(parts) == 1:
             return parts[0]
         return Part(torch.cat([p.local for p in parts]), torch.cat([p.global_ for p in parts]))
 
-    def _sum_run(self, terms: Iterator[tuple[Site, Tensor]]) -> Part:
-        particles = self.particles if len(self.runs) == 1 else 1
+    def _sum_run(self, terms: Iterator[tuple[Site, Tensor]], particles: int) -> Part:
         local: Tensor | None = None
         global_: Tensor | None = None
         like = next(s["value"] for _, model in self.runs for s in samples(model))
@@ -156,46 +117,16 @@ class Traces:
         )
 
 
-def samples(trace: Any) -> Iterator[Site]:
-    """The sites that carry a density: no plates' index sites, no deterministic ones."""
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or poutine.util.site_is_subsample(site) or site["infer"].get("_deterministic"):
-            continue
-        yield site
-
-
 def log_prob(site: Site, value: Tensor | None = None) -> Tensor:
     """The site's log density, neither scaled nor masked."""
     return site["fn"].log_prob(site["value"] if value is None else value, *site["args"], **site["kwargs"])
-
-
-def base(fn: Any) -> Any:
-    """The distribution inside ``to_event``, ``mask`` and ``expand``."""
-    while hasattr(fn, "base_dist") and type(fn).__name__ in {
-        "Independent",
-        "MaskedDistribution",
-        "ExpandedDistribution",
-    }:
-        fn = fn.base_dist
-    return fn
-
-
-def is_flat(fn: Any) -> bool:
-    """Whether a distribution is an improper uniform."""
-    return isinstance(base(fn), ImproperUniform)
-
-
-def is_point(fn: Any) -> bool:
-    """Whether a distribution is a point mass that carries no density of its own."""
-    fn = base(fn)
-    return isinstance(fn, Delta) and not bool(fn.log_density.any())
 
 
 def _residual_scale(site: Site, layout: Layout) -> Any:
     """The site's scale without the one that subsampling the data gives it: terms are per datum."""
     scale = site["scale"]
     for frame in site["cond_indep_stack"]:
-        if frame.dim == layout.data_dim and frame.full_size is not None:
+        if frame.name in layout.plates and frame.full_size is not None:
             scale = scale * frame.size / frame.full_size
     return 1.0 if not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-12) else scale
 
@@ -208,7 +139,10 @@ def scaled_sites(traces: Traces) -> list[str]:
 
 
 def _closed_form(q: Site, p: Site) -> Tensor | None:
-    if q["fn"].event_dim != p["fn"].event_dim or is_flat(p["fn"]):
+    alike = (q["mask"] is p["mask"] and q["scale"] is p["scale"]) or (
+        q["mask"] is None and p["mask"] is None and not isinstance(q["scale"], Tensor) and q["scale"] == p["scale"]
+    )
+    if not alike or q["fn"].event_dim != p["fn"].event_dim or is_flat(p["fn"]):
         return None
     try:
         return kl_divergence(q["fn"], p["fn"])

@@ -39,6 +39,11 @@ class _Around(Pair):
         """Parameters of plain programs stay in the inner pair."""
         return self.inner.parameter(*args, **kwargs)
 
+    @property
+    def data_plates(self) -> tuple[str, ...]:
+        """The names of the plates over data that this pair and those inside it open beside ``"data"``."""
+        return (f"data_{self.depth}", *getattr(self.inner, "data_plates", ()))
+
     def _rows(self, x: Tensor) -> Any:
         # a plate of its own name: the inner programs open theirs; both lie along the data axis
         return pyro.plate(f"data_{self.depth}", x.shape[-1 - self.event_dim], dim=-1)
@@ -162,26 +167,27 @@ class Affine(Transform):
 
     def __init__(self, loc: Any, scale: Any):
         super().__init__()
-        self.register_buffer("loc", torch.as_tensor(loc, dtype=torch.get_default_dtype()).clone())
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.get_default_dtype()).clone())
+        # in float64 whatever the pair's dtype, and rounded to that of the data in use
+        self.register_buffer("loc", torch.as_tensor(loc, dtype=torch.float64).clone())
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64).clone())
         if not (self.scale > 0).all():
             raise ValueError(f"scale: expected positive numbers, got a least one of {float(self.scale.min()):g}")
 
     @classmethod
     def standardising(cls, x: Any) -> Affine:
         """The map to mean 0 and variance 1 of data (N, D)."""
-        batch = as_batch(x, torch.get_default_dtype())
+        batch = as_batch(x, torch.float64)
         if not isinstance(batch, Tensor) or batch.dim() != 2:
             raise ValueError("standardising: expected one array (N, D)")
         return cls(*moments(batch))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = -self.scale.log().expand(x.shape[-1]).sum()
-        return (x - self.loc) / self.scale, log_det.expand(x.shape[:-1])
+        log_det = -self.scale.log().expand(x.shape[-1]).sum().to(x.dtype)
+        return (x - self.loc.to(x.dtype)) / self.scale.to(x.dtype), log_det.expand(x.shape[:-1])
 
     def inverse(self, y: Tensor) -> Tensor:
         """x = loc + scale y."""
-        return self.loc + self.scale * y
+        return self.loc.to(y.dtype) + self.scale.to(y.dtype) * y
 
 
 @recorded

@@ -1,7 +1,6 @@
 """Estimates of log p(x) against cases whose answer is known, to their own standard error at a fixed seed."""
 
 import contextlib
-import importlib
 import math
 from functools import partial
 
@@ -17,7 +16,7 @@ from torch import nn
 
 import probae
 from probae import likelihoods, priors
-from probae.evidence import Evidence
+from probae.evidence import Evidence, enumerate_states
 
 EXACT = 1e-10
 float64 = {"dtype": torch.float64}
@@ -410,7 +409,7 @@ def test_states_are_summed_in_blocks_of_every_size(monkeypatch):
     pair, truth = bernoulli_pair()
     x = normal(5, 3, seed=3)
     for cells in (1, 7 * 25, 31 * 25):  # also blocks that leave one state over
-        monkeypatch.setattr(importlib.import_module("probae.evidence.exact"), "_CELLS", cells)
+        monkeypatch.setitem(enumerate_states.__globals__, "_CELLS", cells)
         assert difference(probae.log_evidence(pair, x, method="enumerate"), truth(x)) < EXACT
 
 
@@ -812,6 +811,26 @@ def test_the_error_of_the_mean_counts_shared_draws_once():
     assert all(e.mean_stderr > e.mean_mc_stderr for e in runs)
 
 
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_shared_latents_may_have_a_plate_of_their_own(count):
+    """θ_c in a plate of components, not one of data: six components for six data must not be taken for theirs."""
+    zero = torch.zeros((), **float64)
+
+    def model(x):
+        with pyro.plate("components", count):
+            theta = pyro.sample("theta", dist.Normal(zero, 1.0))
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            observe(x, theta.mean(-1, keepdim=True)[..., None], 0.5)
+
+    def guide(x):
+        with pyro.plate("components", count):
+            pyro.sample("theta", dist.Normal(zero + 0.4, 0.3))
+
+    x = normal(6, 1)
+    truth = stats.norm.logpdf(x.numpy()[:, 0], 0.4, math.sqrt(0.3**2 / count + 0.5**2))
+    assert_within(probae.log_evidence(User(model, guide, plate=False), x, particles=10_000), truth)
+
+
 def test_shared_latents_are_not_enumerated():
     pair, _ = shared_pair(local=1)
     with pytest.raises(ValueError, match="theta"):
@@ -819,6 +838,97 @@ def test_shared_latents_are_not_enumerated():
 
 
 # -- data of any kind ----------------------------------------------------------------------------------------------
+
+
+def test_the_features_may_lie_in_a_plate_of_their_own():
+    """One latent for all features of a datum, and one discrete latent for each; data at dim −2, features at −1."""
+    zero, half = torch.zeros((), **float64), torch.full((), 0.5, **float64)
+
+    def program(latent_of_data, latent_of_feature, observed):
+        def run(x):
+            with pyro.plate("data", x.shape[-2], dim=-2):
+                z = pyro.sample("z", latent_of_data(x))
+                with pyro.plate("features", 3, dim=-1):
+                    bit = pyro.sample("bit", latent_of_feature)
+                    if observed:
+                        pyro.sample("x", dist.Normal(z + bit, 0.8), obs=x)
+
+        return run
+
+    model = program(lambda x: dist.Normal(zero, 1.0), dist.Bernoulli(0.6 * half), observed=True)
+    guide = program(
+        lambda x: dist.Normal(0.8 * x.mean(-1, keepdim=True) - 0.2, 0.8), dist.Bernoulli(half), observed=False
+    )
+    x = normal(4, 3)
+
+    def log_likelihood(x, z):
+        parts = [math.log(p) + stats.norm.logpdf(x, z[:, None] + k, 0.8) for k, p in enumerate((0.7, 0.3))]
+        return logsumexp(parts, axis=0).sum(-1)
+
+    truth = oracles.log_evidence(stats.norm.logpdf, log_likelihood, x.numpy(), 1)
+    assert_within(probae.log_evidence(User(model, guide, plate=False), x, particles=40_000), truth)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_data_may_be_numbers_without_features(rows):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), **float64), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * x, 0.2**0.5))
+
+    x = normal(rows)
+    evidence = probae.log_evidence(User(model, guide, plate=False), x, particles=5)
+    assert difference(evidence, stats.norm.logpdf(x, 0, 1.25**0.5)) < EXACT
+
+
+class Images(probae.Pair):
+    """A PPCA of images (1, 2, 2), with its exact posterior."""
+
+    event_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(normal(4, 1))
+
+    def prior(self):
+        return dist.Normal(self.weight.new_zeros(1), 1.0).to_event(1)
+
+    def likelihood(self, z):
+        return dist.Normal((z @ self.weight.mT).unflatten(-1, (1, 2, 2)), 0.5).to_event(3)
+
+    def posterior(self, x):
+        precision = 1 + self.weight.square().sum() / 0.25
+        return dist.Normal(x.flatten(-3) @ self.weight / 0.25 / precision, precision**-0.5).to_event(1)
+
+
+def test_data_may_be_images():
+    model, x = Images(), normal(3, 1, 2, 2)
+    truth = oracles.linear_gaussian(x.flatten(1), model.weight, np.zeros(4), 0.5)
+    assert difference(probae.log_evidence(model, x, particles=5), truth) < EXACT
+
+
+def test_parameters_of_plain_functions_are_the_pairs_own():
+    def model(x):
+        weight = pyro.param("weight", torch.tensor(1.3, **float64), constraint=dist.constraints.positive)
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            observe(x, weight * pyro.sample("z", dist.Normal(torch.zeros(1, **float64), 1.0).to_event(1)), 0.5)
+
+    def guide(x):
+        slope = pyro.param("slope", lambda: torch.tensor(1.3 / (1.3**2 + 0.5**2), **float64))
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            pyro.sample("z", dist.Normal(slope * x, (1 + 1.3**2 / 0.25) ** -0.5).to_event(1))
+
+    x = normal(4, 1).float().double()
+    pair = probae.Pair(model, guide)
+    probae.log_evidence(pair, x, particles=2)  # the parameters come to be
+    truth = stats.norm.logpdf(x.numpy()[:, 0], 0, math.hypot(1.3, 0.5))
+    assert difference(probae.log_evidence(pair, x, particles=2), truth) < EXACT
+    assert sorted(pair.stored) == ["slope", "weight"]
+    assert not pyro.get_param_store().keys()
 
 
 def test_arrays_and_frames_are_data():

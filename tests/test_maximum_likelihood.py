@@ -15,7 +15,6 @@ from sklearn.decomposition import FactorAnalysis as Peer
 
 from probae.models.maximum_likelihood import factor_analysis, ppca
 
-
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a fit that has not converged must not pass
 
 

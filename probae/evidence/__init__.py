@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from probae.evidence.exact import enumerate_states, exact, states
 from probae.evidence.importance import _count as _checked_count
 from probae.evidence.importance import elbo, iwae, log_weights, no_bound, prepare
 from probae.evidence.result import Evidence
+from probae.evidence.tractable import enumerate_states, exact, states
 
 __all__ = ["METHODS", "Evidence", "log_evidence", "log_weights", "no_bound"]
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, as_batch, each, leaves, length, rows_of
-from probae.checks import check, quiet
+from probae.checks import check
 from probae.evidence.result import Evidence, as_values
+from probae.layout import Layout, samples
 from probae.pair import Pair, as_pair
-from probae.traces import Layout, samples, scaled_sites
+from probae.seeding import still
+from probae.traces import scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities
 MEMORY = 2**28
@@ -84,7 +86,7 @@ def weights_by_rows(
     pair: Pair, batch: Batch, layout: Layout, particles: int, seed: int, memory: int = MEMORY
 ) -> Iterator[Tensor]:
     """The weights (K, n) of one block of data after another."""
-    with quiet(pair, seed):
+    with still(pair, seed):
         first = pair.traces(each(lambda leaf: leaf[:2], batch))
         if names := scaled_sites(first):
             raise ValueError(

@@ -31,7 +31,7 @@ class Amortised(Pair):
         prior: nn.Module,
         code: Head,
         likelihood: Head | None,
-        hidden: Sequence[int] | int,
+        hidden: Sequence[int] | int | None,
         activation: str,
         encoder: nn.Module | None,
         decoder: nn.Module | None,
@@ -39,7 +39,7 @@ class Amortised(Pair):
         super().__init__()
         if likelihood is not None and not isinstance(likelihood, Head):
             raise TypeError(f"likelihood: expected a head of probae.likelihoods, got {type(likelihood).__name__}")
-        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden or ())
         self.features, self.latents = features, latents
         self.prior = prior
         self.code = code.bind(latents)

@@ -42,7 +42,7 @@ class VAE(Amortised):
         self,
         features: int,
         latents: int,
-        hidden: Sequence[int] | int = (128,),
+        hidden: Sequence[int] | int | None = (128,),
         *,
         prior: nn.Module | None = None,
         likelihood: Head | None = None,

@@ -49,7 +49,7 @@ class InMemory(Source):
 class Streamed(Source):
     """The batches of a DataLoader, again and again."""
 
-    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype, device: torch.device):
+    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype | None, device: torch.device):
         self.loader, self.dtype, self.device = loader, dtype, device
         try:
             self.size = len(loader.dataset)  # type: ignore[arg-type]
@@ -68,13 +68,16 @@ class Streamed(Source):
         empty = True
         for item in self.loader:
             empty = False
-            # default_collate gives lists for tuples
-            yield as_batch(tuple(item) if isinstance(item, list) else item, self.dtype, self.device)
+            if isinstance(
+                item, list | tuple
+            ):  # default_collate gives lists for tuples, and a TensorDataset tuples of one
+                item = item[0] if len(item) == 1 else tuple(item)
+            yield as_batch(item, self.dtype, self.device)
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
 
 
-def source(data: Any, batch_size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Source:
+def source(data: Any, batch_size: int, seed: int, dtype: torch.dtype | None, device: torch.device) -> Source:
     """The minibatches of arrays, a Dataset or a DataLoader (whose own batch size and order then hold).
 
     Raises:

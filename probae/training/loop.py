@@ -17,7 +17,7 @@ from probae.batches import Batch, call
 from probae.checks import check
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
-from probae.seeding import seeded
+from probae.seeding import checked_seed, seeded
 from probae.training.data import InMemory, Source, source
 from probae.training.watch import Watch
 
@@ -138,26 +138,41 @@ def fit(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a positive norm, got {clip!r}")
 
+    seed = checked_seed(seed)
+    callbacks = tuple(callbacks) if isinstance(callbacks, Sequence) else (callbacks,)
+    if not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"callbacks: expected functions of the run, got {callbacks!r}")
+    maker = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if not callable(maker):
+        raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
+    if scheduler not in (None, "cosine") and not callable(scheduler):
+        raise ValueError(f"scheduler: expected None, 'cosine' or a function of the optimizer, got {scheduler!r}")
+    rates = _rates(lr)
     pair = as_pair(model)
     goal = named(objective, pair)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = _device(device)
+
     pair.to(where)
     stream = source(data, batch_size, seed, pair.dtype, where)
     with seeded(seed, where):
-        _prepare(pair, stream)
+        for batch in stream.passes():
+            check(pair, batch)
         goal.to(device=where)
         watch = None
         if validation is not None:
             watch = Watch(pair, _gather(validation, pair, where), goal, particles=8, seed=seed)
-        groups = _groups(pair, goal, lr)
-        maker = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
-        if maker is None:
-            raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
-        chosen = maker(groups)
+        chosen = maker(_groups(pair, goal, rates))
+        if pair.has("initialise"):
+            first = next(iter(stream.passes()))
+            with torch.no_grad():
+                call(pair.initialise, first)
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
         loop = _Loop(pair, goal, chosen, _scheduler(scheduler, chosen, steps), clip, stream, watch, run)
-        loop.go(steps, every, patience, callbacks, progress)
-    pair.eval()
+        try:
+            loop.go(steps, every, patience, callbacks, progress)
+        finally:
+            loop.restore_best()
+            pair.eval()
     return run
 
 
@@ -176,7 +191,8 @@ class _Loop:
         self.pair, self.objective, self.optimizer, self.scheduler = pair, objective, optimizer, scheduler
         self.clip, self.stream, self.watch, self.run = clip, stream, watch, run
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.step = torch.zeros((), device=pair.device)
+        self.step = torch.zeros((), device=self.parameters[0].device)
+        self.known = False
         self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
 
     def go(
@@ -187,7 +203,7 @@ class _Loop:
         callbacks: Sequence[Callable[[Run], Any]],
         progress: bool,
     ) -> None:
-        start, total, count = time.perf_counter(), torch.zeros((), device=self.pair.device), 0
+        start, total, count = time.perf_counter(), torch.zeros_like(self.step), 0
         with _bar(steps, progress) as bar:
             try:
                 for number, batch in zip(range(1, steps + 1), self.stream, strict=False):
@@ -210,6 +226,9 @@ class _Loop:
                     bar.update()
             except KeyboardInterrupt:
                 self.run.stopped = "interrupted"
+
+    def restore_best(self) -> None:
+        """Go back to the best parameters, where there were validation data."""
         if self.best[1]:
             self.pair.load_state_dict(self.best[1])
 
@@ -217,6 +236,8 @@ class _Loop:
         """One step of the optimizer; returns the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective(self.pair, batch, self.stream.size, self.step)
+        if not self.known:
+            self.know(loss)
         loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -225,6 +246,26 @@ class _Loop:
             self.scheduler.step()
         self.step += 1
         return loss.detach()
+
+    def know(self, loss: Tensor) -> None:
+        """Check once that all the loss depends on is trained: a tensor that is not would stay as it is, and say nothing."""
+        mine = {id(p) for p in self.parameters}
+        seen: set[Any] = set()
+        nodes = [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in mine:
+                raise ValueError(
+                    f"the loss depends on a tensor of shape {tuple(leaf.shape)} that asks for a gradient, but the pair does "
+                    "not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
+                    "requires_grad=False"
+                )
+        self.known = True
 
     def record(self, number: int, loss: float, start: float) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
@@ -251,18 +292,6 @@ class _Loop:
         return shown if self.watch is None else shown | {self.watch.kind: f"{last['validation']:.3f}"}
 
 
-def _prepare(pair: Pair, stream: Source) -> None:
-    """Let the model look at the data for its start, then check all of them; lazily made parameters exist afterwards."""
-    initialise = getattr(pair, "initialise", None)
-    for i, batch in enumerate(stream.passes()):
-        if i == 0:
-            call(pair.validate, batch)
-            if callable(initialise) and isinstance(batch, Tensor) and torch.isfinite(batch).all():
-                with torch.no_grad():
-                    initialise(batch)
-        check(pair, batch)
-
-
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
     stream = source(data, 4096, 0, pair.dtype, device)
     if isinstance(stream, InMemory):
@@ -275,13 +304,17 @@ def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
     return joined if isinstance(blocks[0], dict) else tuple(joined.values())
 
 
-def _groups(pair: Pair, objective: Objective, lr: float | dict[str, float]) -> list[dict[str, Any]]:
+def _rates(lr: Any) -> dict[str, float]:
     rates = lr if isinstance(lr, dict) else {"model": lr, "objective": lr}
     if unknown := set(rates) - {"model", "objective"}:
-        raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(unknown)}")
+        raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(map(str, unknown))}")
     for name, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
             raise ValueError(f"lr: expected a positive number, got {rate!r} for {name!r}")
+    return rates
+
+
+def _groups(pair: Pair, objective: Objective, rates: dict[str, float]) -> list[dict[str, Any]]:
     groups = []
     for name, module in (("model", pair), ("objective", objective)):
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -298,11 +331,18 @@ def _groups(pair: Pair, objective: Objective, lr: float | dict[str, float]) -> l
 
 
 def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    if scheduler is None or callable(scheduler):
-        return scheduler(optimizer) if scheduler is not None else None
     if scheduler == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    raise ValueError(f"scheduler: expected None, 'cosine' or a function of the optimizer, got {scheduler!r}")
+    return scheduler(optimizer) if scheduler is not None else None
+
+
+def _device(device: Any) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected 'auto' or a device of torch, got {device!r}") from error
 
 
 def _bar(steps: int, progress: bool) -> Any:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, length
-from probae.checks import check, quiet
-from probae.evidence.exact import exact
+from probae.checks import check
 from probae.evidence.importance import elbo, no_bound
+from probae.evidence.tractable import exact
 from probae.objectives import Objective
 from probae.pair import Pair
+from probae.seeding import still
 
 
 class Watch:
@@ -33,6 +34,6 @@ class Watch:
             return exact(self.pair, self.batch, self.layout).mean
         if self.kind == "elbo":
             return elbo(self.pair, self.batch, self.layout, self.particles, self.seed).mean
-        with quiet(self.pair, self.seed), torch.no_grad():
+        with still(self.pair, self.seed), torch.no_grad():
             value: Any = self.objective(self.pair, self.batch, length(self.batch), step)
         return -float(value)

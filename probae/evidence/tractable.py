@@ -11,10 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.batches import Batch, each, length, rows_of
-from probae.checks import quiet
 from probae.evidence.result import Evidence, as_values
+from probae.layout import Layout, base, samples
 from probae.pair import Pair
-from probae.traces import Layout, base, samples
+from probae.seeding import still
 
 #: the most joint states of a datum's latents that are summed over
 STATES = 2**16
@@ -34,7 +34,7 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
         )
     if not isinstance(batch, Tensor):
         raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
-    with quiet(pair):
+    with still(pair):
         values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
     return Evidence(values, torch.zeros_like(values), "exact", "exact", layout.measure)
 
@@ -52,7 +52,7 @@ def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
     if not layout.latents:
         raise ValueError("method='enumerate' needs discrete latents, and this pair has no latents at all")
     rows = each(lambda leaf: leaf[:1], batch)
-    with quiet(pair):
+    with still(pair):
         # a guide is not needed for the sum; where there is one, it spares the model from drawing its own latents
         guide = pair.run(pair.guide, rows, 1, layout) if pair.has_guide else poutine.Trace()
         model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
@@ -96,7 +96,7 @@ def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
     rows = max(1, min(length(batch), _CELLS // (min(count, 1024) * max(width, 1))))
     together = max(2, _CELLS // (rows * max(width, 1)))
     totals = []
-    with quiet(pair):
+    with still(pair):
         for block in rows_of(batch, rows):
             n = length(block)
             parts = []

@@ -1,0 +1,302 @@
+"""Where the sites of a pair lie, found by running it on a few rows, with its guide checked against its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, ImproperUniform
+from torch.distributions import constraints
+
+from probae.batches import Batch, each, leaves, length, shapes
+from probae.seeding import seeded, still
+
+Site = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sites of a pair lie.
+
+    Attributes:
+        plates: the names of the plates over data.
+        data_dim: their (negative) dimension.
+        nesting: how many plate dimensions the programs use; the particle plate goes to their left.
+        latents, globals_: the model's latent sites inside and outside the data plate.
+        observed: its observed sites.
+        points: local latents for which the guide has no density.
+        improper: local latents whose prior is flat.
+        measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
+        vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
+    """
+
+    plates: frozenset[str]
+    data_dim: int
+    nesting: int
+    latents: tuple[str, ...] = ()
+    globals_: tuple[str, ...] = ()
+    observed: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    improper: tuple[str, ...] = ()
+    measure: str = "density"
+    vectorised: bool = True
+
+    def is_local(self, site: Site) -> bool:
+        """Whether a site lies inside the data plate."""
+        return any(frame.name in self.plates for frame in site["cond_indep_stack"])
+
+
+def lay_out(pair: Any, batch: Batch) -> Layout:
+    """Run the programs of a `Pair` on a few rows, check guide against model, and say where the sites lie.
+
+    Raises:
+        ValueError: naming the site, if the guide misses a latent, has one that the model has not, or draws another shape
+            or outside the prior's support; if a site has an axis that no plate declares; if there is no data plate.
+    """
+    # a number of rows that no other axis has: a plate over a wrong axis then shows itself
+    taken = {size for _, leaf in leaves(batch) for size in leaf.shape[1:]}
+    free = [n for n in range(5, 7 + len(taken)) if n not in taken]
+    count = min(length(batch), free[0])
+    rows = _few(batch, count)
+    with still(pair):
+        guide, model = run_both(pair, rows, None)
+        plate = _data_plate([*samples(guide), *samples(model)], count, rows)
+        check_sites(guide, model, pair.has_guide)
+        local = Layout(frozenset({plate.name, *getattr(pair, "data_plates", ())}), plate.dim, _nesting(guide, model))
+        drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}
+        auxiliary = any(s["infer"].get("is_auxiliary") for s in drawn.values())
+        latents = [s for s in samples(model) if not s["is_observed"] and local.is_local(s)]
+        observed = [s for s in samples(model) if s["is_observed"] and not is_factor(s["fn"])]
+        layout = replace(
+            local,
+            latents=tuple(s["name"] for s in latents),
+            globals_=tuple(s["name"] for s in samples(model) if not s["is_observed"] and not local.is_local(s)),
+            observed=tuple(s["name"] for s in observed),
+            improper=tuple(s["name"] for s in latents if is_flat(s["fn"])),
+            points=tuple(
+                s["name"] for s in latents if s["name"] in drawn and not auxiliary and is_point(drawn[s["name"]]["fn"])
+            ),
+            measure=getattr(pair, "measure", None) or _measure(observed),
+        )
+        # two numbers of rows: a module that takes the data axis for channels passes with one of them by chance
+        fewer = [_few(batch, n) for n in {count, min(length(batch), free[1])}]
+        return replace(layout, vectorised=all(_vectorises(pair, few, layout) for few in fewer))
+
+
+def run_both(pair: Any, rows: Batch, layout: Layout | None) -> tuple[Any, Any]:
+    """The traces of guide and model; whatever their own errors are, they come back as ValueErrors that name the program."""
+    guide: Any = poutine.Trace()
+    name = "guide"
+    try:
+        if pair.has_guide:
+            guide = pair.run(pair.guide, rows, 1, layout)
+        name = "model"
+        return guide, pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the model's latents could not be drawn ({error}): a flat prior needs a guide that draws its site"
+        ) from error
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, KeyError, AttributeError) as error:
+        raise ValueError(f"the {name} failed on rows of the data, of shape {shapes(rows)}: {error}") from error
+
+
+def check_sites(guide: Any, model: Any, has_guide: bool) -> None:
+    """Raise a ValueError that names the first site at which guide and model, or a site and its plates, disagree."""
+    for site in [*samples(guide), *samples(model)]:
+        declared = {frame.dim for frame in site["cond_indep_stack"]}
+        for dim, size in zip(range(-1, -99, -1), reversed(site["fn"].batch_shape), strict=False):
+            if size != 1 and dim not in declared:
+                raise ValueError(
+                    f"site {site['name']!r} has an axis of size {size} at dimension {dim} that no plate declares: batch "
+                    f"shape {tuple(site['fn'].batch_shape)}; use .to_event(1) for vectors, or a plate for independent draws"
+                )
+    drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"] and not s["infer"].get("is_auxiliary")}
+    latent = {s["name"]: s for s in samples(model) if not s["is_observed"]}
+    if missing := [name for name in latent if name not in drawn and has_guide]:
+        raise ValueError(
+            f"the guide misses the latent site {missing[0]!r} of the model: expected the guide's sites to be "
+            f"{sorted(latent)}, got {sorted(drawn)}"
+        )
+    if extra := [name for name in drawn if name not in latent]:
+        raise ValueError(
+            f"the guide has a site {extra[0]!r} that is no latent site of the model: expected {sorted(latent)}, got "
+            f"{sorted(drawn)} (a site of the guide alone, such as noise, needs infer={{'is_auxiliary': True}})"
+        )
+    for name in drawn:
+        q, p = drawn[name], latent[name]
+        expected, got = tuple(p["fn"].shape()), tuple(q["fn"].shape())
+        if expected != got or p["fn"].event_dim != q["fn"].event_dim:
+            raise ValueError(
+                f"site {name!r}: expected the guide's shape to be the model's, {expected} with {p['fn'].event_dim} event "
+                f"dimension(s), got {got} with {q['fn'].event_dim}: use .to_event(1) for vectors in both"
+            )
+        if not _covers(p["fn"], q["fn"]) or not inside(p, q["value"]).all():
+            raise ValueError(
+                f"site {name!r}: the guide ({type(base(q['fn'])).__name__}) draws values outside the support of the "
+                f"prior ({type(base(p['fn'])).__name__}): expected {describe_support(p['fn'])}"
+            )
+    for site in samples(model):
+        if site["is_observed"]:
+            check_event(site)
+
+
+def check_event(site: Site) -> None:
+    """Raise a ValueError unless an observed value has its distribution's event shape (batch axes may broadcast)."""
+    expected, got = tuple(site["fn"].shape()), tuple(site["value"].shape)
+    event = expected[len(expected) - site["fn"].event_dim :]
+    if not is_factor(site["fn"]) and got[len(got) - len(event) :] != event:
+        raise ValueError(f"site {site['name']!r}: expected data of shape {expected}, got {got}")
+
+
+def samples(trace: Any) -> Any:
+    """The sites that carry a density: no plates' index sites, no deterministic ones."""
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or poutine.util.site_is_subsample(site) or site["infer"].get("_deterministic"):
+            continue
+        yield site
+
+
+def base(fn: Any) -> Any:
+    """The distribution inside ``to_event``, ``mask`` and ``expand``."""
+    while type(fn).__name__ in {"Independent", "MaskedDistribution", "ExpandedDistribution"}:
+        fn = fn.base_dist
+    return fn
+
+
+def is_flat(fn: Any) -> bool:
+    """Whether a distribution is an improper uniform."""
+    return isinstance(base(fn), ImproperUniform)
+
+
+def is_factor(fn: Any) -> bool:
+    """Whether a site is a `pyro.factor`: a number added to the log density, not a distribution of data."""
+    return type(base(fn)).__name__ == "Unit"
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a point mass that carries no density of its own."""
+    fn = base(fn)
+    return isinstance(fn, Delta) and not bool(fn.log_density.any())
+
+
+def inside(site: Site, value: Any) -> Any:
+    """Where a value lies in the support of a site's distribution; True where that does not say."""
+    try:
+        return site["fn"].support.check(value)
+    except (NotImplementedError, AttributeError):
+        return torch.ones((), dtype=torch.bool)
+
+
+def describe_support(fn: Any) -> str:
+    """The support of a distribution in words."""
+    support = _support(fn)
+    if support is constraints.boolean:
+        return "0 or 1"
+    lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    ends = [f"{float(torch.as_tensor(end).max()):g}" if end is not None else None for end in (lower, upper)]
+    kind = "whole numbers" if support.is_discrete else "real numbers"
+    if ends[0] is not None:
+        return f"{kind} from {ends[0]} to {ends[1]}" if ends[1] is not None else f"{kind} of at least {ends[0]}"
+    return kind if type(support).__name__ in {"_Real", "WholeNumbers"} else f"values in {support}"
+
+
+def _support(fn: Any) -> Any:
+    support = base(fn).support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _covers(p: Any, q: Any) -> bool:
+    """Whether the support of p can hold that of q, as far as their kinds tell."""
+    try:
+        wide, narrow = _support(p), _support(q)
+    except (NotImplementedError, AttributeError):
+        return True
+    if is_point(q) or is_flat(p):
+        return True
+    bounded = type(wide).__name__ != "_Real"
+    return wide.is_discrete == narrow.is_discrete and not (bounded and type(narrow).__name__ == "_Real")
+
+
+def _measure(observed: list[Site]) -> str:
+    kinds = {bool(s["fn"].support.is_discrete) for s in observed}
+    return "mixed" if len(kinds) > 1 else "mass" if kinds == {True} else "density"
+
+
+def _few(batch: Batch, count: int) -> Batch:
+    return each(lambda leaf: torch.nan_to_num(leaf[:count], 0.0, 0.0, 0.0), batch)
+
+
+def _nesting(guide: Any, model: Any) -> int:
+    return max(-f.dim for s in [*samples(guide), *samples(model)] for f in s["cond_indep_stack"] if f.dim is not None)
+
+
+def _data_plate(sites: list[Site], count: int, rows: Batch) -> Any:
+    frames = [f for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
+    named = [f for f in frames if f.name == "data"] or [f for f in frames if count in (f.size, f.full_size)]
+    if not named:
+        raise ValueError(
+            "the model has no plate over the data: expected `with pyro.plate('data', N, dim=-1)` around the sites of each "
+            f"datum; got {sorted({f.name for f in frames}) or 'no plates'}"
+        )
+    plate = named[0]
+    if plate.size != count and plate.full_size in (None, plate.size):
+        raise ValueError(
+            f"plate {plate.name!r} has size {plate.size}, but the batch has {count} rows ({shapes(rows)}): take the plate's "
+            "size from the batch"
+        )
+    return plate
+
+
+def _vectorises(pair: Any, rows: Batch, layout: Layout) -> bool:
+    """Whether K particles at once give the terms that each of them gives alone."""
+    from probae.traces import Traces  # traces reads layouts
+
+    particles = next(k for k in (3, 4) if k != length(rows))
+
+    def run(values: dict[str, Any], k: int) -> Traces:
+        guide: Any = poutine.Trace()
+        if pair.has_guide:
+            with seeded(0, pair.device):  # plain noise in a guide, as a denoising one has, is then the same
+                guide = run_at(pair, pair.guide, rows, k, layout, values)
+        with seeded(1, pair.device):
+            drawn = {s["name"]: s["value"] for s in samples(guide) if not s["is_observed"]}
+            model = run_at(pair, pair.model, rows, k, layout, values | drawn)
+        return Traces([(guide, model)], layout, k, rows_in_plate(model, layout, rows))
+
+    def latents(traces: Traces) -> dict[str, Any]:
+        return {s["name"]: s["value"] for trace in traces.runs[0] for s in samples(trace) if not s["is_observed"]}
+
+    try:
+        shapes_alone = {name: value.shape for name, value in latents(run({}, 1)).items()}
+        together = run({}, particles)
+        drawn = latents(together)
+        for k in range(particles):
+            alone = run({name: value[k].reshape(shapes_alone[name]) for name, value in drawn.items()}, 1)
+            for part in ("likelihood", "prior", "posterior"):
+                for a, b in zip(getattr(together, part)(), getattr(alone, part)(), strict=True):
+                    if not torch.allclose(a[k], b[0], rtol=1e-3, atol=1e-3, equal_nan=True):
+                        return False
+        return True
+    except Exception:  # the programs' own errors, of whatever type: they mean that they take no particle axis
+        return False
+
+
+def run_at(pair: Any, program: Any, batch: Batch, particles: int, layout: Layout, values: dict[str, Any]) -> Any:
+    """Trace a program at given values of its latents, which stay latents."""
+    trace = pair.run(program, batch, particles, layout, poutine.condition, data=values)
+    for site in samples(trace):
+        site["is_observed"] = site["is_observed"] and site["name"] not in values
+    return trace
+
+
+def rows_in_plate(model: Any, layout: Layout, batch: Batch) -> int:
+    """The size of the data plate in a trace, smaller than N where the programs subsample."""
+    for site in model.nodes.values():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.name in layout.plates:
+                return frame.size
+    return length(batch)
