@@ -4,7 +4,7 @@ The fits take turns in one process, so that a busy machine slows all alike; the 
 MNIST (`mnist/` in the folder that PROBAE_DATA names), dequantised and divided by 256, or on synthetic data:
 
     PROBAE_DATA=... python benchmarks/linear.py --latents 50 --rounds 3
-    python benchmarks/linear.py --size 20000 --features 300 --latents 20
+    python benchmarks/linear.py --size 20000 --features 100 --latents 10
 """
 
 import argparse
@@ -50,7 +50,7 @@ def held_out(solution, x):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, help="synthetic data of this size, even where MNIST is at hand")
-    parser.add_argument("--features", type=int, default=300)
+    parser.add_argument("--features", type=int, default=100)
     parser.add_argument("--latents", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -59,16 +59,16 @@ def main():
     if options.size is None and folder.is_dir():
         name, (train, test) = "MNIST", mnist(folder)
     else:
-        name, (train, test) = "synthetic", synthetic(options.size or 10_000, options.features, options.latents)
-    ours, theirs, k = torch.from_numpy(train), torch.from_numpy(test), options.latents
+        name, (train, test) = "synthetic", synthetic(options.size or 20_000, options.features, options.latents)
+    data, unseen, k = torch.from_numpy(train), torch.from_numpy(test), options.latents
 
     def peer(model):
         return lambda: model.fit(train), lambda fit: (fit.score(train), fit.score(test))
 
     def mine(function, **arguments):
         return (
-            lambda: function(ours, k, **arguments),
-            lambda fit: (fit.log_likelihood, held_out(fit, theirs)),
+            lambda: function(data, k, **arguments),
+            lambda fit: (fit.log_likelihood, held_out(fit, unseen)),
         )
 
     # A row is measured against the last row before it that is scikit-learn's default.
@@ -88,9 +88,8 @@ def main():
             fits[row] = fit()
             seconds[row].append(time.perf_counter() - start)
 
-    print(
-        f"{name}: {train.shape[0]} x {train.shape[1]}, {k} latents, {options.rounds} rounds, {torch.get_num_threads()} threads"
-    )
+    shape, threads = " x ".join(map(str, train.shape)), torch.get_num_threads()
+    print(f"{name}: {shape}, {k} latents, {options.rounds} rounds, {threads} threads")
     print(f"{'':22s}{'seconds':>9s}{'ratio':>8s}{'training':>14s}{'held-out':>14s}  nats per datum")
     for row, (_, scores) in rows.items():
         median = statistics.median(seconds[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,18 +55,14 @@ class DiscretisedNormal(TorchDistribution):
         """log P(value), in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        upper, lower = (value + 0.5 - self.loc) / self.scale, (value - 0.5 - self.loc) / self.scale
-        # by symmetry the difference is taken in the lower tail, where log Φ keeps its digits
-        flip = upper + lower > 0
-        a, b = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-        open_a = torch.where(flip, value >= self.high, value <= self.low)  # its probability is 0
-        open_b = torch.where(flip, value <= self.low, value >= self.high)  # its probability is 1
-        log_b = torch.where(open_b, torch.zeros_like(b), torch.special.log_ndtr(b.masked_fill(open_b, 0.0)))
-        gap = torch.special.log_ndtr(a.masked_fill(open_a, 0.0)) - log_b
-        # where both ends coincide in floating point the bin's mass is its density times its width
-        tiny = torch.finfo(gap.dtype).eps
-        inner = torch.where(open_a, torch.zeros_like(gap), torch.log(-torch.expm1(gap.clamp(max=-tiny))))
-        return log_b + inner
+        ends = (value <= self.low) | (value >= self.high)
+        # one tail at an end: P(low) = Φ(upper edge), P(high) = Φ(−lower edge)
+        sign = torch.where(value <= self.low, 1.0, -1.0).to(value.dtype)
+        tail = _log_ndtr(
+            torch.where(ends, (sign * (value - self.loc) + 0.5) / self.scale, torch.zeros_like(self.scale))
+        )
+        inner = _log_interval(torch.where(ends, torch.zeros_like(self.loc), value - self.loc), self.scale)
+        return torch.where(ends, tail, inner)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Rounding has no gradient."""
@@ -87,6 +84,49 @@ class DiscretisedNormal(TorchDistribution):
         return self.low + total
 
 
+def _log_ndtr(t: Tensor) -> Tensor:
+    """log Φ(t), with digits and gradients far into the lower tail (those of torch's own cancel there)."""
+    low = t < 0
+    below, above = torch.where(low, t, -torch.ones_like(t)), torch.where(low, torch.ones_like(t), t)
+    lower = torch.log(torch.special.erfcx(-below / math.sqrt(2)) / 2) - below.square() / 2
+    return torch.where(low, lower, torch.log1p(-torch.special.erfc(above / math.sqrt(2)) / 2))
+
+
+def _log_interval(distance: Tensor, scale: Tensor) -> Tensor:
+    """log of the mass of N(0, scale²) within ½ of a distance from its centre."""
+    half = 0.5 / scale
+    middle = -(distance / scale).abs()  # by symmetry, in the lower half
+    flat = 2 * half * middle.abs().clamp_min(1.0) < 0.02
+    apart = ~flat & (middle + half <= 0)
+
+    def only(where: Tensor, x: Tensor, otherwise: float) -> Tensor:
+        return torch.where(where, x, torch.full_like(x, otherwise))
+
+    # a narrow bin: density at its middle, width, and the density's curvature
+    m, w = only(flat, middle, 0.0), only(flat, 2 * half, 0.01)
+    density = -m.square() / 2 - math.log(2 * math.pi) / 2 + w.log() + torch.log1p(w.square() * (m.square() - 1) / 24)
+    # all in one tail: Φ(b)(1 − Φ(a)/Φ(b)), the ratio's exponent (b² − a²)/2 as a product
+    m, h = only(apart, middle, -2.0), only(apart, half, 1.0)
+    a, b = (m - h) / -math.sqrt(2), (m + h) / -math.sqrt(2)
+    gap = torch.log(torch.special.erfcx(a)) - torch.log(torch.special.erfcx(b)) + 2 * h * m
+    tail = _log_ndtr(m + h) + torch.log(-torch.expm1(gap))
+    # around the centre: two terms of one sign
+    across = ~flat & ~apart
+    m, h = only(across, middle, 0.0), only(across, half, 1.0)
+    middle_mass = torch.log((torch.erf((m + h) / math.sqrt(2)) + torch.erf((h - m) / math.sqrt(2))) / 2)
+    return torch.where(flat, density, torch.where(apart, tail, middle_mass))
+
+
+class WholeNumbers(constraints.Constraint):
+    """..., −1, 0, 1, ..."""
+
+    is_discrete = True
+
+    def check(self, value: Tensor) -> Tensor:
+        """Where a value is one."""
+        return value == value.round()
+
+
 class Truncation(TorchDistribution):
     r"""The whole number below a continuous value, x = ⌊y⌋, observed: a mass of 1 where it agrees.
 
@@ -94,7 +134,11 @@ class Truncation(TorchDistribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
-    support = constraints.independent(constraints.integer_interval(-(2**53), 2**53), 1)
+
+    @constraints.dependent_property
+    def support(self) -> Any:  # type: ignore[override]
+        """Whole numbers, of either sign."""
+        return constraints.independent(WholeNumbers(), len(self.event_shape))
 
     def __init__(self, batch_shape: Any, event_shape: Any):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
@@ -105,4 +149,5 @@ class Truncation(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Zero: y was drawn within the bin of x."""
-        return value.new_zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))

@@ -88,8 +88,13 @@ class _LocationScale(Head):
                 start = scale if self.kind == "feature" else scale.square().mean().sqrt()
                 self.log_scale.copy_(start.log())
 
-    @property
-    def scale(self) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        # a property would do, were its AttributeErrors not taken for a missing attribute by torch modules
+        if name == "scale":
+            return self._scale()
+        return super().__getattr__(name)
+
+    def _scale(self) -> Tensor:
         """The scale that all data share, () or (D,), in the data's units."""
         if self.kind == "predicted":
             raise AttributeError("this head predicts a scale for each datum: read it from its distribution")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.batches import Batch
-from probae.layout import run_at, samples
+from probae.layout import Site, run_at, samples
 from probae.pair import Pair
 from probae.traces import Part, Traces
 
@@ -177,7 +177,7 @@ class IWAE(Objective):
             )
         double = self.gradient == "dreg"
         gates: list[_Gate] = []
-        traces = pair.traces(batch, self.particles, through=(lambda z: _gated(z, gates)) if double else None)
+        traces = pair.traces(batch, self.particles, through=(lambda site: _gated(site, gates)) if double else None)
         if double and (discrete := traces.without_path()):
             raise ValueError(
                 f"gradient='dreg' needs draws with a gradient, and site {discrete[0]!r} has none: use 'standard'"
@@ -239,22 +239,22 @@ def named(objective: str | Objective | None, pair: Pair) -> Objective:
 class _Gate:
     """Multiplies the gradient that flows back into a draw by weights that are known only after the forward pass."""
 
-    weights: Tensor
+    def __init__(self, event_dim: int):
+        self.event_dim, self.weights = event_dim, torch.ones(())
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        weights = self.weights
-        return gradient * weights.reshape(weights.shape + (1,) * (gradient.dim() - weights.dim()))
+        weights = self.weights.reshape(self.weights.shape + (1,) * self.event_dim)
+        if weights.dim() > gradient.dim():  # a draw that is not in all of the plates
+            weights = weights.reshape(weights.shape[weights.dim() - gradient.dim() :])
+        return gradient * weights
 
 
 def _beside_draws(weights: Tensor, traces: Traces, run: int) -> Tensor:
-    """Weights (K, N) with axes where the draws of a run have theirs: particles, plates, data."""
-    layout = traces.layout
+    """Weights (K, N) with axes where the draws of a run have theirs: particles, if it has several, plates, data."""
     alone = len(traces.runs) > 1 or traces.particles == 1
-    shape = [*([] if alone else [weights.shape[0]]), *[1] * layout.nesting]
-    shape[layout.data_dim] = weights.shape[1]
-    beside = (weights[run] if alone else weights).reshape(shape)
-    # draws of a single particle have no axes to the left of the plates they are in
-    return beside.reshape(beside.shape[layout.data_dim :]) if alone else beside
+    shape = [*([] if alone else [weights.shape[0]]), *[1] * traces.layout.nesting]
+    shape[traces.layout.data_dim] = weights.shape[1]
+    return (weights[run] if alone else weights).reshape(shape)
 
 
 def _path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
@@ -288,10 +288,10 @@ def _path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
     return Part(*(p - d + d.detach() for p, d in zip(paths, directs, strict=True)))
 
 
-def _gated(z: Tensor, gates: list[_Gate]) -> Tensor:
-    gate = _Gate()
+def _gated(site: Site, gates: list[_Gate]) -> Tensor:
+    gate = _Gate(site["fn"].event_dim)
     gates.append(gate)
-    z = z.view_as(z)
+    z = site["value"].view_as(site["value"])
     z.register_hook(gate)
     return z
 

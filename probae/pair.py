@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, length
-from probae.layout import Layout, lay_out, rows_in_plate, run_at, samples
+from probae.layout import Layout, Site, lay_out, rows_in_plate, run_at, samples
 from probae.passes import Passes
 from probae.traces import Traces
 
@@ -104,8 +104,10 @@ class Pair(Passes, nn.Module):
 
     @property
     def has_guide(self) -> bool:
-        """Whether there is a guide (a model without latents needs none, and its own is empty)."""
-        return self._programs is None or self._programs["guide"] is not None
+        """Whether there is a guide; a model with a marginal, or whose latents can be summed out, needs none."""
+        if self._programs is not None:
+            return self._programs["guide"] is not None
+        return self.has("posterior") or type(self).guide is not Pair.guide
 
     def has(self, name: str) -> bool:
         """Whether the pair has a callable of that name: prior, likelihood, posterior, marginal."""
@@ -119,7 +121,13 @@ class Pair(Passes, nn.Module):
     def log_marginal(self, x: Tensor) -> Tensor:
         """log p(x) (N,), by the marginal."""
         self.need("marginal")
-        return self.marginal().log_prob(x)
+        values = self.marginal().log_prob(x)
+        if values.shape != x.shape[:1]:
+            raise ValueError(
+                f"marginal(): expected a distribution of x with one log density per datum, {tuple(x.shape[:1])}, got "
+                f"{tuple(values.shape)}: use .to_event(1) for vectors"
+            )
+        return values
 
     def need(self, *names: str) -> None:
         """Raise a ValueError that says which of the callables is missing."""
@@ -139,13 +147,13 @@ class Pair(Passes, nn.Module):
             self._layout = lay_out(self, batch)
         return self._layout
 
-    def traces(self, batch: Batch, particles: int = 1, through: Callable[[Tensor], Tensor] | None = None) -> Traces:
+    def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
 
         Args:
             batch: N data.
             particles: K.
-            through: applied to each draw before the model and the densities see it (identity in value).
+            through: gives, for a site of the guide, the draw that the model and the densities see (equal in value).
 
         Returns:
             The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
@@ -163,13 +171,13 @@ class Pair(Passes, nn.Module):
         return Traces([(poutine.Trace(), model)], layout, particles, length(batch))
 
     def _run(
-        self, batch: Batch, layout: Layout, particles: int, through: Callable[[Tensor], Tensor] | None
+        self, batch: Batch, layout: Layout, particles: int, through: Callable[[Site], Tensor] | None
     ) -> tuple[Any, Any]:
         guide = self.run(self.guide, batch, particles, layout) if self.has_guide else poutine.Trace()
         if through is not None:
             for site in samples(guide):
                 if not site["is_observed"] and site["value"].requires_grad:
-                    site["value"] = through(site["value"])
+                    site["value"] = through(site)
         return guide, self.run(self.model, batch, particles, layout, poutine.replay, trace=guide)
 
     def run(
@@ -298,8 +306,10 @@ def as_pair(model: Any) -> Pair:
     """
     if isinstance(model, Pair):
         return model
-    if hasattr(model, "history") and isinstance(getattr(model, "model", None), nn.Module):
+    if hasattr(type(model), "history") and hasattr(model, "records"):
         return as_pair(model.model)  # what fit returned
+    if isinstance(model, type):
+        raise TypeError(f"expected a model, got the class {model.__name__}: make an instance of it")
     if callable(getattr(model, "model", None)):
         # one pair per object: parameters that its programs declare as they run are kept in it
         pair = getattr(model, "__dict__", {}).get("_probae_pair")

@@ -11,7 +11,7 @@ from torch import nn
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
     """Run a block under its own random stream, then restore the caller's.
 
     torch distributions take no generator, so the stream of the CPU, and of ``device`` where that is a GPU, is forked.
@@ -28,7 +28,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         True
     """
     seed = checked_seed(seed)
-    device = torch.device(device)
+    device = torch.device("cpu" if device is None else device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         # not torch.manual_seed: it reseeds every GPU of the process, also those that were not forked
@@ -43,10 +43,9 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
 def still(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Run a module without gradient, in eval mode and under a random stream of its own, and restore all three."""
     modes = {part: part.training for part in module.modules()}
-    device: Any = getattr(module, "device", None) or "cpu"
     module.eval()
     try:
-        with torch.no_grad(), seeded(seed, device):
+        with torch.no_grad(), seeded(seed, getattr(module, "device", None)):
             yield
     finally:
         for part in module.modules():  # one that was found on the way counts as in training mode

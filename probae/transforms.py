@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from probae.batches import as_batch
 from probae.distributions import Truncation
+from probae.layout import Layout
 from probae.nn import moments
 from probae.pair import Pair, as_pair
 from probae.recipe import recorded
@@ -26,6 +27,7 @@ class _Around(Pair):
         self.inner = as_pair(pair)
         self.depth: int = getattr(self.inner, "depth", 0) + 1
         self.default_objective = self.inner.default_objective
+        self.event_dim = self.inner.event_dim
         features = getattr(self.inner, "features", None)
         if features is not None:
             self.features = features
@@ -46,7 +48,10 @@ class _Around(Pair):
 
     def _rows(self, x: Tensor) -> Any:
         # a plate of its own name: the inner programs open theirs; both lie along the data axis
-        return pyro.plate(f"data_{self.depth}", x.shape[-1 - self.event_dim], dim=-1)
+        return pyro.plate(f"data_{self.depth}", x.shape[-1 - self._events(x)], dim=-1)
+
+    def _events(self, x: Tensor) -> int:
+        return self.event_dim
 
     def decode(self, z: Any) -> Tensor:
         """The mean of the inner pair's x given latents z, mapped back."""
@@ -100,7 +105,7 @@ class Dequantised(_Around):
         """u ~ U[0, 1); x + u under the inner model; x the whole number below it."""
         with self._rows(x):
             y = x + pyro.sample("u", self._noise(x))
-            pyro.sample("counts", Truncation(y.shape[:-1], y.shape[-1:]), obs=x)
+            pyro.sample("counts", Truncation(y.shape[: -self._events(x)], x.shape[1:]), obs=x)
         self.inner.model(y)
 
     def guide(self, x: Tensor) -> None:
@@ -130,7 +135,10 @@ class Dequantised(_Around):
     @staticmethod
     def _noise(x: Tensor) -> Any:
         zero = torch.zeros_like(x)
-        return dist.Uniform(zero, zero + 1, validate_args=False).to_event(1)
+        return dist.Uniform(zero, zero + 1, validate_args=False).to_event(x.dim() - 1)
+
+    def _events(self, x: Tensor) -> int:
+        return x.dim() - 1  # counts have no particle axis: noise gives them theirs
 
     def _forth(self, x: Tensor) -> Tensor:
         return x + 0.5
@@ -145,6 +153,9 @@ class Dequantised(_Around):
 
 class Transform(nn.Module):
     """An invertible map of data: ``forward(x)`` gives y (..., D) and log |det dy/dx| (...), ``inverse(y)`` gives x."""
+
+    #: what it takes, in words
+    domain = "real numbers"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -204,6 +215,7 @@ class Logit(Transform):
         if not (low < high and 0 <= margin < 0.5):
             raise ValueError(f"expected low < high and 0 <= margin < 0.5, got {low}, {high}, {margin}")
         self.low, self.high, self.margin = float(low), float(high), float(margin)
+        self.domain = f"numbers from {low:g} to {high:g}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         slope = (1 - 2 * self.margin) / (self.high - self.low)
@@ -243,19 +255,43 @@ class Transformed(_Around):
         if inner == "mass":
             raise ValueError("a mass of counts has no log-determinant: put Dequantised outside, Transformed inside")
 
+    def layout(self, batch: Any) -> Layout:
+        """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
+        if self._layout is None and isinstance(batch, Tensor):
+            self.inner.layout(self._forth(batch))
+        return super().layout(batch)
+
+    @property
+    def _is_mass(self) -> bool:
+        return self.inner._layout is not None and self.inner._layout.measure == "mass"
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """As for any pair, and that the transform is finite at all of the data."""
+        super().validate(*args, **kwargs)
+        if len(args) == 1 and isinstance(args[0], Tensor) and torch.isfinite(args[0]).all():
+            y, log_det = self.apply_to(args[0])
+            bad = ~(torch.isfinite(y).flatten(1).all(1) & torch.isfinite(log_det))
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                takes = " then ".join(f"{type(step).__name__} of {step.domain}" for step in self.steps)
+                raise ValueError(
+                    f"site 'x': row {row} is outside the domain of the transform ({takes}): {args[0][row].flatten()[:4].tolist()}…"
+                )
+
     def apply_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y = T(x) (..., D) and the log-determinant (...)."""
         total = x.new_zeros(x.shape[:-1])
         for step in self.steps:
             x, log_det = step(x)
             total = total + log_det
-        return x, total
+        return x, total.sum(list(range(1 - self.event_dim, 0))) if self.event_dim > 1 else total
 
     def model(self, x: Tensor) -> None:
         """The inner model at T(x), with the log-determinant as a factor."""
         y, log_det = self.apply_to(x)
-        with self._rows(x):
-            pyro.factor(f"log_det_{self.depth}", log_det)
+        if not self._is_mass:
+            with self._rows(x):
+                pyro.factor(f"log_det_{self.depth}", log_det)
         self.inner.model(y)
 
     def guide(self, x: Tensor) -> None:
@@ -271,7 +307,7 @@ class Transformed(_Around):
     def log_marginal(self, x: Tensor) -> Tensor:
         """log p(x) (N,), where the inner pair's is known."""
         y, log_det = self.apply_to(x)
-        return self.inner.log_marginal(y) + log_det
+        return self.inner.log_marginal(y) if self._is_mass else self.inner.log_marginal(y) + log_det
 
     def initialise(self, x: Tensor) -> None:
         """The inner pair's start, at T(x)."""

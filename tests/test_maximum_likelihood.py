@@ -127,11 +127,12 @@ def test_bad_data(fit, x, latents, message):
 
 
 @pytest.mark.parametrize("shape", [(4, 10), (40, 10)])
-def test_ppca_refuses_an_unbounded_density(shape):
+@pytest.mark.parametrize("fit", [ppca, factor_analysis])
+def test_an_unbounded_density_is_refused(fit, shape):
     flat = draw(shape[0], 3) @ draw(3, shape[1], seed=1)
-    assert ppca(flat, 2).scale > 0
+    assert fit(flat, 2).scale.min() > 0
     with pytest.raises(ValueError, match="rank above latents=3, got rank 3"):
-        ppca(flat, 3)
+        fit(flat, 3)
 
 
 @pytest.mark.parametrize("fit", [ppca, factor_analysis])
@@ -198,7 +199,7 @@ def test_factor_analysis_equals_scikit_learn_run_to_the_end():
     peer = Peer(2, svd_method="lapack", tol=0.0, max_iter=20_000).fit(x.numpy())
     fit = factor_analysis(x, 2)
     assert fit.log_likelihood >= peer.score(x.numpy()) - 1e-9
-    # EM stops where the total log-likelihood no longer moves in float64; its error in the parameters is the root of that.
+    # EM stops where its log-likelihood no longer moves in float64; the parameters' error is the square root of that.
     np.testing.assert_allclose(fit.scale.square().numpy(), peer.noise_variance_, rtol=1e-4)
 
 

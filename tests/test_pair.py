@@ -580,7 +580,7 @@ def test_through_sees_every_draw_that_has_a_gradient():
     torch.manual_seed(1)
     plain = pair.traces(x, 3).likelihood().local
     torch.manual_seed(1)
-    other = pair.traces(x, 3, through=lambda z: seen.append(z.shape) or z).likelihood().local
+    other = pair.traces(x, 3, through=lambda site: seen.append(site["value"].shape) or site["value"]).likelihood().local
     assert seen == [(3, N, L)]
     assert torch.equal(plain, other)
 

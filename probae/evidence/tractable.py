@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from probae.batches import Batch, each, length, rows_of
+from probae.batches import Batch, length, rows_of
 from probae.evidence.result import Evidence, as_values
 from probae.layout import Layout, base, samples
 from probae.pair import Pair
@@ -36,6 +36,8 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
         raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
     with still(pair):
         values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
+    if values.isnan().any():
+        raise FloatingPointError(f"log p(x) of datum {int(values.isnan().nonzero()[0])} is no number")
     return Evidence(values, torch.zeros_like(values), "exact", "exact", layout.measure)
 
 
@@ -51,27 +53,21 @@ def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
         )
     if not layout.latents:
         raise ValueError("method='enumerate' needs discrete latents, and this pair has no latents at all")
-    rows = each(lambda leaf: leaf[:1], batch)
+    found: dict[str, tuple[Any, Tensor]] = {}
     with still(pair):
-        # a guide is not needed for the sum; where there is one, it spares the model from drawing its own latents
-        guide = pair.run(pair.guide, rows, 1, layout) if pair.has_guide else poutine.Trace()
-        model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
-    grids: list[tuple[str, Any, Tensor, int]] = []
-    for site in samples(model):
-        if site["is_observed"]:
-            continue
-        fn = base(site["fn"])
-        if not getattr(fn, "has_enumerate_support", False):
-            raise ValueError(
-                f"method='enumerate' sums over discrete latents; site {site['name']!r} ({type(fn).__name__}) has no finite "
-                "support: use method='iwae'"
-            )
-        values = fn.enumerate_support(expand=False).flatten()
-        if fn.event_shape.numel() > 1:
-            raise ValueError(
-                f"method='enumerate' cannot list the states of site {site['name']!r} ({type(fn).__name__})"
-            )
-        grids.append((site["name"], site["fn"].event_shape, values, site["fn"].event_shape.numel()))
+        for rows in rows_of(batch, 4096):
+            # a guide is not needed for the sum; where there is one, it spares the model from drawing its own latents
+            guide = pair.run(pair.guide, rows, 1, layout) if pair.has_guide else poutine.Trace()
+            model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
+            for site in samples(model):
+                if not site["is_observed"]:
+                    values = _support_of(site)
+                    known = found.setdefault(site["name"], (site["fn"].event_shape, values))[1]
+                    if known.shape != values.shape or not torch.equal(known, values):
+                        raise ValueError(
+                            f"method='enumerate' needs the same states for all data; those of site {site['name']!r} differ"
+                        )
+    grids = [(name, shape, values, shape.numel()) for name, (shape, values) in found.items()]
     count = math.prod(len(values) ** size for _, _, values, size in grids)
     if count > STATES:
         raise ValueError(
@@ -79,11 +75,27 @@ def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
         )
     axes = [values for _, _, values, size in grids for _ in range(size)]
     table = torch.tensor(list(itertools.product(*(axis.tolist() for axis in axes))), device=pair.device)
-    found, at = {}, 0
+    states, at = {}, 0
     for name, shape, values, size in grids:
-        found[name] = table[:, at : at + size].to(values.dtype).reshape(count, 1, *shape)
+        states[name] = table[:, at : at + size].to(values.dtype).reshape(count, 1, *shape)
         at += size
-    return found
+    return states
+
+
+def _support_of(site: Any) -> Tensor:
+    """The values that each number of a discrete site can take."""
+    fn = base(site["fn"])
+    if not getattr(fn, "has_enumerate_support", False):
+        raise ValueError(
+            f"method='enumerate' sums over discrete latents; site {site['name']!r} ({type(fn).__name__}) has no finite "
+            "support: use method='iwae'"
+        )
+    if fn.event_shape.numel() > 1:
+        raise ValueError(f"method='enumerate' cannot list the states of site {site['name']!r} ({type(fn).__name__})")
+    try:
+        return fn.enumerate_support(expand=False).flatten()
+    except NotImplementedError as error:
+        raise ValueError(f"method='enumerate' cannot list the states of site {site['name']!r}: {error}") from error
 
 
 def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:

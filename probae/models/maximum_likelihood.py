@@ -48,8 +48,8 @@ def ppca(x: Tensor, latents: int) -> Solution:
         log-likelihood in nats per datum.
 
     Raises:
-        ValueError: If ``x`` is not a finite matrix with N >= 2, if ``latents`` is out of range, or if the centred data
-            have rank L or less, for which the density is unbounded.
+        ValueError: If ``x`` is not a finite matrix with N >= 2, if ``latents`` is out of range, or if the covariance
+            has rank L or less: the density is then unbounded.
 
     References:
         Tipping & Bishop (1999), Probabilistic principal component analysis.
@@ -72,12 +72,7 @@ def ppca(x: Tensor, latents: int) -> Solution:
     else:
         loc, covariance = _moments(x)
         values, vectors = _descending_eigh(covariance)
-    rank = int((values > values[0] * torch.finfo(torch.float64).eps * max(size, features)).sum())
-    if rank <= latents:
-        raise ValueError(
-            f"expected centred data of rank above latents={latents}, got rank {rank} from x of shape {tuple(x.shape)}: "
-            f"the noise scale would be 0 and the density unbounded; use fewer latents, or more or dequantised data"
-        )
+    _check_rank(values, latents, max(size, features))
     top, noise = values[:latents], values[latents:].sum() / (features - latents)
     weight = _signed(vectors[:, :latents] * (top - noise).clamp_min(0).sqrt())
     total = features * (math.log(2 * math.pi) + 1) + top.log().sum() + (features - latents) * noise.log()
@@ -128,7 +123,8 @@ def factor_analysis(
 
     Raises:
         ValueError: If the input is not a finite matrix (data with N >= 2; a symmetric positive semi-definite
-            covariance), if ``latents`` is out of range, or if a feature is constant: its density is unbounded.
+            covariance), if ``latents`` is out of range, or if a feature is constant or the covariance has rank L or
+            less: the density is then unbounded.
 
     Warns:
         RuntimeWarning: If the best start has not converged; the message holds the residual.
@@ -161,6 +157,7 @@ def factor_analysis(
     # On the correlation scale the fit does not depend on units, and one floor serves every feature.
     deviation = second.diagonal().sqrt()
     correlation = second / deviation / deviation[:, None]
+    _check_rank(torch.linalg.eigvalsh(correlation).flip(0), latents, len(correlation))
     fits = [
         _newton(correlation, latents, start, math.log(floor), tolerance, max_iterations)
         for start in _starts(correlation, latents, starts, seed)
@@ -303,7 +300,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(x: Tensor) -> Tensor:
-    loc = sum(_float64(rows).sum(0) for rows in x.split(_ROWS)) / len(x)
+    loc = torch.stack([_float64(rows).sum(0) for rows in x.split(_ROWS)]).sum(0) / len(x)
     if not loc.isfinite().all():  # one bad entry spoils its mean, so x need not be read once more
         raise ValueError("expected finite x, got NaN or infinite values")
     return loc
@@ -325,7 +322,8 @@ def _float64(x: Tensor) -> Tensor:
 
 def _result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelihood: float) -> Solution:
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    return Solution(*(t.to(dtype).to(like.device) for t in (loc, weight, scale)), log_likelihood)
+    loc, weight, scale = (part.to(dtype).to(like.device) for part in (loc, weight, scale))
+    return Solution(loc, weight, scale, log_likelihood)
 
 
 def _check_data(x: Tensor, latents: int) -> None:
@@ -337,6 +335,15 @@ def _check_data(x: Tensor, latents: int) -> None:
 def _check_latents(latents: int, features: int) -> None:
     if not 1 <= latents < features:
         raise ValueError(f"expected 1 <= latents < {features} (the number of features), got latents={latents}")
+
+
+def _check_rank(values: Tensor, latents: int, dimension: int) -> None:
+    rank = int((values > values[0] * dimension * torch.finfo(torch.float64).eps).sum())
+    if rank <= latents:
+        raise ValueError(
+            f"expected a covariance of rank above latents={latents}, got rank {rank}: the noise scale would be 0 and the "
+            f"density unbounded; use fewer latents, or more or dequantised data"
+        )
 
 
 def _check_constant(constant: Tensor) -> None:

@@ -5,6 +5,7 @@ A linear-Gaussian model is as likely under :math:`W T^{-\top}` with latents :mat
 """
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,12 @@ def _oblimin(squares: Tensor) -> tuple[Tensor, Tensor]:
 
 # Each criterion f is small for simple structure. It takes the squared loadings and returns f and the factor g of its
 # derivative, df/dΛ = Λ ∘ g.
-_CRITERIA = {"varimax": (_varimax, False), "quartimax": (_quartimax, False), "oblimin": (_oblimin, True)}
+_Criterion = Callable[[Tensor], tuple[Tensor, Tensor]]
+_CRITERIA: dict[str, tuple[_Criterion, bool]] = {
+    "varimax": (_varimax, False),
+    "quartimax": (_quartimax, False),
+    "oblimin": (_oblimin, True),
+}
 
 
 @torch.no_grad()
@@ -144,7 +150,9 @@ def _apply(loadings: Tensor, matrix: Tensor) -> Tensor:
     return loadings @ torch.linalg.inv(matrix).mT
 
 
-def _project(loadings: Tensor, criterion, oblique: bool, matrix: Tensor, tolerance: float, steps: int):
+def _project(
+    loadings: Tensor, criterion: _Criterion, oblique: bool, matrix: Tensor, tolerance: float, steps: int
+) -> tuple[float, Tensor, float]:
     """Descend along the gradient, project back onto the manifold; returns the criterion, the matrix, the residual."""
 
     def evaluate(matrix: Tensor) -> tuple[float, Tensor]:

@@ -139,8 +139,7 @@ def fit(
         raise ValueError(f"clip: expected a positive norm, got {clip!r}")
 
     seed = checked_seed(seed)
-    callbacks = tuple(callbacks) if isinstance(callbacks, Sequence) else (callbacks,)
-    if not all(callable(callback) for callback in callbacks):
+    if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"callbacks: expected functions of the run, got {callbacks!r}")
     maker = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     if not callable(maker):
