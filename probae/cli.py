@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,24 +25,45 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # names and files may hold brackets
     help="Autoencoders as latent variable models, compared by held-out log p(x).",
 )
 
 
+def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+            print(f"probae: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("probae: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return run
+
+
 @app.command()
+@in_one_line
 def compare(
     data: Annotated[
         str, typer.Option(help="A named data set (see `probae list`), or a .npy, .npz or .csv file.")
     ] = "digits",
     models: Annotated[
-        str | None, typer.Option(help="Models, separated by commas. [default: those that suit the data]")
+        str | None, typer.Option(help="Models, separated by commas.", show_default="those that suit the data")
     ] = None,
     latents: Annotated[int, typer.Option(min=1, help="Number of latents of each model.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each model that is trained by steps.")] = 4000,
     test_rows: Annotated[int, typer.Option(min=2, help="At most so many test rows, drawn at random.")] = 1000,
     particles: Annotated[int, typer.Option(min=1, help="Particles of each bound on log p(x).")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the fits, the draws, and the split of a file.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results. [default: probae-compare/DATA]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="probae-compare/DATA")
+    ] = None,
 ) -> None:
     """Fit a line-up of models to data, and print one table of held-out log p(x).
 
@@ -47,38 +72,39 @@ def compare(
     """
     from probae import comparison, datasets, lineup
 
-    console = Console()
+    console = Console(markup=False, highlight=False)
     loaded = datasets.load(data, seed=seed)
     folder = out if out is not None else Path("probae-compare") / loaded.name
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = lineup.choose(loaded, models.split(",") if models else None)
+    chosen = lineup.choose(loaded, [name.strip() for name in models.split(",")] if models else None)
     test = subset(loaded.test, test_rows, seed)
-    console.print(f"[bold]{loaded.name}[/]: {loaded.description}")
-    console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n", highlight=False)
+    console.print(f"{loaded.name}: {loaded.description}")
+    console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n")
 
     fitted: dict[str, Pair] = {}
     seconds: dict[str, float] = {}
     for name in chosen:
         fitted[name], seconds[name] = lineup.train(name, loaded, latents, steps, seed, progress=sys.stderr.isatty())
-        console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s   {lineup.CANDIDATES[name].title}", highlight=False)
+        console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s   {lineup.CANDIDATES[name].title}")
     result = comparison.compare(
         fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
     )
     table = result.table.assign(fit_seconds=[seconds.get(name, math.nan) for name in result.table.index])
     console.print()
-    console.print(rendered(result, table, loaded))
+    console.print(rendered(table, loaded, console.width))
     for note in result.notes:
-        console.print(f"[dim]·[/] {note}", highlight=False)
+        console.print(f"· {note}")
     written = write(folder, result, table, loaded, test, {"latents": latents, "steps": steps, "seed": seed})
-    console.print(f"\nwritten to [bold]{folder}[/]: {', '.join(written)}", highlight=False)
+    console.print(f"\nwritten to {folder}: {', '.join(written)}")
 
 
 @app.command("list")
+@in_one_line
 def list_() -> None:
     """List the models and the data sets."""
     from probae import datasets, lineup
 
-    console = Console()
+    console = Console(markup=False, highlight=False)
     table = Table("model", "what it is", "for", title="models", title_justify="left", box=None, pad_edge=False)
     for name, candidate in lineup.CANDIDATES.items():
         table.add_row(name, candidate.title, ", ".join(candidate.kinds))
@@ -101,41 +127,45 @@ def subset(x: Any, most: int, seed: int) -> Any:
     return x if len(x) <= most else x[np.sort(np.random.default_rng(seed).permutation(len(x))[:most])]
 
 
-def rendered(result: Comparison, table: Any, data: Dataset) -> Table:
-    """The table for a terminal."""
+def rendered(table: Any, data: Dataset, width: int) -> Table:
+    """The table for a terminal, with as many columns as its width has room for."""
     unit = "image" if data.image_shape else "row"
     of = "the original counts" if data.kind == "counts" else "the original values"
+    cells = {
+        "model": [str(name) for name in table.index],
+        "log p(x)": [
+            {"lower": "≥ ", "upper": "≤ "}.get(row["bound"], "") + _with_error(row["log_evidence"], row["stderr"])
+            for _, row in table.iterrows()
+        ],
+        "to the best": [
+            _with_error(a, b) for a, b in zip(table["difference"], table["difference_stderr"], strict=True)
+        ],
+        "reconstr.": ["–" if math.isnan(v) else f"{v:.2f}" for v in table["reconstruction"]],
+        "over indep.": [
+            _with_error(a, b, plus=True)
+            for a, b in zip(table["over_independent"], table["over_independent_stderr"], strict=True)
+        ],
+        "parameters": [f"{v:,}" for v in table["parameters"]],
+        "seconds": [f"{v:.1f}" for v in table["seconds"] + table["fit_seconds"].fillna(0)],
+    }
     shown = Table(
-        title=f"held-out log p(x), nats per {unit} of {of}; higher is better", title_justify="left", pad_edge=False
+        title=f"held-out log p(x), nats per {unit} of {of}; higher is better",
+        caption="± one standard error over all data, Monte Carlo included; differences are paired by datum",
+        title_justify="left",
+        caption_justify="left",
     )
-    columns = [
-        "model",
-        "log p(x)",
-        "bound",
-        "difference to best",
-        "over independent",
-        "reconstruction",
-        "parameters",
-        "s",
-    ]
-    for name in columns:
-        shown.add_column(name, justify="left" if name in {"model", "bound"} else "right")
-    for name, row in table.iterrows():
-        total = sum(v for v in (row["seconds"], row["fit_seconds"]) if not math.isnan(v))
-        style = {"baseline": "dim", "no evidence": "italic"}.get(row["role"])
+    used = 1
+    chosen: list[str] = []
+    for name, column in cells.items():
+        used += max(map(len, [name, *column])) + 3
+        if used > width and len(chosen) > 2:
+            break
+        chosen.append(name)
+        shown.add_column(name, justify="left" if name == "model" else "right", no_wrap=name != "model", overflow="fold")
+    for i, role in enumerate(table["role"]):
         shown.add_row(
-            str(name),
-            _with_error(row["log_evidence"], row["stderr"]),
-            {"lower": "≥", "exact": "=", "upper": "≤"}.get(row["bound"], "–"),
-            _with_error(row["difference"], row["difference_stderr"]),
-            _with_error(row["over_independent"], row["over_independent_stderr"], plus=True),
-            "–" if math.isnan(row["reconstruction"]) else f"{row['reconstruction']:.2f}",
-            f"{row['parameters']:,}",
-            f"{total:.1f}",
-            style=style,
+            *(cells[name][i] for name in chosen), style={"baseline": "dim", "no evidence": "italic"}.get(role)
         )
-    shown.caption = "± one standard error over all data, Monte Carlo included; differences are paired by datum"
-    shown.caption_justify = "left"
     return shown
 
 
@@ -159,6 +189,9 @@ def write(
     }
     (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
     written = ["table.csv", "table.json", "evidence.csv"]
+    for old in (folder / "models").glob("*"):  # of an earlier run into the same folder
+        if {f.name for f in old.glob("*")} == {"model.json", "model.safetensors"}:
+            shutil.rmtree(old)
     for entry in result.entries:
         storage.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
     written.append("models/")
@@ -190,15 +223,11 @@ def _with_error(value: float, error: float, plus: bool = False) -> str:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    try:
-        app(standalone_mode=True)
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"probae: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("probae: interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Run the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ≥ or ± shows a question mark
+    app()
 
 
 if __name__ == "__main__":

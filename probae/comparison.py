@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from probae.batches import as_batch
+from probae.batches import as_batch, length
 from probae.checks import check
 from probae.evidence import Evidence, log_evidence, no_bound
 from probae.models.baselines import GaussianMixture, Independent
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 INDEPENDENT = "independent features"
+CLASSES = 4096  # whole numbers up to here have a class each in the independent baseline
 
 
 @dataclass
@@ -51,6 +53,12 @@ class Entry:
     def values(self) -> Tensor:
         """log p(x_n), (N,), averaged over the fits."""
         return torch.stack([e.values for e in self.evidence or []]).mean(0)
+
+    @property
+    def shared_mc_stderr(self) -> float:
+        """The Monte-Carlo error of the mean that all data share, of draws of global latents; 0 without any."""
+        errors = [e.shared_mc_stderr or 0.0 for e in self.evidence or []]
+        return math.hypot(*errors) / max(len(errors), 1)
 
     @property
     def parameters(self) -> int:
@@ -94,14 +102,13 @@ class Comparison:
             row |= {
                 "log_evidence": mean.mean,
                 "bound": entry.evidence[0].bound,
-                "stderr": math.hypot(mean.mean_stderr, *(e.shared_mc_stderr or 0.0 for e in entry.evidence)),
+                "stderr": math.hypot(mean.mean_stderr, entry.shared_mc_stderr),
                 "mc_stderr": math.sqrt(sum(e * e for e in errors)) / len(errors),
                 "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,
             }
-            row["difference"], row["difference_stderr"] = paired(entry.values, best.values)  # type: ignore[union-attr]
+            row["difference"], row["difference_stderr"] = paired(entry, best)
             if independent is not None:
-                against = paired(entry.values, independent.values)
-                row["over_independent"], row["over_independent_stderr"] = against
+                row["over_independent"], row["over_independent_stderr"] = paired(entry, independent)
         row["fits"] = len(entry.models)
         row["reconstruction"] = entry.reconstruction
         row["parameters"], row["seconds"] = entry.parameters, entry.seconds
@@ -120,20 +127,26 @@ class Comparison:
         """The evidence of each model with intervals of two standard errors; needs ``probae[plots]``."""
         from probae.figures import evidence_figure
 
-        return evidence_figure(self, ax)
+        return evidence_figure(self.table, ax)
 
     def __repr__(self) -> str:
+        import pandas
+
         table = self.table
         shown = table[["log_evidence", "bound", "stderr", "mc_stderr", "difference", "difference_stderr"]].copy()
         if table["over_independent"].notna().any():
             shown["over_independent"] = table["over_independent"]
         shown["reconstruction"] = table["reconstruction"]
-        text = shown.to_string(float_format=lambda v: f"{v:.2f}", na_rep="–")
+        with pandas.option_context("display.max_colwidth", None, "display.width", None):
+            text = shown.to_string(float_format=lambda v: f"{v:.2f}", na_rep="–")
         return "\n".join([f"log p(x), nats per datum, {len(self.data)} data", text, *(f"· {n}" for n in self.notes)])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{note}</li>" for note in self.notes)
-        return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
+        import pandas
+
+        notes = "".join(f"<li>{html.escape(note, quote=False)}</li>" for note in self.notes)
+        with pandas.option_context("display.max_colwidth", None):
+            return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
 
 
 def compare(
@@ -177,11 +190,13 @@ def compare(
         raise ValueError("models: expected a dictionary from names to fitted models, with at least one")
     given: dict[str, list[Any]] = {}
     for name, fits in models.items():
+        if str(name) in given:
+            raise ValueError(f"models: two names print as {str(name)!r}")
         given[str(name)] = list(fits) if isinstance(fits, Sequence) else [fits]
         if not given[str(name)]:
             raise ValueError(f"models: the list of fits of {name!r} is empty")
     data = as_batch(x, torch.float64)
-    _require_one_measure({name: check_measure(fits[0], x) for name, fits in given.items()})
+    _require_one_measure([(name, _measure(fit, x)) for name, fits in given.items() for fit in fits])
 
     from tqdm import tqdm
 
@@ -190,25 +205,26 @@ def compare(
     entries = [_entry(name, fits, x, False, options) for name, fits in bar]
     if train is not None:
         mass = any(entry.measure == "mass" for entry in entries)
-        for name, model in baselines(train, mass, seed).items():
+        largest = int(data.max()) if mass and isinstance(data, Tensor) else 0
+        for name, model in baselines(train, mass, seed, largest).items():
             if name in given:
                 raise ValueError(f"models: the name {name!r} belongs to a baseline")
             entries.append(_entry(name, [model], x, True, {**options, "method": "auto"}))
-    comparison = Comparison(entries, data if isinstance(data, Tensor) else torch.empty(entries[0].values.shape[0], 0))
+    comparison = Comparison(entries, data if isinstance(data, Tensor) else torch.empty(length(data), 0))
     comparison.notes = _notes(comparison)
     return comparison
 
 
-def check_measure(model: Any, x: Any) -> str:
+def _measure(model: Any, x: Any) -> str:
     """``"mass"`` or ``"density"``, after checking the pair against the data."""
     pair = as_pair(model)
     return check(pair, as_batch(x, pair.dtype, pair.device)).measure
 
 
-def _require_one_measure(measures: dict[str, str]) -> None:
-    kinds: dict[str, list[str]] = {}
-    for name, measure in measures.items():
-        kinds.setdefault(measure, []).append(name)
+def _require_one_measure(measures: list[tuple[str, str]]) -> None:
+    kinds: dict[str, dict[str, None]] = {}
+    for name, measure in measures:
+        kinds.setdefault(measure, {})[name] = None
     if len(kinds) > 1:
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
         raise ValueError(
@@ -217,24 +233,31 @@ def _require_one_measure(measures: dict[str, str]) -> None:
         )
 
 
-def paired(values: Tensor, others: Tensor) -> tuple[float, float]:
-    """The mean of values − others, and its standard error, over the data."""
-    difference = values - others
-    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference)) if len(
-        difference
-    ) > 1 else math.nan
+def paired(entry: Entry, other: Entry | None) -> tuple[float, float]:
+    """The mean difference of an entry's log p(x) to another's, datum by datum, and its standard error."""
+    if other is None or entry is other:
+        return 0.0, 0.0
+    difference = entry.values - other.values
+    if len(difference) < 2:
+        return float(difference.mean()), math.nan
+    sampling = float(difference.std()) / math.sqrt(len(difference))
+    return float(difference.mean()), math.hypot(sampling, entry.shared_mc_stderr, other.shared_mc_stderr)
 
 
 def _entry(name: str, fits: list[Any], x: Any, baseline: bool, options: dict[str, Any]) -> Entry:
     start = time.perf_counter()
-    pair = as_pair(fits[0])
-    batch = as_batch(x, pair.dtype, pair.device)
-    layout = check(pair, batch)
-    why_not = None if pair.tractable else no_bound(layout)
-    evidence = None if why_not else [log_evidence(fit, x, **options) for fit in fits]
+    pairs = [as_pair(fit) for fit in fits]
+    batch = as_batch(x, pairs[0].dtype, pairs[0].device)
+    layouts = [check(pair, as_batch(x, pair.dtype, pair.device)) for pair in pairs]
+    why_not = [None if pair.tractable else no_bound(layout) for pair, layout in zip(pairs, layouts, strict=True)]
+    if len({reason is None for reason in why_not}) > 1:
+        reason = next(filter(None, why_not))
+        raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {reason}")
+    evidence = None if why_not[0] else [log_evidence(fit, x, **options) for fit in fits]
     seconds = time.perf_counter() - start
-    recon = _reconstruction(pair, batch, options["seed"]) if pair.has_guide and layout.latents else math.nan
-    return Entry(name, fits, evidence, why_not, recon, layout.measure, seconds, baseline)
+    known = pairs[0].has_guide and layouts[0].latents
+    reconstruction = _reconstruction(pairs[0], batch, options["seed"]) if known else math.nan
+    return Entry(name, fits, evidence, why_not[0], reconstruction, layouts[0].measure, seconds, baseline)
 
 
 def _reconstruction(pair: Pair, batch: Any, seed: int, particles: int = 8) -> float:
@@ -242,30 +265,39 @@ def _reconstruction(pair: Pair, batch: Any, seed: int, particles: int = 8) -> fl
         return float(pair.traces(batch, particles).likelihood().local.double().mean())
 
 
-def baselines(train: Any, mass: bool, seed: int = 0) -> dict[str, Pair]:
-    """Fitted baselines for data: independent features, a full-covariance Gaussian, a mixture of ten.
+def baselines(train: Any, mass: bool, seed: int = 0, largest: int = 0) -> dict[str, Pair]:
+    """Fitted baselines for data: independent features, a full-covariance Gaussian, a mixture of up to ten.
 
     Args:
         train: training data (N, D).
         mass: whether they are whole numbers, whose mass is compared; Gaussians are then dequantised.
-        seed: of the mixture's start.
+        seed: of the noise that dequantises, and of the mixture's start.
+        largest: a whole number that the independent features must know, though the training data may not reach it.
     """
     x = as_batch(train, torch.get_default_dtype())
     if not isinstance(x, Tensor) or x.dim() != 2:
         raise ValueError("train: baselines take one array (N, D)")
     features = x.shape[1]
-    classes = int(x.max()) + 1 if mass else None
-    fitted: dict[str, Pair] = {INDEPENDENT: Independent(features, classes).maximum_likelihood(x)}
+    classes = max(int(x.max()), largest, 1) + 1 if mass else None
 
-    def gaussian(components: int) -> Pair:
-        model = GaussianMixture(features, components)
-        wrapped = Dequantised(model) if mass else model
-        return wrapped.maximum_likelihood(x, seed=seed)
+    def fitted_to(model: Any, **options: Any) -> Pair:
+        return (
+            Dequantised(model).maximum_likelihood(x, seed, **options)
+            if mass
+            else model.maximum_likelihood(x, **options)
+        )
 
-    fitted["full Gaussian"] = gaussian(1)
+    if classes is not None and classes <= CLASSES:
+        fitted: dict[str, Pair] = {INDEPENDENT: Independent(features, classes).maximum_likelihood(x)}
+    else:
+        fitted = {INDEPENDENT: fitted_to(Independent(features))}
+    fitted["full Gaussian"] = fitted_to(GaussianMixture(features))
+    components = min(10, len(x) // 2)
     # scikit-learn is optional, and the table shows which baselines it has
     with contextlib.suppress(ImportError):
-        fitted["mixture of 10 Gaussians"] = gaussian(10)
+        if components > 1:
+            mixture = fitted_to(GaussianMixture(features, components), start=seed)
+            fitted[f"mixture of {components} Gaussians"] = mixture
     return fitted
 
 
@@ -277,18 +309,15 @@ def _notes(comparison: Comparison) -> list[str]:
     for entry in comparison.entries:
         if entry.why_not:
             notes.append(f"{entry.name}: no log p(x): {entry.why_not.split(':')[0]}; its reconstruction is no evidence")
-    if table["over_independent"].notna().any():
-        below = table[(table["over_independent"] < 0) & (table["log_evidence"].notna())]
-        if len(below):
-            notes.append(
-                f"{', '.join(below.index)}: worse than independent features, which have no latents at all: there the "
-                "likelihood is wrong for these values, and better latents cannot make up for it"
-                + _ends(comparison.data)
-            )
+    below = table[table["over_independent"] < -2 * table["over_independent_stderr"]].index
+    if len(below):
+        worse = "worse than independent features, which have no latents at all"
+        notes.append(f"{', '.join(below)}: {worse}{_ends(comparison.data)}")
     return notes
 
 
 def _ends(x: Tensor) -> str:
+    """What is wrong with a Gaussian of counts that pile up, where they do."""
     if x.numel() == 0 or not bool((x == x.round()).all()):
         return ""
     low, high = x.min(), x.max()
@@ -296,6 +325,6 @@ def _ends(x: Tensor) -> str:
     if share < 0.2 or high - low < 2:
         return ""
     return (
-        f" ({share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range, where a Gaussian cannot put "
-        "its mass)"
+        f": {share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range, where a Gaussian cannot put its "
+        "mass. On such data the likelihood matters more than the latents"
     )

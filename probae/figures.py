@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from probae.comparison import Comparison
+    import pandas
 
 _COLOURS = {"model": "#1f5fa8", "baseline": "#8a8a8a"}
 
@@ -26,13 +26,12 @@ def pyplot() -> Any:
     return plt
 
 
-def evidence_figure(comparison: Comparison, ax: Any = None) -> Any:
-    """Mean log p(x) of each model as a dot with an interval of ± 2 standard errors, best on top.
+def evidence_figure(table: pandas.DataFrame, ax: Any = None) -> Any:
+    """The table of a `Comparison`: mean log p(x) of each model as a dot with an interval of ± 2 standard errors, best on top.
 
     A lower bound carries an arrow to the right: log p(x) lies there or further. The dotted line is the baseline of
     independent features.
     """
-    table = comparison.table
     table = table[table["log_evidence"].notna()].iloc[::-1]
     if ax is None:
         _, ax = pyplot().subplots(figsize=(7, 0.45 * len(table) + 1.2), layout="constrained")

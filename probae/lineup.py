@@ -165,6 +165,8 @@ def train(
         seed=seed,
         progress=progress,
     )
+    if run.stopped == "interrupted":
+        raise KeyboardInterrupt
     return pair.cpu(), run.seconds
 
 

@@ -49,7 +49,7 @@ class _Rated(Prior):
             raise ValueError(f"rate: expected a positive number, got {rate!r}")
         self.fixed = None if learned else float(rate)
         if learned:
-            self.log_rate = nn.Parameter(torch.tensor(math.log(rate)))
+            self.log_rate = nn.Parameter(torch.full((), math.log(rate)))
 
     @property
     def rate(self) -> Tensor:

@@ -6,11 +6,13 @@ import functools
 import inspect
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 T = TypeVar("T", bound=type)
 _BUILDERS: dict[str, type] = {}
+_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
 def recorded(cls: T) -> T:
@@ -22,12 +24,30 @@ def recorded(cls: T) -> T:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
-            object.__setattr__(self, "_arguments", dict(list(bound.arguments.items())[1:]))
+            arguments = {k: _frozen(v) for k, v in list(bound.arguments.items())[1:]}
+            object.__setattr__(self, "_arguments", arguments)
         init(self, *args, **kwargs)
 
     cls.__init__ = __init__  # type: ignore[misc]
-    _BUILDERS[cls.__name__] = cls
+    known = _BUILDERS.setdefault(_key(cls), cls)
+    if known.__module__ != cls.__module__:
+        raise RuntimeError(
+            f"two recorded classes have the name {_key(cls)!r}, in {known.__module__} and {cls.__module__}"
+        )
     return cls
+
+
+def _key(cls: type) -> str:
+    """The name in a recipe: the class's own, after its role where classes of several roles may share it."""
+    role = {"likelihoods": "likelihood ", "priors": "prior ", "posteriors": "posterior "}
+    return role.get(cls.__module__.rpartition(".")[2], "") + cls.__name__
+
+
+def _frozen(value: Any) -> Any:
+    """Lists and arrays as they are now, whatever becomes of them."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    return torch.as_tensor(value).clone() if isinstance(value, np.ndarray | Tensor) else value
 
 
 def to_json(value: Any) -> Any:
@@ -36,15 +56,17 @@ def to_json(value: Any) -> Any:
     Raises:
         TypeError: if it, or a part of it, is neither plain data nor a recorded object (a user's own network, say).
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return [to_json(v) for v in value]
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if _BUILDERS.get(type(value).__name__) is type(value):
+    if _BUILDERS.get(_key(type(value))) is type(value):
         return {
-            "build": type(value).__name__,
+            "build": _key(type(value)),
             "arguments": {k: to_json(v) for k, v in vars(value)["_arguments"].items()},
         }
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be written as plain data")
@@ -60,7 +82,7 @@ def from_json(data: Any) -> Any:
         return tuple(from_json(v) for v in data)
     if not isinstance(data, dict):
         return data
-    if set(data) == {"tensor", "dtype"} and data["dtype"] in {"float32", "float64", "int64", "bool"}:
+    if set(data) == {"tensor", "dtype"} and data["dtype"] in _DTYPES:
         return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
     if set(data) != {"build", "arguments"} or not isinstance(data["arguments"], dict):
         raise ValueError(f"expected a recipe with the keys 'build' and 'arguments', got {sorted(map(str, data))}")

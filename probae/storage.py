@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialise
+from safetensors.torch import save as serialise
 from torch import nn
 
+import probae.models
+import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
 from probae.pair import Pair, as_pair
+from probae.recipe import from_json, to_json
 
 FORMAT = 1
 _JSON, _TENSORS = "model.json", "model.safetensors"
@@ -40,22 +45,19 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         >>> load(folder).latents
         2
     """
-    from safetensors.torch import save as serialise
-
-    import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
-    from probae.recipe import to_json
 
     module = _module(model)
     try:
         recipe = to_json(module)
     except TypeError:
         recipe = None
-    names = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    names = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(module.state_dict().items())}
     tensors = serialise(names)
     described = {
         "format": FORMAT,
         "class": type(module).__name__,
         "recipe": recipe,
+        "recipe_sha256": _recipe_checksum(recipe),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     folder = Path(folder)
@@ -79,12 +81,6 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
         FileNotFoundError: if the folder or a file is not there.
         ValueError: if a file is damaged, truncated or foreign, or the tensors do not fit ``into``, naming the first.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as deserialise
-
-    import probae.models
-    import probae.transforms  # noqa: F401 - registers the classes that can be rebuilt
-    from probae.recipe import from_json
 
     folder = Path(folder)
     for name in (_JSON, _TENSORS):
@@ -92,14 +88,7 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
             raise FileNotFoundError(
                 f"no model in {folder}: expected the files {_JSON} and {_TENSORS}, {name} is missing"
             )
-    try:
-        described = json.loads((folder / _JSON).read_bytes())
-        if not isinstance(described, dict) or not {"format", "recipe", "sha256"} <= set(described):
-            raise ValueError("expected the keys 'format', 'recipe' and 'sha256'")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / _JSON} is damaged, or no model of probae's: {error}") from error
-    if described["format"] != FORMAT:
-        raise ValueError(f"{folder / _JSON} has format {described['format']!r}; this version of probae reads {FORMAT}")
+    described = _described(folder / _JSON)
     raw = (folder / _TENSORS).read_bytes()
     if hashlib.sha256(raw).hexdigest() != described["sha256"]:
         raise ValueError(f"{folder / _TENSORS} is damaged, or belongs to another {_JSON}: its checksum differs")
@@ -116,15 +105,42 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
             "model yourself and give it as into="
         )
     else:
-        try:
-            module = from_json(described["recipe"])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / _JSON}: {error}") from error
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"{folder / _JSON}: the recipe is of no model")
+        module = _built(described["recipe"], folder)
     _read_into(module, tensors, folder)
     module.eval()
     return into if into is not None else module
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The content of ``model.json``, its form and checksum checked."""
+    try:
+        described = json.loads(path.read_bytes())
+        if not isinstance(described, dict) or not {"format", "recipe", "recipe_sha256", "sha256"} <= set(described):
+            raise ValueError("expected the keys 'format', 'recipe', 'recipe_sha256' and 'sha256'")
+        checksum = _recipe_checksum(described["recipe"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no model of probae's: {error}") from error
+    if described["format"] != FORMAT:
+        raise ValueError(f"{path} has format {described['format']!r}; this version of probae reads {FORMAT}")
+    if checksum != described["recipe_sha256"]:
+        raise ValueError(f"{path} is damaged: the checksum of its recipe differs")
+    return described
+
+
+def _recipe_checksum(recipe: Any) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _built(recipe: Any, folder: Path) -> nn.Module:
+    """The model of a recipe, its tensors without memory until the file's are put in their place."""
+    try:
+        with torch.device("meta"):
+            module = from_json(recipe)
+    except (ValueError, TypeError, RuntimeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{folder / _JSON}: its recipe builds no model: {error}") from error
+    if not isinstance(module, Pair):
+        raise ValueError(f"{folder / _JSON}: its recipe is of no model, but of a {type(module).__name__}")
+    return module
 
 
 def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -142,32 +158,28 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path
             raise ValueError(
                 f"{folder}: {name!r}: expected shape {tuple(own[name].shape)}, the file has {tuple(tensor.shape)}"
             )
-    if any(own[name].dtype != tensor.dtype for name, tensor in tensors.items()):
-        device = next(iter(own.values())).device
-        module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
-    else:
+        if own[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{folder}: {name!r}: expected {own[name].dtype}, the file has {tensor.dtype}")
+    # by assignment each tensor keeps the file's dtype; otherwise those of `into`, which an optimizer may hold, are filled
+    if all(own[name].dtype == tensor.dtype and not own[name].is_meta for name, tensor in tensors.items()):
         module.load_state_dict(tensors)
+    else:
+        places = {name: "cpu" if own[name].is_meta else own[name].device for name in tensors}
+        module.load_state_dict({name: tensor.to(places[name]) for name, tensor in tensors.items()}, assign=True)
 
 
 def _module(model: Any) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if isinstance(getattr(model, "model", None), nn.Module):
-        return model.model  # a Run
-    if callable(getattr(model, "model", None)):
-        return as_pair(model)
-    raise TypeError(f"expected a model, got {type(model).__name__}")
+    return model if isinstance(model, nn.Module) else as_pair(model)
 
 
 def _write(path: Path, content: bytes) -> None:
     """Write beside the file and rename, so that no reader ever sees half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)

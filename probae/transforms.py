@@ -125,11 +125,11 @@ class Dequantised(_Around):
         if self.inner.has("initialise"):
             self.inner.initialise(x + 0.5)
 
-    def maximum_likelihood(self, x: Any, seed: int = 0) -> Dequantised:
-        """The inner model's, on data with noise added once; returns the pair."""
+    def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
+        """The inner model's, with its options, on data with noise of a seed added once; returns the pair."""
         x = self.inner.as_data(x)
         with seeded(seed, x.device):
-            self.inner.maximum_likelihood(x + torch.rand_like(x))
+            self.inner.maximum_likelihood(x + torch.rand_like(x), **options)
         return self.eval()
 
     @staticmethod
@@ -181,7 +181,7 @@ class Affine(Transform):
         # in float64 whatever the pair's dtype, and rounded to that of the data in use
         self.register_buffer("loc", torch.as_tensor(loc, dtype=torch.float64).clone())
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64).clone())
-        if not (self.scale > 0).all():
+        if not self.scale.is_meta and not (self.scale > 0).all():
             raise ValueError(f"scale: expected positive numbers, got a least one of {float(self.scale.min()):g}")
 
     @classmethod
@@ -274,9 +274,8 @@ class Transformed(_Around):
             if bad.any():
                 row = int(bad.nonzero()[0])
                 takes = " then ".join(f"{type(step).__name__} of {step.domain}" for step in self.steps)
-                raise ValueError(
-                    f"site 'x': row {row} is outside the domain of the transform ({takes}): {args[0][row].flatten()[:4].tolist()}…"
-                )
+                got = args[0][row].flatten()[:4].tolist()
+                raise ValueError(f"site 'x': row {row} is outside the domain of the transform ({takes}): {got}…")
 
     def apply_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y = T(x) (..., D) and the log-determinant (...)."""
@@ -314,9 +313,9 @@ class Transformed(_Around):
         if self.inner.has("initialise"):
             self.inner.initialise(self._forth(x))
 
-    def maximum_likelihood(self, x: Any) -> Transformed:
-        """The inner model's, at T(x); returns the pair."""
-        self.inner.maximum_likelihood(self._forth(self.as_data(x)))
+    def maximum_likelihood(self, x: Any, **options: Any) -> Transformed:
+        """The inner model's, with its options, at T(x); returns the pair."""
+        self.inner.maximum_likelihood(self._forth(self.as_data(x)), **options)
         return self.eval()
 
     def _forth(self, x: Tensor) -> Tensor:

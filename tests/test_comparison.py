@@ -580,7 +580,7 @@ def test_repr_and_html_hold_every_name_and_note(comparison):
 
 
 def test_long_and_strange_names_survive_in_text_and_html():
-    long, strange = "a model with a very long name, " * 4, "flat <b>prior</b>"
+    long, strange = "a model with a very long name, " * 4 + "the last", "flat <b>prior</b>"
     result = probae.compare({long: probae.PPCA(D, 2), strange: probae.Autoencoder(D, 2)}, TEST)
     assert long in repr(result)
     assert long in result._repr_html_()

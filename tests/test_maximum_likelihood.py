@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.decomposition import FactorAnalysis as Peer
+from threadpoolctl import threadpool_limits
 
 from probae.models.maximum_likelihood import factor_analysis, ppca
 
@@ -23,7 +24,8 @@ def one_thread():
     """Matrices this small are slower on many threads, and very slow when other processes want the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with threadpool_limits(1):
+        yield
     torch.set_num_threads(threads)
 
 
@@ -238,6 +240,19 @@ def test_factor_analysis_of_fewer_data_than_features():
     fit = factor_analysis(x, 3)
     assert fit.log_likelihood >= Peer(3, svd_method="lapack").fit(x.numpy()).score(x.numpy()) - 1e-9
     assert fit.scale.square().min() > 0
+
+
+def test_over_factored_problems_converge():
+    """Latents up to one fewer than the features, where Heywood cases abound; a fit that has not converged warns."""
+    generator = rng()
+    for _ in range(40):
+        features = int(torch.randint(3, 20, (), generator=generator))
+        latents = int(torch.randint(1, features, (), generator=generator))
+        x = torch.randn(150, features, generator=generator, dtype=torch.float64)
+        x = x @ torch.randn(features, features, generator=generator, dtype=torch.float64)
+        fit, second = factor_analysis(x, latents), covariance(x).diagonal()
+        residual = implied(fit).diagonal() / second - 1
+        assert residual[fit.scale.square() > 1.001e-6 * second].abs().amax() < 1e-8
 
 
 def test_copied_features_stay_finite():

@@ -320,7 +320,8 @@ def test_the_masses_of_all_counts_sum_to_one():
 
 def test_latents_and_noise_are_integrated_together():
     """A dequantised VAE: the mass of a bin given z is a difference of Φ, and z is integrated by quadrature."""
-    model = probae.VAE(2, 1, (4,), activation="tanh", likelihood=likelihoods.Normal(0.5)).double()
+    wide = likelihoods.Normal(1.3)  # a guide of a fixed scale
+    model = probae.VAE(2, 1, (4,), activation="tanh", likelihood=likelihoods.Normal(0.5), posterior=wide).double()
     layers = model.decoder.layers
     parameters = [layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias]
     with torch.no_grad():

@@ -58,9 +58,10 @@ class Independent(Pair):
                 self.loc.copy_(x.mean(0))
                 self.log_scale.copy_(scale.log())
             else:
-                counts = torch.stack([(x == k).sum(0) for k in range(self.classes)], -1).to(self.logits.dtype)
-                if int(counts.sum()) != x.numel():
-                    raise ValueError(f"expected whole numbers from 0 to {self.classes - 1}")
+                if not ((x >= 0) & (x < self.classes) & (x == x.round())).all():
+                    raise ValueError(f"site 'x': expected whole numbers from 0 to {self.classes - 1}")
+                ones = torch.ones_like(x, dtype=self.logits.dtype)
+                counts = torch.zeros_like(self.logits).scatter_add_(1, x.long().mT, ones.mT)
                 self.logits.copy_(((counts + 1) / (len(x) + self.classes)).log())
         return self.eval()
 
@@ -91,23 +92,24 @@ class GaussianMixture(Pair):
         weights = dist.Categorical(logits=self.logits, validate_args=False)
         return dist.MixtureSameFamily(weights, parts, validate_args=False)
 
-    def maximum_likelihood(self, x: Any, floor: float = 5e-3, seed: int = 0) -> GaussianMixture:
+    def maximum_likelihood(self, x: Any, floor: float = 5e-3, start: int = 0) -> GaussianMixture:
         """Fit to data (N, D): in closed form for one component, else by scikit-learn's EM; returns the model.
 
         Args:
             floor: added to the covariances' diagonals of several components, as a multiple of the mean variance: with few
                 data a component it is what keeps a baseline strong (of 1e-6 to 2e-2, this is the best on the digits'
                 validation images).
-            seed: of the EM's start.
+            start: the seed of the EM's start.
         """
         x = self.as_data(x).double()
         ridge = floor * float(x.var(0, unbiased=False).mean())
         if self.components == 1:
-            covariance = torch.cov(x.mT, correction=0)
-            covariance.diagonal().add_(1e-9 * covariance.diagonal().mean())
+            covariance = torch.cov(x.mT, correction=0).reshape(self.features, self.features)
+            # with few data the covariance has no full rank of its own
+            covariance.diagonal().add_(covariance.diagonal().mean() * (1e-9 if len(x) > 2 * self.features else floor))
             fitted = torch.ones(1), x.mean(0, keepdim=True), covariance.unsqueeze(0)
         else:
-            fitted = self._mixture(x, ridge, seed)
+            fitted = self._mixture(x, ridge, start)
         with torch.no_grad():
             self.logits.copy_(fitted[0].log())
             self.loc.copy_(fitted[1])

@@ -216,11 +216,14 @@ def _newton(
         residual = 2 * now.gradient[free].abs().max().item() if len(free) else 0.0
         if residual <= tolerance or step == steps:
             break
-        direction = _newton_direction(now, free, min(0.1, residual))
-        # Far from the solution the quadratic is not to be trusted: no log variance moves by more than 2.
-        length = 1.0 / max(1.0, direction.abs().max().item() / 2)
-        # The eigenvalues carry a rounding error proportional to the largest one. A line search that did not allow for
-        # it would refuse the last, best steps.
+        direction, length = _newton_direction(now, free, min(0.1, residual)), 1.0
+        # Near the floor the curvature fades and a single feature would step far beyond the quadratic's validity: no
+        # log variance moves by more than 2, unless the step would then no longer lead down.
+        capped = direction.clamp(-2, 2)
+        if now.gradient @ capped < 0.1 * (now.gradient @ direction):
+            direction = capped
+        # The eigenvalues' rounding errors are proportional to the largest one. A line search that did not allow for
+        # them would refuse the last, best steps.
         slack = torch.finfo(torch.float64).eps * (abs(now.value) + len(log_noise) * now.values[0].item())
         while length > 1e-10:
             trial = (log_noise + length * direction).clamp(lower, 0)
@@ -341,8 +344,8 @@ def _check_rank(values: Tensor, latents: int, dimension: int) -> None:
     rank = int((values > values[0] * dimension * torch.finfo(torch.float64).eps).sum())
     if rank <= latents:
         raise ValueError(
-            f"expected a covariance of rank above latents={latents}, got rank {rank}: the noise scale would be 0 and the "
-            f"density unbounded; use fewer latents, or more or dequantised data"
+            f"expected a covariance of rank above latents={latents}, got rank {rank}: the noise scale would be 0 and "
+            "the density unbounded; use fewer latents, or more or dequantised data"
         )
 
 
