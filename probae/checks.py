@@ -21,6 +21,7 @@ def check(pair: Pair, batch: Batch) -> Layout:
             `lay_out`), or if data are missing, infinite, of a wrong shape, or outside the support of the observed site.
     """
     call(pair.validate, batch)
+    pair.forget_layout()  # what was replaced since an earlier run counts
     layout = pair.layout(batch)
     where = f"site {layout.observed[0]!r}" if layout.observed else "the data"
     for name, leaf in leaves(batch):

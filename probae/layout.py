@@ -235,6 +235,8 @@ def _nesting(guide: Any, model: Any) -> int:
 
 
 def _data_plate(sites: list[Site], count: int, rows: Batch) -> Any:
+    # a plate by another name is known by its size; that of the observed sites comes first
+    sites = sorted(sites, key=lambda s: not s["is_observed"] or is_factor(s["fn"]))
     frames = [f for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
     named = [f for f in frames if f.name == "data"] or [f for f in frames if count in (f.size, f.full_size)]
     if not named:

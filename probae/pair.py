@@ -147,6 +147,10 @@ class Pair(Passes, nn.Module):
             self._layout = lay_out(self, batch)
         return self._layout
 
+    def forget_layout(self) -> None:
+        """Find the sites anew at the next run."""
+        self._layout = None
+
     def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
 

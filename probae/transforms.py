@@ -261,6 +261,11 @@ class Transformed(_Around):
             self.inner.layout(self._forth(batch))
         return super().layout(batch)
 
+    def forget_layout(self) -> None:
+        """As for any pair, and the inner one's too."""
+        super().forget_layout()
+        self.inner.forget_layout()
+
     @property
     def _is_mass(self) -> bool:
         return self.inner._layout is not None and self.inner._layout.measure == "mass"

@@ -22,6 +22,12 @@ EXACT = 1e-10
 float64 = {"dtype": torch.float64}
 
 
+@pytest.fixture(autouse=True)
+def alike():
+    """Networks start alike in every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), **float64)
 

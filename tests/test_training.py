@@ -346,9 +346,10 @@ def test_a_loss_that_is_not_finite_names_its_step(bad):
         def forward(self, pair, batch, size, step):
             return super().forward(pair, batch, size, step) * torch.where(step == 3, bad, 1.0)
 
+    model = seeded(probae.VAE, D, L, hidden=(8,))
     stream = torch.get_rng_state()
     with pytest.raises(FloatingPointError, match=rf"{bad} at step 4\b"):
-        quick(objective=Breaking(), every=2)
+        quick(model, objective=Breaking(), every=2)
     assert torch.equal(torch.get_rng_state(), stream)
 
 

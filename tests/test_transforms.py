@@ -23,6 +23,12 @@ float64 = {"dtype": torch.float64}
 LOC, SCALE = torch.tensor([0.5, -2.0, 10.0]), torch.tensor([0.25, 4.0, 1.5])
 
 
+@pytest.fixture(autouse=True)
+def alike():
+    """Networks start alike in every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), **float64)
 

@@ -62,11 +62,7 @@ def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
             for site in samples(model):
                 if not site["is_observed"]:
                     values = _support_of(site)
-                    known = found.setdefault(site["name"], (site["fn"].event_shape, values))[1]
-                    if known.shape != values.shape or not torch.equal(known, values):
-                        raise ValueError(
-                            f"method='enumerate' needs the same states for all data; those of site {site['name']!r} differ"
-                        )
+                    _require_same(site, found.setdefault(site["name"], (site["fn"].event_shape, values))[1])
     grids = [(name, shape, values, shape.numel()) for name, (shape, values) in found.items()]
     count = math.prod(len(values) ** size for _, _, values, size in grids)
     if count > STATES:
@@ -80,6 +76,14 @@ def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
         states[name] = table[:, at : at + size].to(values.dtype).reshape(count, 1, *shape)
         at += size
     return states
+
+
+def _require_same(site: Any, states: Tensor) -> None:
+    values, known = _support_of(site), states.unique()
+    if known.shape != values.shape or not torch.equal(known, values.to(known.dtype).unique()):
+        raise ValueError(
+            f"method='enumerate' needs the same states for all data and latents; those of {site['name']!r} differ"
+        )
 
 
 def _support_of(site: Any) -> Tensor:
@@ -119,6 +123,9 @@ def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
                 if size == 1:
                     values = {name: v.squeeze(0) for name, v in values.items()}
                 traces = pair.replay(block, values, size)
+                for site in samples(traces.runs[0][1]):
+                    if site["name"] in grid:  # at these states, those of another site may be others
+                        _require_same(site, grid[site["name"]])
                 parts.append(as_values((traces.likelihood() + traces.prior()).local))
             totals.append(torch.logsumexp(torch.cat(parts), 0))
     values_ = torch.cat(totals)
