@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform
-from torch.distributions import constraints
+from torch.distributions import TransformedDistribution, constraints
 
 from probae.batches import Batch, each, leaves, length, shapes
 from probae.seeding import seeded, still
@@ -74,7 +74,7 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
             latents=tuple(s["name"] for s in latents),
             globals_=tuple(s["name"] for s in samples(model) if not s["is_observed"] and not local.is_local(s)),
             observed=tuple(s["name"] for s in observed),
-            improper=tuple(s["name"] for s in latents if is_flat(s["fn"])),
+            improper=tuple(s["name"] for s in latents if is_flat(s["fn"]) or _hides(s, drawn.get(s["name"]))),
             points=tuple(
                 s["name"] for s in latents if s["name"] in drawn and not auxiliary and is_point(drawn[s["name"]]["fn"])
             ),
@@ -178,7 +178,25 @@ def is_factor(fn: Any) -> bool:
 def is_point(fn: Any) -> bool:
     """Whether a distribution is a point mass that carries no density of its own."""
     fn = base(fn)
+    while isinstance(fn, TransformedDistribution):
+        fn = base(fn.base_dist)
     return isinstance(fn, Delta) and not bool(fn.log_density.any())
+
+
+def _hides(p: Site, q: Site | None) -> bool:
+    """Whether a mask takes density from the prior that the guide keeps: what it hides has a flat prior."""
+    kept_p, kept_q = _kept(p), True if q is None else _kept(q)
+    return bool((~torch.as_tensor(kept_p) & torch.as_tensor(kept_q)).any())
+
+
+def _kept(site: Site) -> Any:
+    kept = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if type(fn).__name__ == "MaskedDistribution":
+            kept = kept & torch.as_tensor(fn._mask)
+        fn = fn.base_dist
+    return kept
 
 
 def inside(site: Site, value: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probae.arguments import positive, whole
 from probae.distributions import DiscretisedNormal as DiscretisedNormalDistribution
 from probae.nn import moments
 from probae.recipe import recorded
@@ -35,8 +36,7 @@ class Head(nn.Module):
         """A fresh head for a number of features."""
         if self.features is not None:
             raise ValueError(f"this {type(self).__name__} head already belongs to a model: make a new one")
-        if not isinstance(features, int) or features < 1:
-            raise ValueError(f"features: expected a whole number of at least 1, got {features!r}")
+        features = whole("features", features)
         bound = copy.deepcopy(self)
         bound.features = features
         bound.register_buffer("origin", torch.zeros(features * bound.width))
@@ -57,16 +57,13 @@ class _LocationScale(Head):
     def __init__(self, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-4):
         super().__init__()
         fixed = not isinstance(scale, str)
-        if fixed and not (isinstance(scale, int | float) and 0 < scale < math.inf):
-            raise ValueError(f"scale: expected a positive number, 'shared', 'feature' or 'predicted', got {scale!r}")
         if not fixed and scale not in {"shared", "feature", "predicted"}:
             raise ValueError(f"scale: expected 'shared', 'feature', 'predicted' or a positive number, got {scale!r}")
-        if not 0 <= floor < math.inf:
-            raise ValueError(f"floor: expected a number of at least 0, got {floor!r}")
+        self.initial = positive("scale", scale) if fixed else 1.0
+        self.floor = positive("floor", floor, zero=True)
         self.kind = "shared" if fixed else scale
-        self.initial = float(scale) if fixed else 1.0
         self.learned = not fixed if learned is None else learned
-        self.fixed, self.floor = fixed, floor
+        self.fixed = fixed
         self.width = 2 if scale == "predicted" else 1
 
     def attach(self, features: int) -> None:
@@ -151,10 +148,9 @@ class DiscretisedNormal(_LocationScale):
     def __init__(
         self, high: int, low: int = 0, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-2
     ):
-        if not (isinstance(high, int) and isinstance(low, int) and low < high):
-            raise ValueError(f"expected whole numbers low < high, got low={low!r}, high={high!r}")
         super().__init__(scale, learned, floor)
-        self.low, self.high = low, high
+        self.low = whole("low", low, -(2**53))
+        self.high = whole("high", high, self.low + 1)
 
     def forward(self, output: Tensor) -> Any:
         loc, scale = self.parameters_at(output)
@@ -178,9 +174,7 @@ class Binomial(Head):
 
     def __init__(self, total_count: int):
         super().__init__()
-        if not isinstance(total_count, int) or total_count < 1:
-            raise ValueError(f"total_count: expected a whole number of at least 1, got {total_count!r}")
-        self.total_count = total_count
+        self.total_count = whole("total_count", total_count)
 
     def start(self, x: Tensor) -> None:
         self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) * self.total_count + 1)))
@@ -206,9 +200,7 @@ class Categorical(Head):
 
     def __init__(self, classes: int):
         super().__init__()
-        if not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"classes: expected a whole number of at least 2, got {classes!r}")
-        self.classes = self.width = classes
+        self.classes = self.width = whole("classes", classes, 2)
 
     def start(self, x: Tensor) -> None:
         counts = F.one_hot(x.long(), self.classes).to(x.dtype).sum(0) + 1

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import whole
 from probae.recipe import recorded
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -45,9 +46,10 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        widths = [inputs, *([hidden] if isinstance(hidden, int) else hidden or ()), outputs]
-        if any(not isinstance(w, int) or w < 1 for w in widths):
-            raise ValueError(f"widths of layers: expected whole numbers of at least 1, got {widths}")
+        widths = [
+            whole("width of a layer", w)
+            for w in [inputs, *([hidden] if isinstance(hidden, int) else hidden or ()), outputs]
+        ]
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise(widths)):
             layers += [nn.Linear(a, b), *([ACTIVATIONS[activation]()] if i < len(widths) - 2 else [])]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import positive, whole
 from probae.batches import Batch
 from probae.layout import Site, run_at, samples
 from probae.pair import Pair
@@ -79,9 +80,7 @@ class Warmup(nn.Module):
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0):
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        self.steps, self.start, self.end = steps, start, end
+        self.steps, self.start, self.end = whole("steps", steps), start, end
 
     def forward(self, step: Tensor) -> Tensor:
         return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1.0)
@@ -119,14 +118,12 @@ class ELBO(Objective):
         super().__init__()
         if gradient not in {"standard", "stl"}:
             raise ValueError(f"gradient: expected 'standard' or 'stl', got {gradient!r}")
-        self.particles = _count(particles)
+        self.particles = whole("particles", particles)
         self.analytic_kl, self.gradient = analytic_kl, gradient
         if callable(beta):
             self.beta = beta
-        elif isinstance(beta, int | float) and 0 <= beta < math.inf:
-            self.register_buffer("beta", torch.tensor(float(beta), dtype=torch.float64))
         else:
-            raise ValueError(f"beta: expected a number of at least 0, or a function of the step, got {beta!r}")
+            self.register_buffer("beta", torch.tensor(positive("beta", beta, zero=True), dtype=torch.float64))
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         traces = pair.traces(batch, self.particles)
@@ -168,7 +165,7 @@ class IWAE(Objective):
         super().__init__()
         if gradient not in {"standard", "dreg"}:
             raise ValueError(f"gradient: expected 'standard' or 'dreg', got {gradient!r}")
-        self.particles, self.gradient = _count(particles), gradient
+        self.particles, self.gradient = whole("particles", particles), gradient
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         if names := pair.layout(batch).globals_:
@@ -210,7 +207,7 @@ class Reconstruction(Objective):
 
     def __init__(self, particles: int = 1):
         super().__init__()
-        self.particles = _count(particles)
+        self.particles = whole("particles", particles)
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         traces = pair.traces(batch, self.particles)
@@ -320,9 +317,3 @@ def _leave_one_out(score: Tensor, log_w: Tensor, bound: Tensor) -> Tensor:
     baseline = torch.logsumexp(without, 1) - math.log(k)
     surrogate = (score * (bound - baseline)).sum(0)
     return surrogate - surrogate.detach()
-
-
-def _count(particles: int) -> int:
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles: expected a whole number of at least 1, got {particles!r}")
-    return particles

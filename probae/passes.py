@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from probae.arguments import whole
 from probae.batches import as_batch, length, rows_at
 from probae.layout import base, samples
 from probae.seeding import still
@@ -30,8 +31,7 @@ class Passes:
         Raises:
             ValueError: if the prior is flat, or a pair of plain programs gets no ``like``.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected a whole number of at least 1, got {n!r}")
+        n = whole("n", n)
         with still(self, seed):
             try:
                 if self.has("prior") and self.has("likelihood"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from probae.arguments import positive, whole
 from probae.recipe import recorded
 
 
@@ -20,10 +21,8 @@ class Prior(nn.Module):
 
     def __init__(self, latents: int):
         super().__init__()
-        if not isinstance(latents, int) or latents < 1:
-            raise ValueError(f"latents: expected a whole number of at least 1, got {latents!r}")
-        self.latents = latents
-        self.register_buffer("zero", torch.zeros(latents))
+        self.latents = whole("latents", latents)
+        self.register_buffer("zero", torch.zeros(self.latents))
 
 
 @recorded
@@ -45,9 +44,8 @@ class Normal(Prior):
 class _Rated(Prior):
     def __init__(self, latents: int, rate: float = 1.0, learned: bool = False):
         super().__init__(latents)
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ValueError(f"rate: expected a positive number, got {rate!r}")
-        self.fixed = None if learned else float(rate)
+        rate = positive("rate", rate)
+        self.fixed = None if learned else rate
         if learned:
             self.log_rate = nn.Parameter(torch.full((), math.log(rate)))
 
@@ -79,9 +77,7 @@ class StudentT(_Rated):
 
     def __init__(self, latents: int, rate: float = 1.0, learned: bool = False, df: float = 3.0):
         super().__init__(latents, rate, learned)
-        if not df > 0:
-            raise ValueError(f"df: expected a positive number, got {df!r}")
-        self.df = float(df)
+        self.df = positive("df", df)
 
     def forward(self) -> Any:
         return dist.StudentT(self.df, self.zero, 1 / self.rate, validate_args=False).to_event(1)

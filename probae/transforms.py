@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,11 @@ class Dequantised(_Around):
 
     measure = "mass"
 
+    def __init__(self, pair: Any):
+        super().__init__(pair)
+        if getattr(self.inner, "measure", None) == "mass":
+            raise ValueError("Dequantised takes a pair on continuous data, and this one is of counts already")
+
     def model(self, x: Tensor) -> None:
         """u ~ U[0, 1); x + u under the inner model; x the whole number below it."""
         with self._rows(x):
@@ -181,8 +187,10 @@ class Affine(Transform):
         # in float64 whatever the pair's dtype, and rounded to that of the data in use
         self.register_buffer("loc", torch.as_tensor(loc, dtype=torch.float64).clone())
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64).clone())
-        if not self.scale.is_meta and not (self.scale > 0).all():
-            raise ValueError(f"scale: expected positive numbers, got a least one of {float(self.scale.min()):g}")
+        if not self.scale.is_meta and not ((self.scale > 0) & (self.scale < math.inf)).all():
+            raise ValueError(f"scale: expected positive numbers, got {self.scale.tolist()}")
+        if not self.loc.is_meta and not torch.isfinite(self.loc).all():
+            raise ValueError(f"loc: expected finite numbers, got {self.loc.tolist()}")
 
     @classmethod
     def standardising(cls, x: Any) -> Affine:

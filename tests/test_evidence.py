@@ -582,6 +582,7 @@ def test_a_point_guide_under_a_proper_prior_gives_no_bound(prior):
         lambda x: dist.Delta(x, event_dim=1),
         lambda x: dist.Delta(x).to_event(1),
         lambda x: dist.Delta(x, event_dim=1).mask(True),
+        lambda x: dist.TransformedDistribution(dist.Delta(x, event_dim=1), [dist.transforms.AffineTransform(0.0, 2.0)]),
     ],
 )
 def test_a_point_by_any_name_is_a_point(point):

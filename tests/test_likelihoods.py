@@ -384,9 +384,9 @@ def test_a_floor_is_a_number(floor):
         (lambda: likelihoods.Binomial(2.5), "total_count"),
         (lambda: likelihoods.Categorical(1), "classes"),
         (lambda: likelihoods.Categorical(2.0), "classes"),
-        (lambda: likelihoods.DiscretisedNormal(0), "low < high"),
-        (lambda: likelihoods.DiscretisedNormal(3, low=3), "low < high"),
-        (lambda: likelihoods.DiscretisedNormal(3.5), "low < high"),
+        (lambda: likelihoods.DiscretisedNormal(0), "high: expected a whole number"),
+        (lambda: likelihoods.DiscretisedNormal(3, low=3), "high: expected a whole number"),
+        (lambda: likelihoods.DiscretisedNormal(3.5), "high: expected a whole number"),
     ],
 )
 def test_bad_arguments_are_named(make, match):

@@ -277,6 +277,17 @@ def test_latents_that_are_not_needed():
     assert fit.log_likelihood == pytest.approx(saturated, abs=1e-9)
 
 
+def test_a_direction_with_less_variance_than_the_noise_earns_no_weight():
+    second = 0.3 + 0.7 * torch.eye(6, dtype=torch.float64)  # every eigenvalue but the first is 0.7
+    with pytest.warns(RuntimeWarning, match="max_iterations=0"):
+        fit = factor_analysis(covariance=second, latents=3, starts=1, max_iterations=0)  # the noise has all variance, 1
+    assert (fit.weight[:, 0] > 0).all()
+    assert (fit.weight[:, 1:] == 0).all()
+    sigma = implied(fit)
+    value = -0.5 * (6 * math.log(2 * math.pi) + torch.logdet(sigma) + torch.linalg.solve(sigma, second).trace()).item()
+    assert fit.log_likelihood == pytest.approx(value, abs=1e-12)
+
+
 def test_more_starts_are_never_worse():
     x = draw(60, 12)  # pure noise: many local optima
     values = [factor_analysis(x, 4, starts=starts).log_likelihood for starts in (1, 2, 6)]

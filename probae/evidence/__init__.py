@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from probae.evidence.importance import _count as _checked_count
+from probae.arguments import whole
 from probae.evidence.importance import elbo, iwae, log_weights, no_bound, prepare
 from probae.evidence.result import Evidence
 from probae.evidence.tractable import enumerate_states, exact, states
@@ -53,7 +53,7 @@ def log_evidence(model: Any, x: Any, method: str = "auto", *, particles: int | N
     if method not in METHODS:
         raise ValueError(f"method: expected one of {list(METHODS)}, got {method!r}")
     if particles is not None:
-        _checked_count(particles)
+        particles = whole("particles", particles)
     pair, batch, layout = prepare(model, x)
     if method == "auto":
         method = _choose(pair, batch, layout)

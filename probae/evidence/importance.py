@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probae.arguments import whole
 from probae.batches import Batch, as_batch, each, leaves, length, rows_of
 from probae.checks import check
 from probae.evidence.result import Evidence, as_values
@@ -49,7 +50,7 @@ def log_weights(model: Any, x: Any, particles: int = 64, seed: int = 0, memory: 
     """
     pair, batch, layout = prepare(model, x)
     require_weights(pair, layout)
-    return torch.cat(list(weights_by_rows(pair, batch, layout, _count(particles), seed, memory)), 1)
+    return torch.cat(list(weights_by_rows(pair, batch, layout, whole("particles", particles), seed, memory)), 1)
 
 
 def prepare(model: Any, x: Any) -> tuple[Pair, Batch, Layout]:
@@ -165,9 +166,3 @@ def _bound(
     if layout.globals_ and particles > 1:
         mean_error = float((shared / length(batch)).std()) / math.sqrt(particles)
     return Evidence(torch.cat(values), torch.cat(errors), "lower", method, layout.measure, particles, mean_error)
-
-
-def _count(particles: int) -> int:
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles: expected a whole number of at least 1, got {particles!r}")
-    return particles

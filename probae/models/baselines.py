@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import whole
 from probae.pair import Pair
 from probae.recipe import recorded
 
@@ -31,7 +32,8 @@ class Independent(Pair):
 
     def __init__(self, features: int, classes: int | None = None):
         super().__init__()
-        self.features, self.classes = features, classes
+        self.features = whole("features", features)
+        self.classes = None if classes is None else whole("classes", classes, 2)
         if classes is None:
             self.loc, self.log_scale = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(features))
         else:
@@ -81,7 +83,7 @@ class GaussianMixture(Pair):
 
     def __init__(self, features: int, components: int = 1):
         super().__init__()
-        self.features, self.components = features, components
+        self.features, self.components = whole("features", features), whole("components", components)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.zeros(components, features))
         self.scale_tril = nn.Parameter(torch.eye(features).repeat(components, 1, 1))

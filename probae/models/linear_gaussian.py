@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import whole
 from probae.models import maximum_likelihood
 from probae.models.rotation import Rotation, rotate
 from probae.pair import Pair
@@ -29,10 +30,8 @@ class LinearGaussian(Pair):
 
     def __init__(self, features: int, latents: int):
         super().__init__()
-        for name, value, most in (("features", features, 2**31), ("latents", latents, features)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
-        self.features, self.latents = features, latents
+        self.features = whole("features", features)
+        self.latents = whole("latents", latents, most=self.features)
         self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
         self.loc = nn.Parameter(torch.zeros(features))
         self.register_buffer("zero", torch.zeros(latents))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import positive, whole
 from probae.batches import Batch, call
 from probae.checks import check
 from probae.objectives import Objective, named
@@ -131,12 +132,11 @@ def fit(
         >>> len(run.history)
         10
     """
-    steps, batch_size = _whole("steps", steps), _whole("batch_size", batch_size)
-    every = max(1, steps // 50) if every is None else _whole("every", every)
-    if patience is not None and (_whole("patience", patience) and validation is None):
+    steps, batch_size = whole("steps", steps), whole("batch_size", batch_size)
+    every = max(1, steps // 50) if every is None else whole("every", every)
+    if patience is not None and (whole("patience", patience) and validation is None):
         raise ValueError("patience: early stopping needs validation data")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected a positive norm, got {clip!r}")
+    clip = None if clip is None else positive("clip", clip)
 
     seed = checked_seed(seed)
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
@@ -307,10 +307,7 @@ def _rates(lr: Any) -> dict[str, float]:
     rates = lr if isinstance(lr, dict) else {"model": lr, "objective": lr}
     if unknown := set(rates) - {"model", "objective"}:
         raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(map(str, unknown))}")
-    for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ValueError(f"lr: expected a positive number, got {rate!r} for {name!r}")
-    return rates
+    return {name: positive(f"lr of the {name}", rate) for name, rate in rates.items()}
 
 
 def _groups(pair: Pair, objective: Objective, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -352,12 +349,6 @@ def _bar(steps: int, progress: bool) -> Any:
 
 def _not_finite(loss: Tensor, number: int) -> str:
     return f"the loss is {float(loss)} at step {number}: try a smaller lr, clip=10.0, or a floor under the likelihood's scale"
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    return value
 
 
 def _unwrapped(model: Any) -> Any:
