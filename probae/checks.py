@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, call, leaves, rows_of
-from probae.layout import Layout, Site, base, check_event, describe_support, inside, is_factor, run_both, samples
+from probae.layout import check_event, run_both
 from probae.pair import Pair
 from probae.seeding import still
+from probae.sites import Layout, Site, base, describe_support, inside, is_factor, samples
 
 _ROWS = 4096  # rows of data checked at a time
 

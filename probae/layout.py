@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform
-from torch.distributions import TransformedDistribution, constraints
 
 from probae.batches import Batch, each, leaves, length, shapes
 from probae.seeding import seeded, still
-
-Site = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the sites of a pair lie.
-
-    Attributes:
-        plates: the names of the plates over data.
-        data_dim: their (negative) dimension.
-        nesting: how many plate dimensions the programs use; the particle plate goes to their left.
-        latents, globals_: the model's latent sites inside and outside the data plate.
-        observed: its observed sites.
-        points: local latents for which the guide has no density.
-        improper: local latents whose prior is flat.
-        measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
-        vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
-    """
-
-    plates: frozenset[str]
-    data_dim: int
-    nesting: int
-    latents: tuple[str, ...] = ()
-    globals_: tuple[str, ...] = ()
-    observed: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
-    improper: tuple[str, ...] = ()
-    measure: str = "density"
-    vectorised: bool = True
-
-    def is_local(self, site: Site) -> bool:
-        """Whether a site lies inside the data plate."""
-        return any(frame.name in self.plates for frame in site["cond_indep_stack"])
+from probae.sites import (
+    Layout,
+    Site,
+    base,
+    describe_support,
+    hides,
+    inside,
+    is_factor,
+    is_flat,
+    is_point,
+    rows_in_plate,
+    samples,
+    support_of,
+)
+from probae.traces import Traces
 
 
 def lay_out(pair: Any, batch: Batch) -> Layout:
@@ -74,7 +53,7 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
             latents=tuple(s["name"] for s in latents),
             globals_=tuple(s["name"] for s in samples(model) if not s["is_observed"] and not local.is_local(s)),
             observed=tuple(s["name"] for s in observed),
-            improper=tuple(s["name"] for s in latents if is_flat(s["fn"]) or _hides(s, drawn.get(s["name"]))),
+            improper=tuple(s["name"] for s in latents if is_flat(s["fn"]) or hides(s, drawn.get(s["name"]))),
             points=tuple(
                 s["name"] for s in latents if s["name"] in drawn and not auxiliary and is_point(drawn[s["name"]]["fn"])
             ),
@@ -150,87 +129,10 @@ def check_event(site: Site) -> None:
         raise ValueError(f"site {site['name']!r}: expected data of shape {expected}, got {got}")
 
 
-def samples(trace: Any) -> Any:
-    """The sites that carry a density: no plates' index sites, no deterministic ones."""
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or poutine.util.site_is_subsample(site) or site["infer"].get("_deterministic"):
-            continue
-        yield site
-
-
-def base(fn: Any) -> Any:
-    """The distribution inside ``to_event``, ``mask`` and ``expand``."""
-    while type(fn).__name__ in {"Independent", "MaskedDistribution", "ExpandedDistribution"}:
-        fn = fn.base_dist
-    return fn
-
-
-def is_flat(fn: Any) -> bool:
-    """Whether a distribution is an improper uniform."""
-    return isinstance(base(fn), ImproperUniform)
-
-
-def is_factor(fn: Any) -> bool:
-    """Whether a site is a `pyro.factor`: a number added to the log density, not a distribution of data."""
-    return type(base(fn)).__name__ == "Unit"
-
-
-def is_point(fn: Any) -> bool:
-    """Whether a distribution is a point mass that carries no density of its own."""
-    fn = base(fn)
-    while isinstance(fn, TransformedDistribution):
-        fn = base(fn.base_dist)
-    return isinstance(fn, Delta) and not bool(fn.log_density.any())
-
-
-def _hides(p: Site, q: Site | None) -> bool:
-    """Whether a mask takes density from the prior that the guide keeps: what it hides has a flat prior."""
-    kept_p, kept_q = _kept(p), True if q is None else _kept(q)
-    return bool((~torch.as_tensor(kept_p) & torch.as_tensor(kept_q)).any())
-
-
-def _kept(site: Site) -> Any:
-    kept = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        if type(fn).__name__ == "MaskedDistribution":
-            kept = kept & torch.as_tensor(fn._mask)
-        fn = fn.base_dist
-    return kept
-
-
-def inside(site: Site, value: Any) -> Any:
-    """Where a value lies in the support of a site's distribution; True where that does not say."""
-    try:
-        return site["fn"].support.check(value)
-    except (NotImplementedError, AttributeError):
-        return torch.ones((), dtype=torch.bool)
-
-
-def describe_support(fn: Any) -> str:
-    """The support of a distribution in words."""
-    support = _support(fn)
-    if support is constraints.boolean:
-        return "0 or 1"
-    lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
-    ends = [f"{float(torch.as_tensor(end).max()):g}" if end is not None else None for end in (lower, upper)]
-    kind = "whole numbers" if support.is_discrete else "real numbers"
-    if ends[0] is not None:
-        return f"{kind} from {ends[0]} to {ends[1]}" if ends[1] is not None else f"{kind} of at least {ends[0]}"
-    return kind if type(support).__name__ in {"_Real", "WholeNumbers"} else f"values in {support}"
-
-
-def _support(fn: Any) -> Any:
-    support = base(fn).support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
-
-
 def _covers(p: Any, q: Any) -> bool:
     """Whether the support of p can hold that of q, as far as their kinds tell."""
     try:
-        wide, narrow = _support(p), _support(q)
+        wide, narrow = support_of(p), support_of(q)
     except (NotImplementedError, AttributeError):
         return True
     if is_point(q) or is_flat(p):
@@ -273,8 +175,6 @@ def _data_plate(sites: list[Site], count: int, rows: Batch) -> Any:
 
 def _vectorises(pair: Any, rows: Batch, layout: Layout) -> bool:
     """Whether K particles at once give the terms that each of them gives alone."""
-    from probae.traces import Traces  # traces reads layouts
-
     particles = next(k for k in (3, 4) if k != length(rows))
 
     def run(values: dict[str, Any], k: int) -> Traces:
@@ -311,12 +211,3 @@ def run_at(pair: Any, program: Any, batch: Batch, particles: int, layout: Layout
     for site in samples(trace):
         site["is_observed"] = site["is_observed"] and site["name"] not in values
     return trace
-
-
-def rows_in_plate(model: Any, layout: Layout, batch: Batch) -> int:
-    """The size of the data plate in a trace, smaller than N where the programs subsample."""
-    for site in model.nodes.values():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.name in layout.plates:
-                return frame.size
-    return length(batch)

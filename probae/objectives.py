@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from probae.arguments import positive, whole
 from probae.batches import Batch
-from probae.layout import Site, run_at, samples
+from probae.gradients import Gate, beside_draws, gated, leave_one_out, path_posterior, score_term
 from probae.pair import Pair
-from probae.traces import Part, Traces
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -129,7 +128,7 @@ class ELBO(Objective):
         traces = pair.traces(batch, self.particles)
         likelihood = traces.likelihood()
         if self.gradient == "stl":
-            kl = _path_posterior(pair, batch, traces) - traces.prior()
+            kl = path_posterior(pair, batch, traces) - traces.prior()
         else:
             kl = traces.kl() if self.analytic_kl else traces.posterior() - traces.prior()
         beta = (self.beta if isinstance(self.beta, Tensor) else self.beta(step)).to(likelihood.local.dtype)
@@ -138,7 +137,7 @@ class ELBO(Objective):
         value = local.mean() + global_.mean() / size
         score = traces.score()
         if score is not None:
-            value = value + _score_term(score, local, global_ / size)
+            value = value + score_term(score, local, global_ / size)
         return -value
 
     def extra_repr(self) -> str:
@@ -173,25 +172,25 @@ class IWAE(Objective):
                 f"IWAE bounds each datum by itself, but the sites {list(names)} are shared by all: use ELBO"
             )
         double = self.gradient == "dreg"
-        gates: list[_Gate] = []
-        traces = pair.traces(batch, self.particles, through=(lambda site: _gated(site, gates)) if double else None)
+        gates: list[Gate] = []
+        traces = pair.traces(batch, self.particles, through=(lambda site: gated(site, gates)) if double else None)
         if double and (discrete := traces.without_path()):
             raise ValueError(
                 f"gradient='dreg' needs draws with a gradient, and site {discrete[0]!r} has none: use 'standard'"
             )
-        posterior = _path_posterior(pair, batch, traces) if double else traces.posterior()
+        posterior = path_posterior(pair, batch, traces) if double else traces.posterior()
         log_w = (traces.likelihood() + traces.prior() - posterior).local
         bound = torch.logsumexp(log_w, 0) - math.log(self.particles)
         normalised = torch.softmax(log_w.detach(), 0)
         if double:
             for i, gate in enumerate(gates):
-                gate.weights = _beside_draws(normalised, traces, i * len(traces.runs) // len(gates))
+                gate.weights = beside_draws(normalised, traces, i * len(traces.runs) // len(gates))
             # in value the bound; in gradient the weights enter once for the model and, by the gates, once more for the guide
             surrogate = (normalised * log_w).sum(0)
             bound = surrogate + (bound - surrogate).detach()
         score = traces.score()
         if score is not None:
-            bound = bound + _leave_one_out(score.local, log_w.detach(), bound.detach())
+            bound = bound + leave_one_out(score.local, log_w.detach(), bound.detach())
         return -bound.mean()
 
     def extra_repr(self) -> str:
@@ -215,7 +214,7 @@ class Reconstruction(Objective):
         value = likelihood.local.mean() + likelihood.global_.mean() / size
         score = traces.score()
         if score is not None:
-            value = value + _score_term(score, likelihood.local, likelihood.global_ / size)
+            value = value + score_term(score, likelihood.local, likelihood.global_ / size)
         return -value
 
 
@@ -231,89 +230,3 @@ def named(objective: str | Objective | None, pair: Pair) -> Objective:
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an Objective or its name, got {type(objective).__name__}")
     return objective
-
-
-class _Gate:
-    """Multiplies the gradient that flows back into a draw by weights that are known only after the forward pass."""
-
-    def __init__(self, event_dim: int):
-        self.event_dim, self.weights = event_dim, torch.ones(())
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        weights = self.weights.reshape(self.weights.shape + (1,) * self.event_dim)
-        if weights.dim() > gradient.dim():  # a draw that is not in all of the plates
-            weights = weights.reshape(weights.shape[weights.dim() - gradient.dim() :])
-        return gradient * weights
-
-
-def _beside_draws(weights: Tensor, traces: Traces, run: int) -> Tensor:
-    """Weights (K, N) with axes where the draws of a run have theirs: particles, if it has several, plates, data."""
-    alone = len(traces.runs) > 1 or traces.particles == 1
-    shape = [*([] if alone else [weights.shape[0]]), *[1] * traces.layout.nesting]
-    shape[traces.layout.data_dim] = weights.shape[1]
-    return (weights[run] if alone else weights).reshape(shape)
-
-
-def _path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
-    """log q whose gradient flows through the draws alone: its direct derivative, of mean zero, is left out.
-
-    With several sites the parameters at one may depend on the draws at another, so the guide is run again, once at its
-    draws and once at their detached values; the second run gives the direct derivative.
-    """
-    parts: list[Any] = []
-    for guide, _ in traces.runs:
-        sites = [s for s in samples(guide) if not s["is_observed"]]
-        particles = traces.particles if len(traces.runs) == 1 else 1
-        if len(sites) == 1:
-            (site,) = sites
-            direct = {**site, "value": site["value"].detach()}
-            parts.append((traces.part([site], particles), traces.part([direct], particles)))
-            continue
-        if any(isinstance(m, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm) for m in pair.modules()):
-            raise ValueError(
-                "gradient='stl' and 'dreg' run a guide of several sites again, and dropout or batch normalisation in it would "
-                "not be the same: use gradient='standard'"
-            )
-        again = [
-            run_at(pair, pair.guide, batch, particles, traces.layout, {s["name"]: value(s["value"]) for s in sites})
-            for value in (lambda z: z, Tensor.detach)
-        ]
-        parts.append(tuple(traces.part([s for s in samples(g) if not s["is_observed"]], particles) for g in again))
-    paths, directs = (
-        Part(*(torch.cat(tensors) for tensors in zip(*side, strict=True))) for side in zip(*parts, strict=True)
-    )
-    return Part(*(p - d + d.detach() for p, d in zip(paths, directs, strict=True)))
-
-
-def _gated(site: Site, gates: list[_Gate]) -> Tensor:
-    gate = _Gate(site["fn"].event_dim)
-    gates.append(gate)
-    z = site["value"].view_as(site["value"])
-    z.register_hook(gate)
-    return z
-
-
-def _score_term(score: Part, local: Tensor, global_: Tensor) -> Tensor:
-    """Zero in value; in gradient that of log q of the discrete draws, times what they earn above the other particles."""
-    local, global_ = local.detach(), global_.detach()
-    total = local.mean(1) + global_
-    surrogate = (score.local * (local - _others(local))).mean() + (score.global_ * (total - _others(total))).mean()
-    return surrogate - surrogate.detach()
-
-
-def _others(value: Tensor) -> Tensor:
-    """The mean over the other particles; zero for a single one."""
-    k = value.shape[0]
-    return (value.sum(0, keepdim=True) - value) / (k - 1) if k > 1 else torch.zeros_like(value)
-
-
-def _leave_one_out(score: Tensor, log_w: Tensor, bound: Tensor) -> Tensor:
-    """VIMCO's gradient: each particle's own baseline replaces its log weight by the mean of the others'."""
-    k = log_w.shape[0]
-    if k == 1:
-        surrogate = (score * log_w).sum(0)
-        return surrogate - surrogate.detach()
-    without = log_w + torch.diag_embed((_others(log_w) - log_w).movedim(0, -1)).movedim(-1, 0).movedim(-1, 0)
-    baseline = torch.logsumexp(without, 1) - math.log(k)
-    surrogate = (score * (bound - baseline)).sum(0)
-    return surrogate - surrogate.detach()

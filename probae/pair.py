@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, length
-from probae.layout import Layout, Site, lay_out, rows_in_plate, run_at, samples
+from probae.layout import lay_out, run_at
 from probae.passes import Passes
+from probae.sites import Layout, Site, rows_in_plate, samples
 from probae.traces import Traces
 
 Program = Callable[..., Any]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from probae.arguments import whole
 from probae.batches import as_batch, length, rows_at
-from probae.layout import base, samples
 from probae.seeding import still
+from probae.sites import base, samples
 
 
 class Passes:

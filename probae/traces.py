@@ -15,7 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from probae.layout import Layout, Site, is_flat, samples
+from probae.sites import Layout, Site, is_flat, samples
 
 
 class Part(NamedTuple):

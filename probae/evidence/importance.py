@@ -13,9 +13,9 @@ from probae.arguments import whole
 from probae.batches import Batch, as_batch, each, leaves, length, rows_of
 from probae.checks import check
 from probae.evidence.result import Evidence, as_values
-from probae.layout import Layout, samples
 from probae.pair import Pair, as_pair
 from probae.seeding import still
+from probae.sites import Layout, samples
 from probae.traces import scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from probae.batches import Batch, length, rows_of
 from probae.evidence.result import Evidence, as_values
-from probae.layout import Layout, base, samples
 from probae.pair import Pair
 from probae.seeding import still
+from probae.sites import Layout, base, samples
 
 #: the most joint states of a datum's latents that are summed over
 STATES = 2**16

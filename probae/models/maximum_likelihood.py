@@ -8,11 +8,12 @@ profile likelihood. Both read the data once: after the mean and the covariance, 
 
 import math
 import warnings
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from probae.models.profile_likelihood import descending_eigh, newton, starting_points
 
 __all__ = ["Solution", "factor_analysis", "ppca"]
 
@@ -66,12 +67,12 @@ def ppca(x: Tensor, latents: int) -> Solution:
     if size < features:
         loc = _mean(x)
         centred = _float64(x) - loc
-        values, vectors = _descending_eigh(centred @ centred.mT / size)
+        values, vectors = descending_eigh(centred @ centred.mT / size)
         # Xᵀv has length √(Nλ), but only up to the rounding of λ: dividing by its own length keeps the columns unit.
         vectors = torch.nn.functional.normalize(centred.mT @ vectors[:, :latents], dim=0)
     else:
         loc, covariance = _moments(x)
-        values, vectors = _descending_eigh(covariance)
+        values, vectors = descending_eigh(covariance)
     _check_rank(values, latents, max(size, features))
     top, noise = values[:latents], values[latents:].sum() / (features - latents)
     weight = _signed(vectors[:, :latents] * (top - noise).clamp_min(0).sqrt())
@@ -159,8 +160,8 @@ def factor_analysis(
     correlation = second / deviation / deviation[:, None]
     _check_rank(torch.linalg.eigvalsh(correlation).flip(0), latents, len(correlation))
     fits = [
-        _newton(correlation, latents, start, math.log(floor), tolerance, max_iterations)
-        for start in _starts(correlation, latents, starts, seed)
+        newton(correlation, latents, start, math.log(floor), tolerance, max_iterations)
+        for start in starting_points(correlation, latents, starts, seed)
     ]
     profile, log_noise, residual = min(fits, key=lambda fit: fit[0].value)
     if not residual <= tolerance:
@@ -175,119 +176,6 @@ def factor_analysis(
     weight[:, : profile.rank] = profile.signal * (profile.values[: profile.rank] - 1).sqrt()
     total = profile.value + 0.5 * len(scale) * math.log(2 * math.pi) + deviation.log().sum().item()
     return _result(given, loc, _signed(scale[:, None] * weight), scale, -total)
-
-
-class _Profile(NamedTuple):
-    """Negative log-likelihood at log noise variances, the weight at its best; the first `rank` eigenpairs make it."""
-
-    value: float
-    gradient: Tensor
-    values: Tensor
-    vectors: Tensor
-    rank: int
-
-    @property
-    def signal(self) -> Tensor:
-        return self.vectors[:, : self.rank]
-
-    @property
-    def noise(self) -> Tensor:
-        return self.vectors[:, self.rank :]
-
-
-def _profile(correlation: Tensor, latents: int, log_noise: Tensor) -> _Profile:
-    shrink = (-log_noise / 2).exp()
-    values, vectors = _descending_eigh(correlation * shrink * shrink[:, None])
-    values = values.clamp_min(0)
-    rank = int((values[:latents] > 1).sum())  # a direction with less variance than the noise earns no weight
-    value = 0.5 * (log_noise.sum() + values[:rank].log().sum() + rank + values[rank:].sum())
-    gradient = 0.5 * (vectors[:, rank:] ** 2 @ (1 - values[rank:]))  # = ½ (Σᵢᵢ − Sᵢᵢ) / ψᵢ²
-    return _Profile(value.item(), gradient, values, vectors, rank)
-
-
-def _newton(
-    correlation: Tensor, latents: int, log_noise: Tensor, lower: float, tolerance: float, steps: int
-) -> tuple[_Profile, Tensor, float]:
-    """Projected Newton: features at the floor that would go below it are held, the others move."""
-    log_noise = log_noise.clamp(lower, 0)
-    now = _profile(correlation, latents, log_noise)
-    for step in range(steps + 1):
-        free = ((log_noise > lower) | (now.gradient < 0)).nonzero()[:, 0]
-        residual = 2 * now.gradient[free].abs().max().item() if len(free) else 0.0
-        if residual <= tolerance or step == steps:
-            break
-        direction, length = _newton_direction(now, free, min(0.1, residual)), 1.0
-        # Near the floor the curvature fades and a single feature would step far beyond the quadratic's validity: no
-        # log variance moves by more than 2, unless the step would then no longer lead down.
-        capped = direction.clamp(-2, 2)
-        if now.gradient @ capped < 0.1 * (now.gradient @ direction):
-            direction = capped
-        # The eigenvalues' rounding errors are proportional to the largest one. A line search that did not allow for
-        # them would refuse the last, best steps.
-        slack = torch.finfo(torch.float64).eps * (abs(now.value) + len(log_noise) * now.values[0].item())
-        while length > 1e-10:
-            trial = (log_noise + length * direction).clamp(lower, 0)
-            new = _profile(correlation, latents, trial)
-            if new.value <= now.value + 1e-4 * (now.gradient @ (trial - log_noise)).item() + slack:
-                break
-            length /= 2
-        else:
-            break
-        log_noise, now = trial, new
-    return now, log_noise, residual
-
-
-def _newton_direction(at: _Profile, free: Tensor, accuracy: float) -> Tensor:
-    """Solve Hessian · direction = −gradient over the free features by conjugate gradients.
-
-    The Hessian has two parts. The first, ½ (UΘUᵀ) ∘ (UUᵀ) over the noise eigenvectors, is positive semi-definite and
-    cheap to factor; the second vanishes where the model fits exactly. So the first preconditions, and a handful of
-    products with the whole are enough; forming the whole would cost L D³.
-    """
-    signal, noise = at.signal, at.noise
-    top, rest = at.values[: at.rank], at.values[at.rank :]
-    first = 0.5 * ((noise * rest) @ noise.mT) * (noise @ noise.mT)
-    gap = (top - rest[:, None]).clamp_min(torch.finfo(torch.float64).eps * at.values[0])
-    mixing = (top + rest[:, None]) * (1 - rest[:, None]) / gap
-
-    def hessian(v: Tensor) -> Tensor:
-        v = torch.zeros_like(at.gradient).index_put((free,), v)
-        crossed = noise @ (mixing * (noise.mT @ (v[:, None] * signal)))
-        return (first @ v + 0.5 * (signal * crossed).sum(1))[free]
-
-    block = first[free][:, free]
-    block.diagonal().add_(1e-10 * block.diagonal().max())  # beyond Ledermann's bound the block is singular
-    factor = torch.linalg.cholesky(block)
-    residual = -at.gradient[free]
-    solution, target = torch.zeros_like(residual), accuracy * residual.norm()
-    search = scaled = torch.cholesky_solve(residual[:, None], factor)[:, 0]
-    inner = residual @ scaled
-    for step in range(len(free)):
-        image = hessian(search)
-        curvature = search @ image
-        if curvature <= 0:  # the quadratic has no minimum: go where it still falls
-            solution = search if step == 0 else solution
-            break
-        solution = solution + inner / curvature * search
-        residual = residual - inner / curvature * image
-        if residual.norm() <= target:
-            break
-        scaled = torch.cholesky_solve(residual[:, None], factor)[:, 0]
-        inner, previous = residual @ scaled, inner
-        search = scaled + inner / previous * search
-    return torch.zeros_like(at.gradient).index_put((free,), solution)
-
-
-def _starts(correlation: Tensor, latents: int, starts: int, seed: int) -> Iterator[Tensor]:
-    features = len(correlation)
-    yield correlation.new_zeros(features)
-    if starts > 1:
-        # A small ridge, because the correlation of few data has no inverse.
-        inverse = torch.linalg.inv(correlation + 1e-3 * torch.eye(features).to(correlation))
-        yield ((1 - latents / (2 * features)) / inverse.diagonal()).log()
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(starts - 2):
-        yield (0.1 + 0.9 * torch.rand(features, generator=generator, dtype=torch.float64)).log().to(correlation)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,11 +195,6 @@ def _mean(x: Tensor) -> Tensor:
     if not loc.isfinite().all():  # one bad entry spoils its mean, so x need not be read once more
         raise ValueError("expected finite x, got NaN or infinite values")
     return loc
-
-
-def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), vectors.flip(1)
 
 
 def _signed(weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How a pair is trained: data, the loop, what is watched."""
 
-from probae.training.loop import Run, fit
+from probae.training.loop import fit
+from probae.training.run import Run
 
 __all__ = ["Run", "fit"]

@@ -6,8 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,62 +18,12 @@ from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.seeding import checked_seed, seeded
 from probae.training.data import InMemory, Source, source
+from probae.training.optimizers import OPTIMIZERS, parameter_groups, rates_of, scheduler_of
+from probae.training.run import Run
 from probae.training.watch import Watch
 
 if TYPE_CHECKING:
-    import pandas
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": partial(torch.optim.Adam, fused=True),
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "sgd": torch.optim.SGD,
-}
-
-
-@dataclass(repr=False)
-class Run:
-    """What `fit` returns.
-
-    Attributes:
-        model: the trained model, the very object that was given, in eval mode.
-        objective: the objective it was trained on.
-        records: what was recorded, a dict per record; `history` has them as a frame.
-        watched: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"`` or ``"objective"``, or None.
-        best_step: the step whose parameters were kept, where validation data were given.
-        stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
-    """
-
-    model: Any
-    objective: Objective
-    records: list[dict[str, float]] = field(default_factory=list)
-    watched: str | None = None
-    best_step: int | None = None
-    stopped: str = "steps"
-
-    @property
-    def history(self) -> pandas.DataFrame:
-        """A row per recorded step: ``step``, ``loss`` (its mean since the row before), ``validation``, ``seconds``."""
-        import pandas
-
-        return pandas.DataFrame(self.records, columns=["step", "loss", "validation", "seconds"])
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of the training steps, validation included."""
-        return self.records[-1]["seconds"] if self.records else 0.0
-
-    def __repr__(self) -> str:
-        if not self.records:
-            return f"<Run of {type(self.model).__name__}: no step recorded, stopped by {self.stopped}>"
-        last = self.records[-1]
-        best = ""
-        if self.watched is not None and self.best_step is not None:
-            value = max(r["validation"] for r in self.records)
-            best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
-        return (
-            f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "
-            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}>"
-        )
+    pass
 
 
 def fit(
@@ -146,7 +94,7 @@ def fit(
         raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
     if scheduler not in (None, "cosine") and not callable(scheduler):
         raise ValueError(f"scheduler: expected None, 'cosine' or a function of the optimizer, got {scheduler!r}")
-    rates = _rates(lr)
+    rates = rates_of(lr)
     pair = as_pair(model)
     goal = named(objective, pair)
     where = _device(device)
@@ -160,13 +108,13 @@ def fit(
         watch = None
         if validation is not None:
             watch = Watch(pair, _gather(validation, pair, where), goal, particles=8, seed=seed)
-        chosen = maker(_groups(pair, goal, rates))
+        chosen = maker(parameter_groups(pair, goal, rates))
         if pair.has("initialise"):
             first = next(iter(stream.passes()))
             with torch.no_grad():
                 call(pair.initialise, first)
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
-        loop = _Loop(pair, goal, chosen, _scheduler(scheduler, chosen, steps), clip, stream, watch, run)
+        loop = _Loop(pair, goal, chosen, scheduler_of(scheduler, chosen, steps), clip, stream, watch, run)
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
@@ -301,35 +249,6 @@ def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
     keys = blocks[0].keys() if isinstance(blocks[0], dict) else range(len(blocks[0]))
     joined: Any = {key: torch.cat([block[key] for block in blocks]) for key in keys}  # type: ignore[call-overload, index]
     return joined if isinstance(blocks[0], dict) else tuple(joined.values())
-
-
-def _rates(lr: Any) -> dict[str, float]:
-    rates = lr if isinstance(lr, dict) else {"model": lr, "objective": lr}
-    if unknown := set(rates) - {"model", "objective"}:
-        raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(map(str, unknown))}")
-    return {name: positive(f"lr of the {name}", rate) for name, rate in rates.items()}
-
-
-def _groups(pair: Pair, objective: Objective, rates: dict[str, float]) -> list[dict[str, Any]]:
-    groups = []
-    for name, module in (("model", pair), ("objective", objective)):
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if parameters:
-            if name not in rates:
-                raise ValueError(f"lr: no learning rate for {name!r}, which has parameters; got {sorted(rates)}")
-            groups.append({"params": parameters, "lr": rates[name], "name": name})
-    if not groups or groups[0]["name"] != "model":
-        raise ValueError(
-            "the pair has no parameters to train: plain programs declare theirs by pyro.module('name', network) or "
-            "pyro.param('name', value)"
-        )
-    return groups
-
-
-def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    if scheduler == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return scheduler(optimizer) if scheduler is not None else None
 
 
 def _device(device: Any) -> torch.device:

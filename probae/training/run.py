@@ -1,0 +1,57 @@
+"""What training returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from probae.objectives import Objective
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(repr=False)
+class Run:
+    """What `fit` returns.
+
+    Attributes:
+        model: the trained model, the very object that was given, in eval mode.
+        objective: the objective it was trained on.
+        records: what was recorded, a dict per record; `history` has them as a frame.
+        watched: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"`` or ``"objective"``, or None.
+        best_step: the step whose parameters were kept, where validation data were given.
+        stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
+    """
+
+    model: Any
+    objective: Objective
+    records: list[dict[str, float]] = field(default_factory=list)
+    watched: str | None = None
+    best_step: int | None = None
+    stopped: str = "steps"
+
+    @property
+    def history(self) -> pandas.DataFrame:
+        """A row per recorded step: ``step``, ``loss`` (its mean since the row before), ``validation``, ``seconds``."""
+        import pandas
+
+        return pandas.DataFrame(self.records, columns=["step", "loss", "validation", "seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the training steps, validation included."""
+        return self.records[-1]["seconds"] if self.records else 0.0
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return f"<Run of {type(self.model).__name__}: no step recorded, stopped by {self.stopped}>"
+        last = self.records[-1]
+        best = ""
+        if self.watched is not None and self.best_step is not None:
+            value = max(r["validation"] for r in self.records)
+            best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
+        return (
+            f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "
+            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}>"
+        )

@@ -1,0 +1,70 @@
+"""A pair around another: its programs are those of the inner pair, at values made from x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from probae.pair import Pair, as_pair
+
+
+class Around(Pair):
+    """A pair whose programs are those of an inner one at values made from x."""
+
+    def __init__(self, pair: Any):
+        super().__init__()
+        self.inner = as_pair(pair)
+        self.depth: int = getattr(self.inner, "depth", 0) + 1
+        self.default_objective = self.inner.default_objective
+        self.event_dim = self.inner.event_dim
+        features = getattr(self.inner, "features", None)
+        if features is not None:
+            self.features = features
+
+    @property
+    def has_guide(self) -> bool:
+        """Whether the inner pair has one."""
+        return self.inner.has_guide
+
+    def parameter(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Parameters of plain programs stay in the inner pair."""
+        return self.inner.parameter(*args, **kwargs)
+
+    @property
+    def data_plates(self) -> tuple[str, ...]:
+        """The names of the plates over data that this pair and those inside it open beside ``"data"``."""
+        return (f"data_{self.depth}", *getattr(self.inner, "data_plates", ()))
+
+    def _rows(self, x: Tensor) -> Any:
+        # a plate of its own name: the inner programs open theirs; both lie along the data axis
+        return pyro.plate(f"data_{self.depth}", x.shape[-1 - self._events(x)], dim=-1)
+
+    def _events(self, x: Tensor) -> int:
+        return self.event_dim
+
+    def decode(self, z: Any) -> Tensor:
+        """The mean of the inner pair's x given latents z, mapped back."""
+        return self._back(self.inner.decode(z))
+
+    def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
+        """Draws of the inner pair, mapped back."""
+        if like is not None:
+            like = self._forth(torch.as_tensor(like))
+        return self._back(self.inner.sample(n, like=like, seed=seed))
+
+    def reconstruct(self, x: Any) -> Tensor:
+        """The inner pair's reconstruction, mapped back."""
+        return self._back(self.inner.reconstruct(self._forth(self.as_data(x))))
+
+    def encode(self, x: Any) -> Any:
+        """The inner pair's codes."""
+        return self.inner.encode(self._forth(self.as_data(x)))
+
+    def _forth(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _back(self, y: Tensor) -> Tensor:
+        raise NotImplementedError

@@ -1,0 +1,119 @@
+"""Pairs on transformed data as pairs on the original data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from probae.recipe import recorded
+from probae.sites import Layout
+from probae.transforms.around import Around
+from probae.transforms.maps import Transform
+
+
+@recorded
+class Transformed(Around):
+    r"""A pair on transformed data as a pair on the original data: the log-determinant joins the weights.
+
+    .. math:: \log p_X(x) = \log p_Y(T(x)) + \log |\det \partial T / \partial x|
+
+    Args:
+        pair: a pair on y = T(x).
+        transform: a `Transform`, or several, applied in turn.
+
+    Example:
+        >>> import probae
+        >>> pair = Transformed(probae.PPCA(features=4, latents=1), Affine(loc=2.0, scale=3.0))
+        >>> probae.log_evidence(pair, torch.zeros(3, 4)).bound
+        'exact'
+    """
+
+    def __init__(self, pair: Any, transform: Transform | Sequence[Transform]):
+        super().__init__(pair)
+        steps = [transform] if isinstance(transform, nn.Module) else list(transform)
+        if not steps or not all(isinstance(step, Transform) for step in steps):
+            raise TypeError(f"transform: expected transforms of probae.transforms, got {transform!r}")
+        self.steps = nn.ModuleList(steps)
+        inner = getattr(self.inner, "measure", None)
+        if inner == "mass":
+            raise ValueError("a mass of counts has no log-determinant: put Dequantised outside, Transformed inside")
+
+    def layout(self, batch: Any) -> Layout:
+        """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
+        if self._layout is None and isinstance(batch, Tensor):
+            self.inner.layout(self._forth(batch))
+        return super().layout(batch)
+
+    def forget_layout(self) -> None:
+        """As for any pair, and the inner one's too."""
+        super().forget_layout()
+        self.inner.forget_layout()
+
+    @property
+    def _is_mass(self) -> bool:
+        return self.inner._layout is not None and self.inner._layout.measure == "mass"
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """As for any pair, and that the transform is finite at all of the data."""
+        super().validate(*args, **kwargs)
+        if len(args) == 1 and isinstance(args[0], Tensor) and torch.isfinite(args[0]).all():
+            y, log_det = self.apply_to(args[0])
+            bad = ~(torch.isfinite(y).flatten(1).all(1) & torch.isfinite(log_det))
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                takes = " then ".join(f"{type(step).__name__} of {step.domain}" for step in self.steps)
+                got = args[0][row].flatten()[:4].tolist()
+                raise ValueError(f"site 'x': row {row} is outside the domain of the transform ({takes}): {got}…")
+
+    def apply_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y = T(x) (..., D) and the log-determinant (...)."""
+        total = x.new_zeros(x.shape[:-1])
+        for step in self.steps:
+            x, log_det = step(x)
+            total = total + log_det
+        return x, total.sum(list(range(1 - self.event_dim, 0))) if self.event_dim > 1 else total
+
+    def model(self, x: Tensor) -> None:
+        """The inner model at T(x), with the log-determinant as a factor."""
+        y, log_det = self.apply_to(x)
+        if not self._is_mass:
+            with self._rows(x):
+                pyro.factor(f"log_det_{self.depth}", log_det)
+        self.inner.model(y)
+
+    def guide(self, x: Tensor) -> None:
+        """The inner guide at T(x)."""
+        if self.inner.has_guide:
+            self.inner.guide(self.apply_to(x)[0])
+
+    @property
+    def tractable(self) -> bool:
+        """Whether the inner pair's marginal is known."""
+        return self.inner.tractable
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        """log p(x) (N,), where the inner pair's is known."""
+        y, log_det = self.apply_to(x)
+        return self.inner.log_marginal(y) if self._is_mass else self.inner.log_marginal(y) + log_det
+
+    def initialise(self, x: Tensor) -> None:
+        """The inner pair's start, at T(x)."""
+        if self.inner.has("initialise"):
+            self.inner.initialise(self._forth(x))
+
+    def maximum_likelihood(self, x: Any, **options: Any) -> Transformed:
+        """The inner model's, with its options, at T(x); returns the pair."""
+        self.inner.maximum_likelihood(self._forth(self.as_data(x)), **options)
+        return self.eval()
+
+    def _forth(self, x: Tensor) -> Tensor:
+        return self.apply_to(x)[0]
+
+    def _back(self, y: Tensor) -> Tensor:
+        for step in reversed(list(self.steps)):
+            y = step.inverse(y)  # type: ignore[operator]
+        return y
