@@ -75,23 +75,31 @@ class GaussianMixture(Pair):
     Args:
         features: D.
         components: how many.
+        diagonal: whether the covariances are, for data of many features.
 
     Example:
         >>> GaussianMixture(features=3, components=2).marginal().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
 
-    def __init__(self, features: int, components: int = 1):
+    def __init__(self, features: int, components: int = 1, diagonal: bool = False):
         super().__init__()
         self.features, self.components = whole("features", features), whole("components", components)
+        self.diagonal = diagonal
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.zeros(components, features))
-        self.scale_tril = nn.Parameter(torch.eye(features).repeat(components, 1, 1))
+        if diagonal:
+            self.log_scale = nn.Parameter(torch.zeros(components, features))
+        else:
+            self.scale_tril = nn.Parameter(torch.eye(features).repeat(components, 1, 1))
 
     def marginal(self) -> Any:
         """p(x)."""
-        parts = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         weights = dist.Categorical(logits=self.logits, validate_args=False)
+        if self.diagonal:
+            parts: Any = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
+        else:
+            parts = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         return dist.MixtureSameFamily(weights, parts, validate_args=False)
 
     def maximum_likelihood(self, x: Any, floor: float = 5e-3, start: int = 0) -> GaussianMixture:
@@ -104,27 +112,32 @@ class GaussianMixture(Pair):
             start: the seed of the EM's start.
         """
         x = self.as_data(x).double()
-        ridge = floor * float(x.var(0, unbiased=False).mean())
         if self.components == 1:
             covariance = torch.cov(x.mT, correction=0).reshape(self.features, self.features)
             # with few data the covariance has no full rank of its own
             covariance.diagonal().add_(covariance.diagonal().mean() * (1e-9 if len(x) > 2 * self.features else floor))
-            fitted = torch.ones(1), x.mean(0, keepdim=True), covariance.unsqueeze(0)
+            weights, loc = torch.ones(1), x.mean(0, keepdim=True)
+            covariances = covariance.diagonal().unsqueeze(0) if self.diagonal else covariance.unsqueeze(0)
         else:
-            fitted = self._mixture(x, ridge, start)
+            ridge = floor * float(x.var(0, unbiased=False).mean())
+            weights, loc, covariances = self._mixture(x, ridge, start)
         with torch.no_grad():
-            self.logits.copy_(fitted[0].log())
-            self.loc.copy_(fitted[1])
-            self.scale_tril.copy_(torch.linalg.cholesky(fitted[2]))
+            self.logits.copy_(weights.log())
+            self.loc.copy_(loc)
+            if self.diagonal:
+                self.log_scale.copy_(covariances.log() / 2)
+            else:
+                self.scale_tril.copy_(torch.linalg.cholesky(covariances))
         return self.eval()
 
-    def _mixture(self, x: Tensor, ridge: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _mixture(self, x: Tensor, ridge: float, start: int) -> list[Tensor]:
         try:
             from sklearn.mixture import GaussianMixture as Mixture
         except ImportError as error:
             raise ImportError("a mixture is fitted by scikit-learn: pip install 'probae[compare]'") from error
-        mixture = Mixture(self.components, reg_covar=max(ridge, 1e-12), random_state=seed)
+        kind = "diag" if self.diagonal else "full"
+        mixture = Mixture(self.components, covariance_type=kind, reg_covar=max(ridge, 1e-12), random_state=start)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a baseline that stops at 100 iterations is good enough to be beaten
             mixture.fit(x.cpu().numpy())
-        return tuple(torch.as_tensor(a) for a in (mixture.weights_, mixture.means_, mixture.covariances_))  # type: ignore[return-value]
+        return [torch.as_tensor(a) for a in (mixture.weights_, mixture.means_, mixture.covariances_)]
