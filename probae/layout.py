@@ -26,6 +26,9 @@ from probae.sites import (
 )
 from probae.traces import Traces
 
+#: what a user's program may raise on data that it was not written for
+PROGRAM_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, ArithmeticError)
+
 
 def lay_out(pair: Any, batch: Batch) -> Layout:
     """Run the programs of a `Pair` on a few rows, check guide against model, and say where the sites lie.
@@ -77,7 +80,7 @@ def run_both(pair: Any, rows: Batch, layout: Layout | None) -> tuple[Any, Any]:
         raise ValueError(
             f"the model's latents could not be drawn ({error}): a flat prior needs a guide that draws its site"
         ) from error
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, KeyError, AttributeError) as error:
+    except PROGRAM_ERRORS as error:
         raise ValueError(f"the {name} failed on rows of the data, of shape {shapes(rows)}: {error}") from error
 
 
@@ -201,7 +204,7 @@ def _vectorises(pair: Any, rows: Batch, layout: Layout) -> bool:
                     if not torch.allclose(a[k], b[0], rtol=1e-3, atol=1e-3, equal_nan=True):
                         return False
         return True
-    except Exception:  # the programs' own errors, of whatever type: they mean that they take no particle axis
+    except PROGRAM_ERRORS:  # the programs take no particle axis
         return False
 
 

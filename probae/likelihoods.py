@@ -67,6 +67,7 @@ class _LocationScale(Head):
         self.width = 2 if scale == "predicted" else 1
 
     def attach(self, features: int) -> None:
+        """Make the parameters that depend on the number of features."""
         self.register_buffer("unit", torch.ones(features))
         self.origin = self.origin[:features].clone()
         if self.kind != "predicted":
@@ -77,6 +78,7 @@ class _LocationScale(Head):
                 self.register_buffer("log_scale", log_scale)
 
     def start(self, x: Tensor) -> None:
+        """Take units, and a learned scale's start, from data (N, D)."""
         loc, scale = moments(x)
         self.origin.copy_(loc)
         self.unit.copy_(scale)
@@ -108,6 +110,7 @@ class _LocationScale(Head):
         return self.origin + self.unit * loc, self.unit * F.softplus(raw + math.log(math.e - 1)) + self.floor
 
     def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., width · D)."""
         loc, scale = self.parameters_at(output)
         return self.family(loc, scale, validate_args=False).to_event(1)
 
@@ -153,6 +156,7 @@ class DiscretisedNormal(_LocationScale):
         self.high = whole("high", high, self.low + 1)
 
     def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., width · D)."""
         loc, scale = self.parameters_at(output)
         return DiscretisedNormalDistribution(loc, scale, self.low, self.high, validate_args=False).to_event(1)
 
@@ -162,9 +166,11 @@ class Bernoulli(Head):
     """x_d | z ~ Bernoulli(logits = output), for data of 0 and 1."""
 
     def start(self, x: Tensor) -> None:
+        """Take the data's mean (N, D) as the start."""
         self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
 
     def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., width · D)."""
         return dist.Bernoulli(logits=self.origin + output, validate_args=False).to_event(1)
 
 
@@ -177,9 +183,11 @@ class Binomial(Head):
         self.total_count = whole("total_count", total_count)
 
     def start(self, x: Tensor) -> None:
+        """Take the data's mean (N, D) as the start."""
         self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) * self.total_count + 1)))
 
     def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., width · D)."""
         return dist.Binomial(self.total_count, logits=self.origin + output, validate_args=False).to_event(1)
 
 
@@ -188,9 +196,11 @@ class Poisson(Head):
     """x_d | z ~ Poisson(rate = exp(output)), for counts without an upper end."""
 
     def start(self, x: Tensor) -> None:
+        """Take the data's mean (N, D) as the start."""
         self.origin.copy_(((x.sum(0) + 0.5) / (len(x) + 1)).log())
 
     def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., width · D)."""
         return dist.Poisson((self.origin + output).exp(), validate_args=False).to_event(1)
 
 
@@ -203,9 +213,11 @@ class Categorical(Head):
         self.classes = self.width = whole("classes", classes, 2)
 
     def start(self, x: Tensor) -> None:
+        """Take the data's mean (N, D) as the start."""
         counts = F.one_hot(x.long(), self.classes).to(x.dtype).sum(0) + 1
         self.origin.copy_((counts / counts.sum(-1, keepdim=True)).log().flatten())
 
     def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., width · D)."""
         logits = (self.origin + output).unflatten(-1, (-1, self.classes))
         return dist.Categorical(logits=logits, validate_args=False).to_event(1)

@@ -28,6 +28,7 @@ class Objective(nn.Module):
     """
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
         raise NotImplementedError
 
     def __add__(self, other: Any) -> Objective:
@@ -47,10 +48,12 @@ class Sum(Objective):
         self.terms = nn.ModuleList(terms)
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
         losses = [term(pair, batch, size, step) for term in self.terms]
         return torch.stack(losses).sum()
 
     def extra_repr(self) -> str:
+        """What torch shows of it."""
         return " + ".join(type(term).__name__ for term in self.terms)
 
 
@@ -65,6 +68,7 @@ class Scaled(Objective):
         self.register_buffer("factor", torch.tensor(float(factor), dtype=torch.float64))
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
         loss = self.term(pair, batch, size, step)
         return self.factor.to(loss.dtype) * loss
 
@@ -82,6 +86,7 @@ class Warmup(nn.Module):
         self.steps, self.start, self.end = whole("steps", steps), start, end
 
     def forward(self, step: Tensor) -> Tensor:
+        """β at a step."""
         return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1.0)
 
 
@@ -125,6 +130,7 @@ class ELBO(Objective):
             self.register_buffer("beta", torch.tensor(positive("beta", beta, zero=True), dtype=torch.float64))
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
         traces = pair.traces(batch, self.particles)
         likelihood = traces.likelihood()
         if self.gradient == "stl":
@@ -141,6 +147,7 @@ class ELBO(Objective):
         return -value
 
     def extra_repr(self) -> str:
+        """What torch shows of it."""
         return f"particles={self.particles}, analytic_kl={self.analytic_kl}, gradient={self.gradient!r}"
 
 
@@ -167,6 +174,7 @@ class IWAE(Objective):
         self.particles, self.gradient = whole("particles", particles), gradient
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
         if names := pair.layout(batch).globals_:
             raise ValueError(
                 f"IWAE bounds each datum by itself, but the sites {list(names)} are shared by all: use ELBO"
@@ -194,6 +202,7 @@ class IWAE(Objective):
         return -bound.mean()
 
     def extra_repr(self) -> str:
+        """What torch shows of it."""
         return f"particles={self.particles}, gradient={self.gradient!r}"
 
 
@@ -209,6 +218,7 @@ class Reconstruction(Objective):
         self.particles = whole("particles", particles)
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
         traces = pair.traces(batch, self.particles)
         likelihood = traces.likelihood()
         value = likelihood.local.mean() + likelihood.global_.mean() / size

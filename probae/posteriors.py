@@ -25,6 +25,7 @@ class Point(Head):
         self.positive = positive
 
     def forward(self, output: Tensor) -> Any:
+        """The point at the encoder's output (..., L)."""
         code = torch.relu(output) if self.positive else output
         return dist.Delta(code, event_dim=1, validate_args=False)
 

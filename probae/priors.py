@@ -30,6 +30,7 @@ class Flat(Prior):
     """The improper uniform, log p(z) = 0: it makes a penalty vanish, and there is no evidence under it."""
 
     def forward(self) -> Any:
+        """p(z), with event shape (L,)."""
         return dist.ImproperUniform(constraints.independent(constraints.real, 1), (), (self.latents,))
 
 
@@ -38,6 +39,7 @@ class Normal(Prior):
     """z ~ N(0, I)."""
 
     def forward(self) -> Any:
+        """p(z), with event shape (L,)."""
         return dist.Normal(self.zero, 1.0, validate_args=False).to_event(1)
 
 
@@ -60,6 +62,7 @@ class Laplace(_Rated):
     r"""The L1 penalty with its constant: −log p(z) = λ‖z‖₁ − L log(λ/2), λ the ``rate``, given or learned."""
 
     def forward(self) -> Any:
+        """p(z), with event shape (L,)."""
         return dist.Laplace(self.zero, 1 / self.rate, validate_args=False).to_event(1)
 
 
@@ -68,6 +71,7 @@ class Exponential(_Rated):
     r"""For codes z >= 0: −log p(z) = λ Σ z − L log λ, λ the ``rate``, given or learned."""
 
     def forward(self) -> Any:
+        """p(z), with event shape (L,)."""
         return dist.Exponential(self.rate + self.zero, validate_args=False).to_event(1)
 
 
@@ -80,4 +84,5 @@ class StudentT(_Rated):
         self.df = positive("df", df)
 
     def forward(self) -> Any:
+        """p(z), with event shape (L,)."""
         return dist.StudentT(self.df, self.zero, 1 / self.rate, validate_args=False).to_event(1)

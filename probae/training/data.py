@@ -43,6 +43,7 @@ class InMemory(Source):
             yield rows_at(self.batch, index)
 
     def passes(self) -> Iterator[Batch]:
+        """All of the data once, in blocks."""
         yield self.batch
 
 
@@ -65,6 +66,7 @@ class Streamed(Source):
             yield from self.passes()
 
     def passes(self) -> Iterator[Batch]:
+        """All of the data once, in blocks."""
         empty = True
         for item in self.loader:
             empty = False

@@ -20,6 +20,7 @@ class Transform(nn.Module):
     domain = "real numbers"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y (..., D) and log |det dy/dx| (...)."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ class Affine(Transform):
         return cls(*moments(batch))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y (..., D) and log |det dy/dx| (...)."""
         log_det = -self.scale.log().expand(x.shape[-1]).sum().to(x.dtype)
         return (x - self.loc.to(x.dtype)) / self.scale.to(x.dtype), log_det.expand(x.shape[:-1])
 
@@ -82,6 +84,7 @@ class Logit(Transform):
         self.domain = f"numbers from {low:g} to {high:g}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y (..., D) and log |det dy/dx| (...)."""
         slope = (1 - 2 * self.margin) / (self.high - self.low)
         p = self.margin + slope * (x - self.low)
         log_det = torch.log(torch.full_like(p, slope)) - p.log() - torch.log1p(-p)
