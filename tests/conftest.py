@@ -1,5 +1,6 @@
 """What all tests share: `oracles` can be imported, and a test that leaves global state changed fails."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+# small matrices gain nothing from a second thread, and lose much when another process holds the core
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
 def global_state():
