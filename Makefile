@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 .PHONY: compare test slow clean
 
 compare: $(VENV)/.compare
-	# one thread: networks of this size gain nothing from two, and lose much when another process holds a core
+	@# one thread: networks of this size gain nothing from two, and lose much when another process holds a core
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/probae compare
 
 test: $(VENV)/.test

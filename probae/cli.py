@@ -85,7 +85,7 @@ def compare(
     seconds: dict[str, float] = {}
     for name in chosen:
         fitted[name], seconds[name] = lineup.train(name, loaded, latents, steps, seed, progress=sys.stderr.isatty())
-        console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s   {lineup.CANDIDATES[name].title}")
+        console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
     result = comparison.compare(
         fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
     )
