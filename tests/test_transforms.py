@@ -508,3 +508,9 @@ def test_a_users_pair_with_particles_agrees_with_the_one_without():
         lambda y: oracles.linear_gaussian(y.reshape(-1, 2), user.weight, np.zeros(2), 0.5).reshape(y.shape[:-1]), x
     )
     assert_within(probae.log_evidence(Dequantised(user), x, particles=40_000), truth)
+
+
+def test_a_transform_of_another_width_is_refused():
+    pair = Transformed(probae.PPCA(3, 1), Affine([0.0, 1.0], [1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"site 'x': the transform failed on data of shape \(4, 3\)"):
+        probae.log_evidence(pair, torch.zeros(4, 3))

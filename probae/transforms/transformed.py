@@ -61,7 +61,11 @@ class Transformed(Around):
         """As for any pair, and that the transform is finite at all of the data."""
         super().validate(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], Tensor) and torch.isfinite(args[0]).all():
-            y, log_det = self.apply_to(args[0])
+            try:
+                y, log_det = self.apply_to(args[0])
+            except RuntimeError as error:
+                shape = tuple(args[0].shape)
+                raise ValueError(f"site 'x': the transform failed on data of shape {shape}: {error}") from error
             bad = ~(torch.isfinite(y).flatten(1).all(1) & torch.isfinite(log_det))
             if bad.any():
                 row = int(bad.nonzero()[0])
