@@ -27,7 +27,8 @@ class Transformed(Around):
 
     Example:
         >>> import probae
-        >>> pair = Transformed(probae.PPCA(features=4, latents=1), Affine(loc=2.0, scale=3.0))
+        >>> affine = probae.transforms.Affine(loc=2.0, scale=3.0)
+        >>> pair = Transformed(probae.PPCA(features=4, latents=1), affine)
         >>> probae.log_evidence(pair, torch.zeros(3, 4)).bound
         'exact'
     """
