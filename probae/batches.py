@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,13 @@ def each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     if isinstance(batch, dict):
         return {key: function(leaf) for key, leaf in batch.items()}
     return tuple(function(leaf) for leaf in batch)
+
+
+def rebuilt(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+    """A batch of the same form, with other leaves, in the order of `leaves`."""
+    if isinstance(batch, Tensor):
+        return tensors[0]
+    return dict(zip(batch, tensors, strict=True)) if isinstance(batch, dict) else tuple(tensors)
 
 
 def length(batch: Batch) -> int:

@@ -184,7 +184,7 @@ def test_patience_waits_as_long_as_things_improve():
 
 def test_history():
     run = quick(steps=7, every=3, x=data(32, dtype=torch.float32))
-    assert list(run.history.columns) == ["step", "loss", "validation", "seconds"]
+    assert list(run.history.columns) == ["step", "loss", "validation", "seconds", "ran"]
     assert run.history["step"].tolist() == [3, 6, 7]
     assert run.history["seconds"].is_monotonic_increasing
     assert run.seconds == run.history["seconds"].iloc[-1] > 0

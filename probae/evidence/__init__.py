@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from probae.arguments import whole
-from probae.evidence.importance import elbo, iwae, log_weights, no_bound, prepare
+from probae.evidence.importance import elbo, iwae
 from probae.evidence.result import Evidence
 from probae.evidence.tractable import enumerate_states, exact, states
+from probae.evidence.weights import Weights, log_weights, no_bound, prepare
 
 __all__ = ["METHODS", "Evidence", "log_evidence", "log_weights", "no_bound"]
 
 METHODS = ("auto", "exact", "enumerate", "elbo", "iwae")
 
 
-def log_evidence(model: Any, x: Any, method: str = "auto", *, particles: int | None = None, seed: int = 0) -> Evidence:
+def log_evidence(
+    model: Any,
+    x: Any,
+    method: str = "auto",
+    *,
+    particles: int | None = None,
+    seed: int = 0,
+    compile: bool | str = "auto",
+) -> Evidence:
     r"""log p(x) of each datum, or a lower bound on it, in nats.
 
     ======================  ==================================================  ==========
@@ -35,6 +44,7 @@ def log_evidence(model: Any, x: Any, method: str = "auto", *, particles: int | N
         x: N data.
         particles: K for ``"elbo"`` (64 by default) and ``"iwae"`` (1,000).
         seed: of the draws; the caller's own random stream is left as it was.
+        compile: how the programs are run, as for `log_weights`.
 
     Returns:
         `Evidence`, per datum, with the Monte-Carlo error and the sampling error kept apart.
@@ -62,7 +72,7 @@ def log_evidence(model: Any, x: Any, method: str = "auto", *, particles: int | N
     if method == "enumerate":
         return enumerate_states(pair, batch, layout)
     estimator, default = (elbo, 64) if method == "elbo" else (iwae, 1000)
-    return estimator(pair, batch, layout, particles or default, seed)
+    return estimator(Weights(pair, layout, compile), batch, particles or default, seed)
 
 
 def _choose(pair: Any, batch: Any, layout: Any) -> str:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from probae.batches import Batch, as_batch, length, rows_at
+from probae.batches import Batch, as_batch, leaves, length, rows_at
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Rows of a batch: those at ``index``, or all of them."""
+
+    batch: Batch
+    index: Tensor | None = None
+
+    def rows(self) -> Batch:
+        """The rows, gathered."""
+        return self.batch if self.index is None else rows_at(self.batch, self.index)
 
 
 class Source:
@@ -18,7 +31,7 @@ class Source:
     #: the number of data
     size: int
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Minibatch]:
         raise NotImplementedError
 
     def passes(self) -> Iterator[Batch]:
@@ -34,13 +47,17 @@ class InMemory(Source):
         self.batch_size = min(batch_size, self.size)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.empty(0, dtype=torch.long)
+    def __iter__(self) -> Iterator[Minibatch]:
+        device = next(leaves(self.batch))[1].device
+        order = torch.empty(0, dtype=torch.long, device=device)
         while True:
             while len(order) < self.batch_size:
-                order = torch.cat([order, torch.randperm(self.size, generator=self.generator)])
+                fresh = torch.randperm(self.size, generator=self.generator)
+                if device.type == "cuda":  # copied while the GPU works on
+                    fresh = fresh.pin_memory()
+                order = torch.cat([order, fresh.to(device, non_blocking=True)])
             index, order = order[: self.batch_size], order[self.batch_size :]
-            yield rows_at(self.batch, index)
+            yield Minibatch(self.batch, index)
 
     def passes(self) -> Iterator[Batch]:
         """All of the data once, in blocks."""
@@ -61,9 +78,10 @@ class Streamed(Source):
         if self.size == 0:
             raise ValueError("the data set is empty: expected N >= 1 data")
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Minibatch]:
         while True:
-            yield from self.passes()
+            for batch in self.passes():
+                yield Minibatch(batch)
 
     def passes(self) -> Iterator[Batch]:
         """All of the data once, in blocks."""

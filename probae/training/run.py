@@ -22,21 +22,26 @@ class Run:
         watched: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"`` or ``"objective"``, or None.
         best_step: the step whose parameters were kept, where validation data were given.
         stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
+        compile: why the steps were taken as they were; ``history`` says how, in the column ``ran``.
     """
 
     model: Any
     objective: Objective
-    records: list[dict[str, float]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
     watched: str | None = None
     best_step: int | None = None
     stopped: str = "steps"
+    compile: str = ""
 
     @property
     def history(self) -> pandas.DataFrame:
-        """A row per recorded step: ``step``, ``loss`` (its mean since the row before), ``validation``, ``seconds``."""
+        """A row per recorded step: ``step``, ``loss`` (its mean since the row before), ``validation``, ``seconds``, ``ran``.
+
+        ``ran`` is how the step was taken: ``"eager"``, ``"flat"``, ``"compiled"`` or, on a GPU, ``"captured"``.
+        """
         import pandas
 
-        return pandas.DataFrame(self.records, columns=["step", "loss", "validation", "seconds"])
+        return pandas.DataFrame(self.records, columns=["step", "loss", "validation", "seconds", "ran"])
 
     @property
     def seconds(self) -> float:
@@ -53,5 +58,5 @@ class Run:
             best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
         return (
             f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "
-            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}>"
+            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}; {last['ran']}: {self.compile}>"
         )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from probae.batches import Batch, length
 from probae.checks import check
-from probae.evidence.importance import elbo, no_bound
+from probae.evidence.importance import elbo
 from probae.evidence.tractable import exact
+from probae.evidence.weights import Weights, no_bound
 from probae.objectives import Objective
 from probae.pair import Pair
 from probae.seeding import still
@@ -22,9 +23,20 @@ class Watch:
     The draws follow from a seed that stays the same, so that two steps differ by their parameters alone.
     """
 
-    def __init__(self, pair: Pair, batch: Batch, objective: Objective, particles: int, seed: int):
+    def __init__(
+        self,
+        pair: Pair,
+        batch: Batch,
+        objective: Objective,
+        *,
+        particles: int,
+        seed: int,
+        compile: bool | str,
+        times: int,
+    ):
         self.pair, self.batch, self.objective, self.particles, self.seed = pair, batch, objective, particles, seed
         self.layout = check(pair, batch)
+        self.weights = Weights(pair, self.layout, "auto" if compile is True else compile, times)
         bounded = no_bound(self.layout) is None and (pair.has_guide or not self.layout.latents)
         self.kind = "log p(x)" if pair.tractable else "elbo" if bounded else "objective"
 
@@ -33,7 +45,7 @@ class Watch:
         if self.kind == "log p(x)":
             return exact(self.pair, self.batch, self.layout).mean
         if self.kind == "elbo":
-            return elbo(self.pair, self.batch, self.layout, self.particles, self.seed).mean
+            return elbo(self.weights, self.batch, self.particles, self.seed).mean
         with still(self.pair, self.seed), torch.no_grad():
             value: Any = self.objective(self.pair, self.batch, length(self.batch), step)
         return -float(value)

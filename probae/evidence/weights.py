@@ -1,0 +1,206 @@
+"""Log importance weights, log w = log p(x, z) − log q(z | x), z ~ q(z | x): the common currency of bounds and diagnostics."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.arguments import whole
+from probae.batches import Batch, as_batch, each, leaves, length, rebuilt, rows_of
+from probae.checks import check
+from probae.flat import Untraceable, fixed, trace
+from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
+from probae.flat.inductor import compiled, unavailable
+from probae.pair import Pair, as_pair
+from probae.seeding import still
+from probae.sites import Layout, samples
+from probae.traces import scaled_sites
+
+#: bytes that one chunk of particles and data may take in draws and densities: what stays near the cores, and on a GPU
+#: what keeps them busy
+MEMORY = {"cpu": 2**26, "cuda": 2**31}
+
+
+def log_weights(
+    model: Any,
+    x: Any,
+    particles: int = 64,
+    seed: int = 0,
+    *,
+    compile: bool | str = "auto",
+    memory: int | None = None,
+) -> Tensor:
+    r"""The log importance weights of every particle for every datum.
+
+    .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
+
+    Their mean over K is the ELBO, their log-mean-exp the importance-weighted bound. With latents outside the data plate,
+    each particle takes its own draw of them from the guide, and the weights are those of the local sites given it.
+
+    Args:
+        model: a model, a pair, or an object with ``model`` and ``guide``.
+        x: N data.
+        particles: K.
+        seed: of the draws; the same seed and memory give the same weights.
+        compile: how the programs are run: False each time, ``"flat"`` traced once into a flat graph (the same bits), True
+            compiled (the same to rounding), ``"auto"`` what the amount of work is worth.
+        memory: bytes that the draws of one chunk may take; the work is cut along K and N to fit.
+
+    Returns:
+        Tensor (K, N), nats, without gradient, in the pair's dtype and on its device.
+
+    Raises:
+        ValueError: if the guide is a point, or the prior flat: then these are no weights; or if pair and data do not fit.
+
+    Example:
+        >>> import probae
+        >>> log_weights(probae.PPCA(features=4, latents=2), torch.zeros(3, 4), particles=5).shape
+        torch.Size([5, 3])
+    """
+    pair, batch, layout = prepare(model, x)
+    require_weights(pair, layout)
+    particles = whole("particles", particles)
+    return torch.cat(list(Weights(pair, layout, compile).by_rows(batch, particles, seed, memory)), 1)
+
+
+def prepare(model: Any, x: Any) -> tuple[Pair, Batch, Layout]:
+    """A pair, a batch of its dtype and on its device, and its layout, all checked."""
+    pair = as_pair(model)
+    batch = as_batch(x, pair.dtype, pair.device)
+    return pair, batch, check(pair, batch)
+
+
+def no_bound(layout: Layout) -> str | None:
+    """Why a pair gives no bound on log p(x) by its weights, or None if it does."""
+    if layout.improper:
+        return (
+            f"the prior of site {layout.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
+            "estimator has a bound on it. Give the model a proper prior"
+        )
+    if layout.points:
+        return (
+            f"the guide is a point at site {layout.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
+            "on log p(x) and can even exceed it. Give the model a guide with a density (posterior='normal' or 'laplace')"
+        )
+    return None
+
+
+def require_weights(pair: Pair, layout: Layout) -> None:
+    """Raise a ValueError unless the pair's weights are ratios of densities."""
+    if reason := no_bound(layout):
+        raise ValueError(reason)
+    if not pair.has_guide and (layout.latents or layout.globals_):
+        raise ValueError(f"the pair has no guide to draw {list(layout.latents + layout.globals_)} from")
+
+
+class Weights:
+    """The log weights of a pair, in chunks of one shape, over one graph where that pays.
+
+    Args:
+        pair, layout: as they were checked.
+        compile: one of `MODES`.
+        times: how often all of the data will be asked for; early stopping keeps the graph from one time to the next.
+    """
+
+    def __init__(self, pair: Pair, layout: Layout, compile: bool | str = "auto", times: int = 1):
+        if compile not in MODES:
+            raise ValueError(f"compile: expected one of {list(MODES)}, got {compile!r}")
+        self.pair, self.layout, self.compile, self.times = pair, layout, compile, times
+        self.ways: dict[Any, Callable[..., list[Tensor | None]]] = {}
+        self.taken_as_fixed: dict[str, Any] = {}
+
+    def by_rows(self, batch: Batch, particles: int, seed: int, memory: int | None = None) -> Iterator[Tensor]:
+        """The weights (K, n) of one block of data after another."""
+        pair = self.pair
+        device = pair.device or torch.device("cpu")
+        memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
+        with still(pair, seed):
+            first = pair.traces(each(lambda leaf: leaf[:2], batch))
+            if names := scaled_sites(first):
+                raise ValueError(
+                    f"the programs scale the density of site {names[0]!r} (poutine.scale, or a subsampled plate): its weights "
+                    "are no ratio of densities. Evaluate the pair without the scale"
+                )
+            rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
+            if not self.layout.vectorised:
+                together = 1
+            chunks = math.ceil(length(batch) / rows) * math.ceil(particles / together) * self.times
+            way = self._way(each(lambda leaf: leaf[:rows], batch), together, chunks)
+            for block in rows_of(batch, rows):
+                count = length(block)
+                tensors = [_padded(leaf, rows) for _, leaf in leaves(block)]
+                parts = [way(*tensors)[0] for _ in range(0, particles, together)]
+                weights = torch.cat(parts)[:particles, :count]  # type: ignore[arg-type]
+                if not (weights < torch.inf).all():  # NaN, too, is not below infinity; -inf is a weight of zero
+                    bad = (~(weights < torch.inf)).nonzero()[0].tolist()
+                    raise FloatingPointError(
+                        f"the log weight of particle {bad[0]}, datum {bad[1]} of a block is {weights[tuple(bad)]}"
+                    )
+                yield weights
+
+    def _way(self, rows: Batch, particles: int, chunks: int) -> Callable[..., list[Tensor | None]]:
+        """How a chunk is computed, given how many there are: by the programs, a graph, or a compiled graph."""
+
+        def weights(*tensors: Tensor) -> list[Tensor]:
+            traces = self.pair.traces(rebuilt(rows, tensors), particles)
+            return [(traces.likelihood() + traces.prior() - traces.posterior()).local]
+
+        if self.compile is False or (self.compile == "auto" and chunks < TRACING_PAYS):
+            return weights  # type: ignore[return-value]
+        now = fixed(pair=self.pair)
+        if now != self.taken_as_fixed:
+            self.ways, self.taken_as_fixed = {}, now
+        tensors = [leaf for _, leaf in leaves(rows)]
+        key = particles, *((leaf.shape, leaf.dtype) for leaf in tensors)
+        if key not in self.ways:
+            self.ways[key] = self._built(weights, tensors, chunks)
+        return self.ways[key]
+
+    def _built(self, weights: Callable[..., Any], tensors: list[Tensor], chunks: int) -> Callable[..., Any]:
+        try:
+            graph = trace(weights, tensors, [self.pair])
+        except Untraceable as reason:
+            _warn(f"log weights are computed eagerly, not traced: {reason}")
+            return weights
+        pays = self.compile == "auto" and compiling_pays(graph, chunks)[0] and not unavailable(tensors[0].device.type)
+        if self.compile is True or pays:
+            try:
+                return compiled(graph, tensors)
+            except Untraceable as reason:
+                _warn(f"log weights are interpreted, not compiled: {reason}")
+        return graph
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _padded(leaf: Tensor, rows: int) -> Tensor:
+    """The last block made as long as the others by its own last row; what is computed there is dropped."""
+    missing = rows - leaf.shape[0]
+    return leaf if missing == 0 else torch.cat([leaf, leaf[-1:].expand(missing, *leaf.shape[1:])])
+
+
+def _floats(pair: Pair, batch: Batch, traces: Any) -> int:
+    """About how many numbers one particle of one datum takes: its events, and the widest layers between them."""
+    sites = [s for run in traces.runs for trace in run for s in samples(trace)]
+    events = sum(s["fn"].event_shape.numel() for s in sites)
+    widest = max((p.shape[0] for p in pair.parameters() if p.dim() == 2), default=0)
+    return 4 * events + 2 * widest + sum(leaf[0].numel() for _, leaf in leaves(batch))
+
+
+def _chunks(floats: int, size: int, particles: int, memory: int) -> tuple[int, int]:
+    """Rows and particles of a chunk; all chunks are alike, so that one graph does for them."""
+    cells = max(1, memory // (8 * floats))
+    rows = _even(size, max(1, cells // min(particles, 64)))
+    return rows, _even(particles, max(1, cells // rows))
+
+
+def _even(total: int, most: int) -> int:
+    """The size of equal parts, at most so large."""
+    return math.ceil(total / math.ceil(total / most))

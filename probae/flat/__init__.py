@@ -1,0 +1,6 @@
+"""Pyro computations traced once into flat graphs of tensor operations: interpreted, compiled, or captured on a GPU."""
+
+from probae.flat.constants import fixed
+from probae.flat.graph import Graph, Untraceable, trace
+
+__all__ = ["Graph", "Untraceable", "fixed", "trace"]

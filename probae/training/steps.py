@@ -1,0 +1,216 @@
+"""How optimizer steps are taken: eagerly, over a flat graph, or by one compiled graph that holds the whole step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probae.batches import Batch, leaves, length, rebuilt
+from probae.flat import Graph, Untraceable, fixed, trace
+from probae.flat.choice import TRACING_PAYS, compiling_pays
+from probae.flat.constants import changed
+from probae.flat.inductor import unavailable
+from probae.objectives import Objective
+from probae.pair import Pair
+from probae.precision import products
+from probae.training.data import Minibatch
+from probae.training.whole import WholeStep, clip_factor
+
+_SHAPES = 8  # graphs kept for batches of different shapes; beyond it the eager way is taken
+
+
+class Steps:
+    """Takes the steps of a run, each on a minibatch.
+
+    The first step is always eager: it makes the optimizer's state, and parameters that are made on first use.
+
+    Attributes:
+        step: the number of steps taken, a tensor.
+        ran: how the last step was taken: ``"eager"``, ``"flat"``, ``"compiled"`` or ``"captured"``.
+        why: the reason, in words.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        clip: float | None,
+        size: int,
+        *,
+        compile: bool | str,
+        asked: int,
+        precision: str,
+    ):
+        self.pair, self.objective, self.optimizer, self.scheduler = pair, objective, optimizer, scheduler
+        self.clip, self.size, self.compile, self.asked, self.precision = clip, size, compile, asked, precision
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.step = torch.zeros((), device=self.parameters[0].device)
+        self.ran, self.why = "eager", "as asked" if compile is False else "the first step"
+        self.traceable = compile is not False
+        if compile == "auto" and asked < TRACING_PAYS:
+            self.traceable, self.why = False, f"tracing pays from about {TRACING_PAYS} steps on, {asked} were asked for"
+        self.first = True
+        self.graphs: dict[Any, tuple[Graph, list[Tensor]]] = {}
+        self.whole: tuple[Any, WholeStep] | None = None
+        self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
+        self.taken_as_fixed: dict[str, Any] = {}
+
+    def __call__(self, minibatch: Minibatch) -> Tensor:
+        """Take one step; returns the loss (), without gradient."""
+        key = _key(minibatch)
+        if not self.first and self.traceable:
+            self._prepare(key, minibatch)
+        if self.whole is not None and self.whole[0] == key and key in self.graphs:
+            self.ran = self.whole[1].kind
+            loss = self.whole[1](minibatch)
+        else:
+            self.settle()
+            loss = self._flat(key, minibatch.rows()) if key in self.graphs else self._eager(minibatch.rows())
+            self._advance()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return loss
+
+    def settle(self) -> None:
+        """Bring the optimizer's state up to date, before anybody looks at it."""
+        if self.whole is not None:
+            self.whole[1].settle()
+
+    def look(self) -> None:
+        """Drop the graphs if anything that they take as fixed has changed; asked whenever a user's code may have run."""
+        if self.graphs and (name := changed(self.taken_as_fixed, self._fixed())) is not None:
+            self.settle()
+            self.graphs, self.whole = {}, None
+            self.why = f"{self.why}; traced anew at step {int(self.step)}, since {name} has changed"
+
+    # -- one way each ------------------------------------------------------------------------------------------------
+
+    def loss(self, rows: Batch, step: Tensor) -> Tensor:
+        """The loss (), with gradient."""
+        with products(self.precision):
+            return self.objective(self.pair, rows, self.size, step)
+
+    def _eager(self, rows: Batch) -> Tensor:
+        self.ran = "eager"
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(rows, self.step)
+        if self.first:
+            _all_trained(loss, self.parameters)
+            self.first = False
+        loss.backward()
+        return loss.detach()
+
+    def _flat(self, key: Any, rows: Batch) -> Tensor:
+        self.ran = "flat"
+        graph, trained = self.graphs[key]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, *gradients = graph(*(leaf for _, leaf in leaves(rows)), self.step)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        return loss  # type: ignore[return-value]
+
+    def _advance(self) -> None:
+        if self.clip is not None:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, clip_factor(gradients, self.clip))
+        self.optimizer.step()
+        self.step += 1
+
+    # -- what is traced and compiled ---------------------------------------------------------------------------------
+
+    def _prepare(self, key: Any, minibatch: Minibatch) -> None:
+        if key not in self.graphs:
+            if len(self.graphs) >= _SHAPES:
+                self._give_up(f"the batches come in more than {_SHAPES} shapes")
+                return
+            try:
+                self._trace(key, minibatch.rows())
+            except Untraceable as reason:
+                self._give_up(str(reason))
+                return
+        if self.wanted is None:
+            self._decide(self.graphs[key][0])
+        if self.wanted and self.whole is None:
+            try:
+                self.settle()
+                graph, trained = self.graphs[key]
+                self.whole = key, WholeStep(graph, trained, self.optimizer, self.clip, minibatch, self.step)
+            except Untraceable as reason:
+                self.wanted, self.why = False, f"not compiled: {reason}"
+                _warn(f"the step is interpreted, {self.why}")
+
+    def _trace(self, key: Any, rows: Batch) -> None:
+        asking = [p for p in self.parameters if p.requires_grad]
+        tensors = [leaf for _, leaf in leaves(rows)]
+
+        def gradients(*inputs: Tensor) -> list[Tensor | None]:
+            with torch.enable_grad():
+                loss = self.loss(rebuilt(rows, inputs[:-1]), inputs[-1])
+                return [loss.detach(), *torch.autograd.grad(loss, asking, allow_unused=True)]
+
+        before = self._fixed()
+        graph = trace(gradients, [*tensors, self.step], [self.pair, self.objective])
+        self.taken_as_fixed = self._fixed()
+        if name := changed(before, self.taken_as_fixed):
+            raise Untraceable(f"the programs change {name} as they run, which a graph would do only once")
+        trained = graph.keep(1, asking)
+        self.graphs[key] = graph, trained
+
+    def _decide(self, graph: Graph) -> None:
+        device = self.step.device.type
+        if self.compile == "flat":
+            self.wanted, self.why = False, "as asked"
+        elif self.compile is True:
+            self.wanted, self.why = True, "as asked"
+        elif device == "cuda":
+            self.wanted, self.why = True, "a captured step saves every launch"
+        else:
+            self.wanted, estimate = compiling_pays(graph, self.asked - int(self.step))
+            if self.wanted and (missing := unavailable(device)) is not None:
+                self.wanted, estimate = False, missing
+            self.why = estimate
+
+    def _give_up(self, reason: str) -> None:
+        self.settle()
+        self.traceable, self.graphs, self.whole, self.why = False, {}, None, f"not traced: {reason}"
+        _warn(f"the steps are eager, {self.why}")
+
+    def _fixed(self) -> dict[str, Any]:
+        groups = [{k: v for k, v in g.items() if k not in {"params", "lr"}} for g in self.optimizer.param_groups]
+        states = [list(state.values()) for state in self.optimizer.state.values()]
+        default = torch.get_default_dtype()
+        return fixed(pair=self.pair, objective=self.objective, groups=groups, states=states, default=default)
+
+
+def _key(minibatch: Minibatch) -> tuple[Any, ...]:
+    rows = None if minibatch.index is None else length(minibatch.index)
+    return rows, *((name, leaf.shape, leaf.dtype) for name, leaf in leaves(minibatch.batch))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _all_trained(loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Check once that all the loss depends on is trained: a tensor that is not would stay as it is, and say nothing."""
+    mine = {id(p) for p in parameters}
+    seen: set[Any] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in mine:
+            raise ValueError(
+                f"the loss depends on a tensor of shape {tuple(leaf.shape)} that asks for a gradient, but the pair does "
+                "not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
+                "requires_grad=False"
+            )

@@ -1,0 +1,135 @@
+"""A whole optimizer step as one graph: the gather of the minibatch, loss and gradients, clipping, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.batches import leaves
+from probae.flat import Graph, Untraceable
+from probae.flat.capture import captured
+from probae.flat.graph import lifted
+from probae.flat.inductor import compiled, unavailable
+from probae.training import updates
+from probae.training.data import Minibatch
+
+
+class WholeStep:
+    """Called with a minibatch, it takes one step in place and returns the loss.
+
+    Between calls the optimizer's own count of steps is behind; `settle` brings it up to date.
+
+    Args:
+        graph: loss and gradients of the parameters, from the leaves of the rows and the number of the step.
+        trained: the parameters whose gradients the graph gives, in its order.
+        step: the number of steps taken, which the graph counts on.
+
+    Raises:
+        Untraceable: if the optimizer's update cannot be inside, or nothing can be compiled here.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        trained: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        minibatch: Minibatch,
+        step: Tensor,
+    ):
+        self.optimizer = optimizer
+        groups = updates.groups(optimizer, {id(p) for p in trained}) if updates.supported(optimizer) else None
+        if groups is None:
+            raise Untraceable(f"the update of {type(optimizer).__name__} is not one that a graph can hold")
+        self.groups = groups
+        self.rates = [float(group.lr) for group in groups]
+        self.count = torch.tensor(self._taken(), dtype=torch.float64, device=step.device)
+        self.indexed = minibatch.index is not None
+        states = [tensor for group in groups for tensors in group.state.values() for tensor in tensors]
+        self.fixed = [step, self.count, *(p.detach() for p in graph.held), *states, *(group.lr for group in groups)]
+        inputs, device = self._inputs(minibatch), step.device.type
+        data = len(list(leaves(minibatch.batch)))
+        self.graph = _traced(_whole(graph, trained, groups, clip, data, self.indexed), inputs)
+        # what is captured has no overhead of Python's left, only kernels to fuse
+        call: Callable[..., Any] = (
+            self.graph if device == "cuda" and unavailable(device) else compiled(self.graph, inputs)
+        )
+        self.kind = "compiled"
+        if device == "cuda":
+            varying = range(data, data + 1) if self.indexed else range(data)
+            call = captured(call, inputs, varying, written=range(data + self.indexed, len(inputs)))
+            self.kind = "captured"
+        self.call = call
+
+    def __call__(self, minibatch: Minibatch) -> Tensor:
+        for i, group in enumerate(self._current()):
+            if float(group["lr"]) != self.rates[i]:
+                self.rates[i] = float(group["lr"])
+                self.groups[i].lr.fill_(self.rates[i])
+        return self.call(*self._inputs(minibatch))[0]
+
+    def settle(self) -> None:
+        """Write the number of steps taken into the optimizer's state."""
+        for group in self.groups:
+            for parameter in group.parameters:
+                if "step" in (state := self.optimizer.state[parameter]):
+                    state["step"].fill_(float(self.count))
+
+    def _inputs(self, minibatch: Minibatch) -> list[Tensor]:
+        index = [] if minibatch.index is None else [minibatch.index]
+        return [*(leaf for _, leaf in leaves(minibatch.batch)), *index, *self.fixed]
+
+    def _current(self) -> list[dict[str, Any]]:
+        trained = {id(p) for group in self.groups for p in group.parameters}
+        return [g for g in self.optimizer.param_groups if any(id(p) in trained for p in g["params"])]
+
+    def _taken(self) -> float:
+        states = [self.optimizer.state[p] for group in self.groups for p in group.parameters]
+        return max((float(state["step"]) for state in states if "step" in state), default=0.0)
+
+
+def _whole(
+    graph: Graph, trained: list[Tensor], groups: list[updates.Group], clip: float | None, width: int, indexed: bool
+) -> Callable[..., list[Tensor]]:
+    """The step as a function of tensors alone."""
+    place = {id(tensor): i for i, tensor in enumerate(graph.held)}
+    order = {id(parameter): i for i, parameter in enumerate(trained)}
+
+    def whole(*tensors: Tensor) -> list[Tensor]:
+        rest = list(tensors)
+        take = lambda n: [rest.pop(0) for _ in range(n)]  # noqa: E731
+        rows = take(width)
+        if indexed:
+            (index,) = take(1)
+            rows = [leaf.index_select(0, index) for leaf in rows]
+        step, count = take(2)
+        held = take(len(graph.held))
+        loss, *gradients = graph.module(*rows, step, *held)
+        if clip is not None:
+            torch._foreach_mul_(gradients, clip_factor(gradients, clip))
+        count.add_(1)
+        step.add_(1)
+        states = [{name: take(len(of)) for name, of in group.state.items()} for group in groups]
+        for group, state, lr in zip(groups, states, take(len(groups)), strict=True):
+            parameters = [held[place[id(p)]] for p in group.parameters]
+            own = [gradients[order[id(p)]] for p in group.parameters]
+            updates.update(updates.Group(parameters, state, lr, group.settings), own, count)
+        return [loss]
+
+    return whole
+
+
+def clip_factor(gradients: list[Tensor], clip: float) -> Tensor:
+    """What the gradients are multiplied by, so that their joint norm is at most ``clip``."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return (clip / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _traced(whole: Callable[..., list[Tensor]], inputs: list[Tensor]) -> Graph:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        return lifted(make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs))
