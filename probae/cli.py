@@ -47,6 +47,9 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+COMPILE: dict[str, bool | str] = {"auto": "auto", "eager": False, "flat": "flat", "compiled": True}
+
+
 @app.command()
 @in_one_line
 def compare(
@@ -61,6 +64,7 @@ def compare(
     test_rows: Annotated[int, typer.Option(min=2, help="At most so many test rows, drawn at random.")] = 1000,
     particles: Annotated[int, typer.Option(min=1, help="Particles of each bound on log p(x).")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the fits, the draws, and the split of a file.")] = 0,
+    compile: Annotated[str, typer.Option(help="How training steps are taken: auto, eager, flat or compiled.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="probae-compare/DATA")
     ] = None,
@@ -72,6 +76,8 @@ def compare(
     """
     from probae import comparison, datasets, lineup
 
+    if compile not in COMPILE:
+        raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
     console = Console(markup=False, highlight=False)
     loaded = datasets.load(data, seed=seed)
     folder = out if out is not None else Path("probae-compare") / loaded.name
@@ -84,7 +90,9 @@ def compare(
     fitted: dict[str, Pair] = {}
     seconds: dict[str, float] = {}
     for name in chosen:
-        fitted[name], seconds[name] = lineup.train(name, loaded, latents, steps, seed, progress=sys.stderr.isatty())
+        fitted[name], seconds[name] = lineup.train(
+            name, loaded, latents, steps, seed, COMPILE[compile], progress=sys.stderr.isatty()
+        )
         console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
     result = comparison.compare(
         fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()

@@ -141,7 +141,13 @@ def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
 
 
 def train(
-    name: str, data: Dataset, latents: int, steps: int, seed: int = 0, progress: bool = True
+    name: str,
+    data: Dataset,
+    latents: int,
+    steps: int,
+    seed: int = 0,
+    compile: bool | str = "auto",
+    progress: bool = True,
 ) -> tuple[Pair, float]:
     """A fitted model of the line-up, and the seconds that fitting took.
 
@@ -163,6 +169,7 @@ def train(
         scheduler="cosine",
         lr=2e-3,
         seed=seed,
+        compile=compile,
         progress=progress,
     )
     if run.stopped == "interrupted":

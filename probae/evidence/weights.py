@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from probae.arguments import whole
 from probae.batches import Batch, as_batch, each, leaves, length, rebuilt, rows_of
 from probae.checks import check
-from probae.flat import Untraceable, fixed, trace
+from probae.flat import Untraceable, fall_back, fixed, trace
 from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
 from probae.flat.inductor import compiled, unavailable
 from probae.pair import Pair, as_pair
@@ -165,19 +164,15 @@ class Weights:
         try:
             graph = trace(weights, tensors, [self.pair])
         except Untraceable as reason:
-            _warn(f"log weights are computed eagerly, not traced: {reason}")
+            fall_back(f"log weights are computed eagerly, not traced: {reason}")
             return weights
         pays = self.compile == "auto" and compiling_pays(graph, chunks)[0] and not unavailable(tensors[0].device.type)
         if self.compile is True or pays:
             try:
                 return compiled(graph, tensors)
             except Untraceable as reason:
-                _warn(f"log weights are interpreted, not compiled: {reason}")
+                fall_back(f"log weights are interpreted, not compiled: {reason}")
         return graph
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _padded(leaf: Tensor, rows: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +24,10 @@ def captured(
     buffers = {i: inputs[i].clone() for i in varying}
     fixed = [buffers.get(i, tensor) for i, tensor in enumerate(inputs)]
     kept = {i: inputs[i].clone() for i in written}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     # libraries make their workspaces at the first calls, which a capture does not allow
-    with torch.random.fork_rng(devices=[fixed[0].device]), torch.cuda.stream(stream):
+    with _beside(fixed[0].device):
         for _ in range(_WARM_UP):
             call(*fixed)
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = call(*fixed)
@@ -43,3 +41,13 @@ def captured(
         return outputs
 
     return replay
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """A stream of its own, and random draws that leave the generator as it was."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.random.fork_rng(devices=[device]), torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 
 from probae.flat.constants import fixed
 
@@ -77,7 +78,7 @@ def trace(
     others = random.getstate(), np.random.get_state()  # noqa: NPY002 -- read, to see whether the programs draw from it
     last = _LastSite()
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), pyro.validation_enabled(False), last:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _unvalidated(), last:
             warnings.simplefilter("ignore")
             module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:
@@ -94,6 +95,11 @@ def trace(
         np.random.set_state(others[1])  # noqa: NPY002
         raise Untraceable("the programs draw from Python's or NumPy's random stream, which a graph would do only once")
     return lifted(module)
+
+
+def fall_back(message: str) -> None:
+    """Say, as a warning, that something is done the slower way, and why."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def lifted(module: fx.GraphModule) -> Graph:
@@ -119,6 +125,17 @@ def lifted(module: fx.GraphModule) -> Graph:
     graph.eliminate_dead_code()
     graph.lint()
     return Graph(fx.GraphModule(nn.Module(), graph), held)
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Distributions that do not check their arguments, which reads values; eager steps and the data's own check do."""
+    before = Distribution._validate_args  # pyro.validation_enabled would not put this very flag back
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class _LastSite(Messenger):

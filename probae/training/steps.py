@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from probae.batches import Batch, leaves, length, rebuilt
-from probae.flat import Graph, Untraceable, fixed, trace
+from probae.flat import Graph, Untraceable, fall_back, fixed, trace
 from probae.flat.choice import TRACING_PAYS, compiling_pays
 from probae.flat.constants import changed
-from probae.flat.inductor import unavailable
+from probae.flat.inductor import compiled, unavailable
 from probae.objectives import Objective
 from probae.pair import Pair
 from probae.precision import products
+from probae.training import updates
 from probae.training.data import Minibatch
 from probae.training.whole import WholeStep, clip_factor
 
 _SHAPES = 8  # graphs kept for batches of different shapes; beyond it the eager way is taken
+
+
+@dataclass
+class _Gradients:
+    """Loss and gradients of the parameters ``trained``, for batches of one shape."""
+
+    graph: Graph
+    trained: list[Tensor]
+    call: Callable[..., list[Tensor | None]]
+    kind: str = "flat"
 
 
 class Steps:
@@ -55,9 +67,10 @@ class Steps:
         if compile == "auto" and asked < TRACING_PAYS:
             self.traceable, self.why = False, f"tracing pays from about {TRACING_PAYS} steps on, {asked} were asked for"
         self.first = True
-        self.graphs: dict[Any, tuple[Graph, list[Tensor]]] = {}
+        self.graphs: dict[Any, _Gradients] = {}
         self.whole: tuple[Any, WholeStep] | None = None
         self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
+        self.built = False
         self.taken_as_fixed: dict[str, Any] = {}
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
@@ -85,7 +98,7 @@ class Steps:
         """Drop the graphs if anything that they take as fixed has changed; asked whenever a user's code may have run."""
         if self.graphs and (name := changed(self.taken_as_fixed, self._fixed())) is not None:
             self.settle()
-            self.graphs, self.whole = {}, None
+            self.graphs, self.whole, self.built = {}, None, False
             self.why = f"{self.why}; traced anew at step {int(self.step)}, since {name} has changed"
 
     # -- one way each ------------------------------------------------------------------------------------------------
@@ -106,11 +119,11 @@ class Steps:
         return loss.detach()
 
     def _flat(self, key: Any, rows: Batch) -> Tensor:
-        self.ran = "flat"
-        graph, trained = self.graphs[key]
+        found = self.graphs[key]
+        self.ran = found.kind
         self.optimizer.zero_grad(set_to_none=True)
-        loss, *gradients = graph(*(leaf for _, leaf in leaves(rows)), self.step)
-        for parameter, gradient in zip(trained, gradients, strict=True):
+        loss, *gradients = found.call(*(leaf for _, leaf in leaves(rows)), self.step)
+        for parameter, gradient in zip(found.trained, gradients, strict=True):
             parameter.grad = gradient
         return loss  # type: ignore[return-value]
 
@@ -134,15 +147,25 @@ class Steps:
                 self._give_up(str(reason))
                 return
         if self.wanted is None:
-            self._decide(self.graphs[key][0])
-        if self.wanted and self.whole is None:
+            self._decide(self.graphs[key].graph)
+        if self.wanted and not self.built:
+            self.built = True
             try:
-                self.settle()
-                graph, trained = self.graphs[key]
-                self.whole = key, WholeStep(graph, trained, self.optimizer, self.clip, minibatch, self.step)
+                self._compile(key, minibatch)
             except Untraceable as reason:
                 self.wanted, self.why = False, f"not compiled: {reason}"
-                _warn(f"the step is interpreted, {self.why}")
+                fall_back(f"the step is interpreted, {self.why}")
+
+    def _compile(self, key: Any, minibatch: Minibatch) -> None:
+        """Compile the whole step for batches of one shape; without the update, where that is not one of ours."""
+        found = self.graphs[key]
+        groups = updates.groups(self.optimizer, {id(p) for p in found.trained})
+        if groups is not None:
+            arguments = (found.graph, found.trained, self.optimizer, groups, self.clip)
+            self.whole = key, WholeStep(*arguments, minibatch, self.step)
+        else:
+            inputs = [*(leaf for _, leaf in leaves(minibatch.rows())), self.step]
+            found.call, found.kind = compiled(found.graph, inputs), "compiled"
 
     def _trace(self, key: Any, rows: Batch) -> None:
         asking = [p for p in self.parameters if p.requires_grad]
@@ -158,8 +181,7 @@ class Steps:
         self.taken_as_fixed = self._fixed()
         if name := changed(before, self.taken_as_fixed):
             raise Untraceable(f"the programs change {name} as they run, which a graph would do only once")
-        trained = graph.keep(1, asking)
-        self.graphs[key] = graph, trained
+        self.graphs[key] = _Gradients(graph, graph.keep(1, asking), graph)
 
     def _decide(self, graph: Graph) -> None:
         device = self.step.device.type
@@ -178,7 +200,7 @@ class Steps:
     def _give_up(self, reason: str) -> None:
         self.settle()
         self.traceable, self.graphs, self.whole, self.why = False, {}, None, f"not traced: {reason}"
-        _warn(f"the steps are eager, {self.why}")
+        fall_back(f"the steps are eager, {self.why}")
 
     def _fixed(self) -> dict[str, Any]:
         groups = [{k: v for k, v in g.items() if k not in {"params", "lr"}} for g in self.optimizer.param_groups]
@@ -190,10 +212,6 @@ class Steps:
 def _key(minibatch: Minibatch) -> tuple[Any, ...]:
     rows = None if minibatch.index is None else length(minibatch.index)
     return rows, *((name, leaf.shape, leaf.dtype) for name, leaf in leaves(minibatch.batch))
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _all_trained(loss: Tensor, parameters: list[nn.Parameter]) -> None:

@@ -30,8 +30,7 @@ _NAMES = {
 _SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay", "momentum", "dampening", "nesterov")
 
 
-def supported(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `update` does what the optimizer does, hooks included."""
+def _supported(optimizer: torch.optim.Optimizer) -> bool:
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     plain = type(optimizer) in _NAMES and not any(hooks)
     odd = ("amsgrad", "maximize", "differentiable")
@@ -39,7 +38,9 @@ def supported(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def groups(optimizer: torch.optim.Optimizer, trained: set[int]) -> list[Group] | None:
-    """What `update` works on, after a first step by the optimizer itself; None where parameters differ in their steps."""
+    """What `update` works on, after a first step by the optimizer itself; None where it would not do what that does."""
+    if not _supported(optimizer):
+        return None
     found = []
     for group in optimizer.param_groups:
         parameters = [p for p in group["params"] if id(p) in trained]
@@ -52,6 +53,7 @@ def groups(optimizer: torch.optim.Optimizer, trained: set[int]) -> list[Group] |
         lr = torch.tensor(float(group["lr"]), dtype=torch.float64, device=parameters[0].device)
         settings = {name: group[name] for name in _SETTINGS if name in group}
         found.append(Group(parameters, {name: [s[name] for s in states] for name in names}, lr, settings))
+    # the correction of Adam's means is one for all
     steps = {float(optimizer.state[p]["step"]) for g in found for p in g.parameters if "step" in optimizer.state[p]}
     return found if len(steps) <= 1 else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probae.batches import leaves
-from probae.flat import Graph, Untraceable
+from probae.flat import Graph
 from probae.flat.capture import captured
 from probae.flat.graph import lifted
 from probae.flat.inductor import compiled, unavailable
@@ -25,10 +25,11 @@ class WholeStep:
     Args:
         graph: loss and gradients of the parameters, from the leaves of the rows and the number of the step.
         trained: the parameters whose gradients the graph gives, in its order.
+        groups: what the update works on.
         step: the number of steps taken, which the graph counts on.
 
     Raises:
-        Untraceable: if the optimizer's update cannot be inside, or nothing can be compiled here.
+        Untraceable: if nothing can be compiled here.
     """
 
     def __init__(
@@ -36,15 +37,12 @@ class WholeStep:
         graph: Graph,
         trained: list[Tensor],
         optimizer: torch.optim.Optimizer,
+        groups: list[updates.Group],
         clip: float | None,
         minibatch: Minibatch,
         step: Tensor,
     ):
-        self.optimizer = optimizer
-        groups = updates.groups(optimizer, {id(p) for p in trained}) if updates.supported(optimizer) else None
-        if groups is None:
-            raise Untraceable(f"the update of {type(optimizer).__name__} is not one that a graph can hold")
-        self.groups = groups
+        self.optimizer, self.groups = optimizer, groups
         self.rates = [float(group.lr) for group in groups]
         self.count = torch.tensor(self._taken(), dtype=torch.float64, device=step.device)
         self.indexed = minibatch.index is not None
