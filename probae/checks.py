@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, call, leaves, rows_of
+from probae.batches import Batch, call, leaves, length, rows_of
 from probae.layout import check_event, run_both
 from probae.pair import Pair
 from probae.seeding import still
@@ -28,7 +28,7 @@ def check(pair: Pair, batch: Batch) -> Layout:
     for name, leaf in leaves(batch):
         _check_finite(leaf, where if isinstance(batch, Tensor) else f"the batch's leaf {name!r}")
     with still(pair):
-        for number, rows in enumerate(rows_of(batch, _ROWS)):
+        for number, rows in enumerate(rows_of(batch, length(batch) if layout.whole else _ROWS)):
             for site in samples(run_both(pair, rows, layout)[1]):
                 if site["is_observed"] and not is_factor(site["fn"]):
                     check_event(site)

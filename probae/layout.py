@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from probae.sites import (
     describe_support,
     hides,
     inside,
+    is_enumerated,
     is_factor,
     is_flat,
     is_point,
@@ -26,6 +28,8 @@ from probae.sites import (
     support_of,
 )
 from probae.traces import Traces
+
+_ROWS = 4096  # of the data that a first run sees
 
 #: what a user's program may raise on data that it was not written for
 PROGRAM_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, ArithmeticError)
@@ -41,10 +45,15 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
     # a number of rows that no other axis has: a plate over a wrong axis then shows itself
     taken = {size for _, leaf in leaves(batch) for size in leaf.shape[1:]}
     free = [n for n in range(5, 7 + len(taken)) if n not in taken]
-    count = min(length(batch), free[0])
-    rows = _few(batch, count)
     with still(pair):
+        # what programs make at their first run, such as a parameter for each datum, takes its size from the data
+        rows = _few(batch, min(length(batch), _ROWS))
         guide, model = run_both(pair, rows, None)
+        few = _few(batch, min(length(batch), free[0]))
+        with contextlib.suppress(ValueError):  # programs of a fixed size run on all of the data alone
+            guide, model = run_both(pair, few, None)
+            rows = few
+        count = length(rows)
         plate = _data_plate([*samples(guide), *samples(model)], count, rows)
         check_sites(guide, model, pair.has_guide)
         local = Layout(frozenset({plate.name, *getattr(pair, "data_plates", ())}), plate.dim, _nesting(guide, model))
@@ -62,9 +71,13 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
                 s["name"] for s in latents if s["name"] in drawn and not auxiliary and is_point(drawn[s["name"]]["fn"])
             ),
             measure=getattr(pair, "measure", None) or _measure(observed),
+            subsampled=_subsampled(plate, count),
+            summed=tuple(s["name"] for s in samples(model) if _summed(s, drawn)),
+            whole=rows is not few,
+            enumerated=any(is_enumerated(s) for t in (guide, model) for s in samples(t) if not s["is_observed"]),
         )
         # two numbers of rows: a module that takes the data axis for channels passes with one of them by chance
-        fewer = [_few(batch, n) for n in {count, min(length(batch), free[1])}]
+        fewer = [rows] if layout.whole else [_few(batch, n) for n in {count, min(length(batch), free[1])}]
         return replace(layout, vectorised=all(_vectorises(pair, few, layout) for few in fewer))
 
 
@@ -97,7 +110,7 @@ def check_sites(guide: Any, model: Any, has_guide: bool) -> None:
                 )
     drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"] and not s["infer"].get("is_auxiliary")}
     latent = {s["name"]: s for s in samples(model) if not s["is_observed"]}
-    if missing := [name for name in latent if name not in drawn and has_guide]:
+    if missing := [n for n, site in latent.items() if n not in drawn and has_guide and not is_enumerated(site)]:
         raise ValueError(
             f"the guide misses the latent site {missing[0]!r} of the model: expected the guide's sites to be "
             f"{sorted(latent)}, got {sorted(drawn)}"
@@ -145,6 +158,19 @@ def _covers(p: Any, q: Any) -> bool:
     return wide.is_discrete == narrow.is_discrete and not (bounded and type(narrow).__name__ == "_Real")
 
 
+def _summed(site: Site, drawn: dict[str, Site]) -> bool:
+    return not site["is_observed"] and site["name"] not in drawn and is_enumerated(site)
+
+
+def _subsampled(plate: Any, count: int) -> str | None:
+    if not (0 <= plate.size < (plate.full_size or 0) and plate.full_size == count):
+        return None
+    return (
+        f"the programs subsample their data, {plate.size} of {plate.full_size} in plate {plate.name!r}: what is computed "
+        "would not be about the data that were given. Evaluate programs whose plate has all of them"
+    )
+
+
 def _measure(observed: list[Site]) -> str:
     kinds = {bool(s["fn"].support.is_discrete) for s in observed}
     return "mixed" if len(kinds) > 1 else "mass" if kinds == {True} else "density"
@@ -162,14 +188,15 @@ def _data_plate(sites: list[Site], count: int, rows: Batch) -> Any:
     # a plate by another name is known by its size; that of the observed sites comes first
     sites = sorted(sites, key=lambda s: not s["is_observed"] or is_factor(s["fn"]))
     frames = [f for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
-    named = [f for f in frames if f.name == "data"] or [f for f in frames if count in (f.size, f.full_size)]
+    # a plate without a size has -1
+    named = [f for f in frames if f.name == "data"] or [f for f in frames if {-1, count} & {f.size, f.full_size}]
     if not named:
         raise ValueError(
             "the model has no plate over the data: expected `with pyro.plate('data', N, dim=-1)` around the sites of each "
             f"datum; got {sorted({f.name for f in frames}) or 'no plates'}"
         )
     plate = named[0]
-    if plate.size != count and plate.full_size in (None, plate.size):
+    if plate.size not in (-1, count) and plate.full_size in (None, plate.size):
         raise ValueError(
             f"plate {plate.name!r} has size {plate.size}, but the batch has {count} rows ({shapes(rows)}): take the plate's "
             "size from the batch"

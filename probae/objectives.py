@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from probae.arguments import positive, whole
 from probae.batches import Batch
+from probae.enumeration import enumerated_loss
 from probae.gradients import Gate, beside_draws, gated, leave_one_out, path_posterior, score_term
 from probae.pair import Pair
 
@@ -131,6 +132,12 @@ class ELBO(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
+        if pair.layout(batch).enumerated:
+            if self.gradient == "stl" or not isinstance(self.beta, Tensor) or bool(self.beta != 1):
+                raise ValueError(
+                    "latents that are summed out (infer={'enumerate': ...}) go with beta=1 and gradient='standard'"
+                )
+            return enumerated_loss(pair, batch, self.particles, size)
         traces = pair.traces(batch, self.particles)
         likelihood = traces.likelihood()
         if self.gradient == "stl":
@@ -175,6 +182,8 @@ class IWAE(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
+        if pair.layout(batch).enumerated:
+            raise ValueError("IWAE cannot sum out latents (infer={'enumerate': ...}): use ELBO")
         if names := pair.layout(batch).globals_:
             raise ValueError(
                 f"IWAE bounds each datum by itself, but the sites {list(names)} are shared by all: use ELBO"

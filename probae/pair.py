@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from probae.batches import Batch, as_batch, call, length
+from probae.batches import Batch, as_batch, call, leaves, length
 from probae.layout import lay_out, run_at
 from probae.passes import Passes
 from probae.sites import Layout, Site, rows_in_plate, samples
@@ -62,6 +62,7 @@ class Pair(Passes, nn.Module):
     def __init__(self, model: Program | None = None, guide: Program | None = None, owner: Any = None):
         super().__init__()
         self._layout: Layout | None = None
+        self._form: tuple[Any, ...] = ()
         self._constraints: dict[str, constraints.Constraint] = {}
         self.stored = nn.ParameterDict()
         if model is None:
@@ -144,8 +145,9 @@ class Pair(Passes, nn.Module):
 
     def layout(self, batch: Batch) -> Layout:
         """Where the sites lie; found by one run on a few rows and kept."""
-        if self._layout is None:
-            self._layout = lay_out(self, batch)
+        form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
+        if self._layout is None or self._form != form:  # programs may observe less of another form
+            self._layout, self._form = lay_out(self, batch), form
         return self._layout
 
     def forget_layout(self) -> None:
@@ -164,6 +166,8 @@ class Pair(Passes, nn.Module):
             The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
         """
         layout = self.layout(batch)
+        if not self.has_guide and (latents := layout.latents + layout.globals_):
+            raise ValueError(f"the pair has no guide to draw {list(latents)} from: a bound needs one")
         together = layout.vectorised or particles == 1
         each = particles if together else 1
         runs = [self._run(batch, layout, each, through) for _ in range(1 if together else particles)]
@@ -198,9 +202,14 @@ class Pair(Passes, nn.Module):
                     call(program, batch)
 
         handled = handler(vectorised, **options) if handler is not None else vectorised
-        # PyroModules write to the process's store on their own: they get an empty one for the while
-        with pyro.get_param_store().scope(), _Parameters(self):
+        with self.own_parameters():
             return poutine.trace(handled).get_trace()
+
+    @contextlib.contextmanager
+    def own_parameters(self) -> Iterator[None]:
+        """Programs that run here find their parameters in this pair; Pyro's store is an empty one for the while."""
+        with pyro.get_param_store().scope(), _Parameters(self):
+            yield
 
     # -- its data ----------------------------------------------------------------------------------------------------
 
@@ -235,21 +244,18 @@ class Pair(Passes, nn.Module):
             self._adopt(key, init)
             if "$$$" in name:  # pyro.module asks for the very tensor of its module
                 return init
-            value = init.view_as(init)
-            value.unconstrained = weakref.ref(init)  # type: ignore[attr-defined]
-            return value
+            return _seen(init, constraints.real)
         if key not in self.stored:
             if init is None:
-                kept = pyro.get_param_store()._params.get(name)  # where a PyroModule has put it
+                store = pyro.get_param_store()  # where a PyroModule has put it, unconstrained
+                kept = store._params.get(name)
                 if kept is None:
                     raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
-                return self.parameter(name, kept)
+                self._adopt(key, kept)
+                return _seen(kept, store._constraints[name])
             start = torch.as_tensor(init() if callable(init) else init).detach()
             self.stored[key] = nn.Parameter(transform_to(constraint).inv(start).clone())
-        value = transform_to(self._constraints.setdefault(key, constraint))(self.stored[key])
-        value = value.view_as(value) if value is self.stored[key] else value
-        value.unconstrained = weakref.ref(self.stored[key])  # type: ignore[attr-defined]
-        return value
+        return _seen(self.stored[key], self._constraints.setdefault(key, constraint))
 
     def _adopt(self, name: str, found: Any) -> None:
         """Make a module or parameter that the programs use one of the pair's own, unless it is already."""
@@ -273,6 +279,14 @@ class Pair(Passes, nn.Module):
         """The device of the parameters; None before there are any."""
         reference = self._reference()
         return None if reference is None else reference.device
+
+
+def _seen(parameter: Tensor, constraint: Any) -> Tensor:
+    """What a program sees of a parameter: its constrained value, which knows the parameter, as those of Pyro's store do."""
+    value = transform_to(constraint)(parameter)
+    value = value.view_as(value) if value is parameter else value
+    value.unconstrained = weakref.ref(parameter)  # type: ignore[union-attr]
+    return value
 
 
 class _Parameters(Messenger):
@@ -329,7 +343,7 @@ def as_pair(model: Any) -> Pair:
     )
 
 
-def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Tensor:
+def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Any:
     """Draw n data from a model; see `Pair.sample`."""
     return as_pair(model).sample(n, like=like, seed=seed)
 
@@ -344,6 +358,6 @@ def decode(model: Any, z: Any) -> Tensor:
     return as_pair(model).decode(z)
 
 
-def reconstruct(model: Any, x: Any) -> Tensor:
+def reconstruct(model: Any, x: Any) -> Any:
     """The mean of x given the posterior means of its latents; see `Pair.reconstruct`."""
     return as_pair(model).reconstruct(x)

@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from probae.arguments import whole
 from probae.batches import as_batch, length, rows_at
 from probae.seeding import still
-from probae.sites import base, samples
+from probae.sites import Layout, base, samples
 
 
 class Passes:
     """The methods ``sample``, ``encode``, ``decode`` and ``reconstruct`` of a pair; all run without gradient."""
 
-    def sample(self: Any, n: int, like: Any = None, seed: int = 0) -> Tensor:
+    def sample(self: Any, n: int, like: Any = None, seed: int = 0) -> Any:
         """Draw data from the model: z from the prior, then x given z.
 
         Args:
@@ -26,7 +27,7 @@ class Passes:
             seed: of the draws.
 
         Returns:
-            x (n, ...).
+            x (n, ...); a dict by site where several are observed.
 
         Raises:
             ValueError: if the prior is flat, or a pair of plain programs gets no ``like``.
@@ -42,8 +43,9 @@ class Passes:
                     raise ValueError("a pair of plain programs draws data in the form of a batch: give one as like=")
                 rows = as_batch(like, self.dtype, self.device)
                 batch = rows_at(rows, torch.arange(n) % length(rows))
-                model = self.run(poutine.uncondition(self.model), batch, 1, self.layout(batch))
-                return model.nodes[self.layout(batch).observed[0]]["value"]
+                layout = _about_all(self.layout(rows))
+                model = self.run(poutine.uncondition(self.model), batch, 1, layout)
+                return _alone({name: model.nodes[name]["value"] for name in layout.observed})
             except NotImplementedError as error:
                 raise ValueError(
                     "there is nothing to draw from: the prior is flat, and no data follow from it"
@@ -59,9 +61,10 @@ class Passes:
             raise ValueError("this pair has no guide, so there is no code of a datum")
         batch = as_batch(x, self.dtype, self.device)
         with still(self):
-            guide = self.run(self.guide, batch, 1, self.layout(batch))
-            codes = {s["name"]: _centre(s["fn"]) for s in samples(guide) if not s["is_observed"]}
-        return next(iter(codes.values())) if len(codes) == 1 else codes
+            with _Centres():
+                guide = self.run(self.guide, batch, 1, self.layout(batch))
+            sites = [s for s in samples(guide) if not s["is_observed"] and not s["infer"].get("is_auxiliary")]
+        return _alone({site["name"]: site["value"] for site in sites})
 
     def decode(self: Any, z: Any) -> Tensor:
         """The mean of x given latents z, (..., L) -> (..., D).
@@ -74,8 +77,8 @@ class Passes:
         with still(self):
             return _centre(self.likelihood(z))
 
-    def reconstruct(self: Any, x: Any) -> Tensor:
-        """The mean of x given the posterior means of its latents, in the shape of x.
+    def reconstruct(self: Any, x: Any) -> Any:
+        """The mean of x given the posterior means of its latents, in the shape of x; a dict where several sites are observed.
 
         Raises:
             ValueError: if the pair has no guide.
@@ -84,12 +87,32 @@ class Passes:
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
         with still(self):
-            guide = self.run(self.guide, batch, 1, self.layout(batch))
-            for site in samples(guide):
-                if not site["is_observed"]:
-                    site["value"] = _centre(site["fn"])
-            model = self.run(self.model, batch, 1, self.layout(batch), poutine.replay, trace=guide)
-            return _centre(model.nodes[self.layout(batch).observed[0]]["fn"])
+            layout = _about_all(self.layout(batch))
+            with _Centres():
+                guide = self.run(self.guide, batch, 1, layout)
+                model = self.run(self.model, batch, 1, layout, poutine.replay, trace=guide)
+            return _alone({name: _centre(model.nodes[name]["fn"]) for name in layout.observed})
+
+
+class _Centres(Messenger):
+    """Gives each latent its centre, which whatever depends on it then sees."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not msg["done"] and not poutine.util.site_is_subsample(msg):
+            msg["value"], msg["done"] = _centre(msg["fn"]), True
+
+
+def _about_all(layout: Layout) -> Layout:
+    """Raise a ValueError where the programs take a part of the data, or observe none."""
+    if layout.subsampled:
+        raise ValueError(layout.subsampled)
+    if not layout.observed:
+        raise ValueError("the model observes no site of this batch: give it the data that it observes")
+    return layout
+
+
+def _alone(found: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return next(iter(found.values())) if len(found) == 1 else found
 
 
 def _centre(fn: Any) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -61,3 +61,15 @@ def checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(f"seed: expected a whole number, got {seed!r}")
     return seed.__index__() % 2**63
+
+
+def streams(device: torch.device) -> list[Tensor]:
+    """The states of the random streams that programs on a device draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_streams(device: torch.device, states: list[Tensor]) -> None:
+    """Put them back."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -29,6 +29,10 @@ class Layout:
         points: local latents for which the guide has no density.
         improper: local latents whose prior is flat.
         measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
+        subsampled: why what is computed is not about all of the data, where the programs take a part of them, or None.
+        summed: latents that the guide leaves to the model, which are summed out.
+        enumerated: whether the programs ask for the sum over a discrete latent.
+        whole: whether the programs run on all of the data at once alone.
         vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
     """
 
@@ -41,6 +45,10 @@ class Layout:
     points: tuple[str, ...] = ()
     improper: tuple[str, ...] = ()
     measure: str = "density"
+    subsampled: str | None = None
+    summed: tuple[str, ...] = ()
+    enumerated: bool = False
+    whole: bool = False
     vectorised: bool = True
 
     def is_local(self, site: Site) -> bool:
@@ -66,6 +74,11 @@ def base(fn: Any) -> Any:
 def is_flat(fn: Any) -> bool:
     """Whether a distribution is an improper uniform."""
     return isinstance(base(fn), ImproperUniform)
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether a program asks for a discrete site to be summed out."""
+    return bool(site["infer"].get("enumerate"))
 
 
 def is_factor(fn: Any) -> bool:
@@ -131,5 +144,5 @@ def rows_in_plate(model: Any, layout: Layout, batch: Batch) -> int:
     for site in model.nodes.values():
         for frame in site.get("cond_indep_stack", ()):
             if frame.name in layout.plates:
-                return frame.size
+                return frame.size if frame.size >= 0 else length(batch)  # a plate without a size takes the data's
     return length(batch)

@@ -133,10 +133,29 @@ def test_no_data_plate():
     refuses(flawed, real(), r"no plate over the data")
 
 
-@pytest.mark.parametrize("size", [N, 3])
-def test_a_plate_of_fixed_size(size):
-    flawed = pair(plate=lambda x: pyro.plate("data", size, dim=-1), likelihood=lambda n: normal(D))
+def test_a_plate_of_fixed_size():
+    flawed = pair(plate=lambda x: pyro.plate("data", 3, dim=-1), likelihood=lambda n: normal(D))
     refuses(flawed, real(), r"plate 'data'|plate\('data'\)")
+
+
+def test_a_plate_of_the_datas_size_takes_all_of_them_at_once():
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", N, dim=-1):
+            z = pyro.sample("z", normal(L))
+            pyro.sample(
+                "x", dist.Normal(loc + z.sum(-1, keepdim=True).expand(*z.shape[:-1], D), 1.0).to_event(1), obs=x
+            )
+
+    def guide(x):
+        with pyro.plate("data", N, dim=-1):
+            pyro.sample("z", normal(len(x), L))
+
+    whole = probae.Pair(model, guide)
+    probae.fit(whole, real(), steps=2, batch_size=N, progress=False)
+    assert probae.log_weights(whole, real(), particles=3).shape == (3, N)
+    with pytest.raises(ValueError, match=f"batch_size: expected {N}"):
+        probae.fit(whole, real(), steps=2, batch_size=N - 1, progress=False)
 
 
 # -- the data ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 import zuko
 from torch import nn
+from torch._inductor import config
 
 import probae
 from probae import likelihoods
@@ -242,11 +243,11 @@ def test_the_optimizers_own_update_where_a_graph_cannot_hold_it():
     agree(lambda: make("vae", D, L), data(dtype=torch.float32), batch_size=16, optimizer=torch.optim.RMSprop)
 
 
-def test_without_a_compiler_the_graph_is_interpreted_and_it_is_said_once(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
+def test_without_a_compiler_the_graph_is_interpreted_and_it_is_said_once():
     inductor.unavailable.cache_clear()
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        missing = config.patch({"cpp.cxx": ("/no/such/compiler",)})
+        with missing, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             (eager, a), (run, b) = histories(lambda: make("vae", D, L), data(dtype=torch.float32), False, True)
     finally:

@@ -12,11 +12,14 @@ from torch import Tensor
 from probae.arguments import whole
 from probae.batches import Batch, as_batch, each, leaves, length, rebuilt, rows_of
 from probae.checks import check
-from probae.flat import Untraceable, fall_back, fixed, trace
+from probae.enumeration import log_joint
+from probae.flat import Graph, Untraceable, fall_back, fixed, trace
 from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
+from probae.flat.constants import kept
+from probae.flat.graph import same
 from probae.flat.inductor import compiled, unavailable
 from probae.pair import Pair, as_pair
-from probae.seeding import still
+from probae.seeding import set_streams, still, streams
 from probae.sites import Layout, samples
 from probae.traces import scaled_sites
 
@@ -91,7 +94,7 @@ def no_bound(layout: Layout) -> str | None:
 
 def require_weights(pair: Pair, layout: Layout) -> None:
     """Raise a ValueError unless the pair's weights are ratios of densities."""
-    if reason := no_bound(layout):
+    if reason := layout.subsampled or no_bound(layout):
         raise ValueError(reason)
     if not pair.has_guide and (layout.latents or layout.globals_):
         raise ValueError(f"the pair has no guide to draw {list(layout.latents + layout.globals_)} from")
@@ -119,13 +122,15 @@ class Weights:
         device = pair.device or torch.device("cpu")
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
         with still(pair, seed):
-            first = pair.traces(each(lambda leaf: leaf[:2], batch))
+            first = pair.traces(batch if self.layout.whole else each(lambda leaf: leaf[:2], batch))
             if names := scaled_sites(first):
                 raise ValueError(
                     f"the programs scale the density of site {names[0]!r} (poutine.scale, or a subsampled plate): its weights "
                     "are no ratio of densities. Evaluate the pair without the scale"
                 )
             rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
+            if self.layout.whole:
+                rows, together = length(batch), _even(particles, max(1, rows * together // length(batch)))
             if not self.layout.vectorised:
                 together = 1
             chunks = math.ceil(length(batch) / rows) * math.ceil(particles / together) * self.times
@@ -146,7 +151,10 @@ class Weights:
         """How a chunk is computed, given how many there are: by the programs, a graph, or a compiled graph."""
 
         def weights(*tensors: Tensor) -> list[Tensor]:
-            traces = self.pair.traces(rebuilt(rows, tensors), particles)
+            block = rebuilt(rows, tensors)
+            traces = self.pair.traces(block, particles)
+            if self.layout.summed:
+                return [log_joint(self.pair, block, traces) - traces.posterior().local]
             return [(traces.likelihood() + traces.prior() - traces.posterior()).local]
 
         if self.compile is False or (self.compile == "auto" and chunks < TRACING_PAYS):
@@ -160,11 +168,26 @@ class Weights:
             self.ways[key] = self._built(weights, tensors, chunks)
         return self.ways[key]
 
+    def _prove(self, graph: Graph, weights: Callable[..., Any], tensors: list[Tensor]) -> None:
+        """Compute a chunk both ways, twice: programs that change as they run show themselves."""
+        device, undo = tensors[0].device, kept([self.pair])
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            stream, found = streams(device), []
+            for way in (weights, graph):
+                set_streams(device, stream)
+                found += [[way(*tensors)[0] for _ in range(2)] + streams(device)]
+        for put_back in undo:
+            put_back()
+        if not all(same(a, b) for a, b in zip(*found, strict=True)):
+            raise Untraceable("the programs do not do the same each time, in a way that a graph would not see")
+
     def _built(self, weights: Callable[..., Any], tensors: list[Tensor], chunks: int) -> Callable[..., Any]:
         try:
             graph = trace(weights, tensors, [self.pair])
+            self._prove(graph, weights, tensors)
         except Untraceable as reason:
             fall_back(f"log weights are computed eagerly, not traced: {reason}")
+            self.compile = False  # said once
             return weights
         pays = self.compile == "auto" and compiling_pays(graph, chunks)[0] and not unavailable(tensors[0].device.type)
         if self.compile is True or pays:

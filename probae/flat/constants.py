@@ -1,13 +1,18 @@
 """What a trace takes as fixed: shapes, dtypes, modes, and every plain number that the programs can reach.
 
-A graph is right for as long as these stay as they were. They are compared whenever a user's code may have run.
+A graph is right for as long as these stay as they were. They are compared whenever a user's code may have run, and what
+this does not see, a proof does: now and then a step is taken both ways and compared (`probae.training.steps`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import random
 import types
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 _LIMIT = 20_000  # values looked at; what lies deeper is not a program's own state
-_OPAQUE = (types.ModuleType, torch.Generator, torch.dtype, torch.device)
+_LARGE = 2**27  # bytes; a tensor so large that is no parameter is data
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, types.NoneType, np.number)
+_LIBRARIES = {"torch", "pyro", "zuko", "numpy", "builtins"}
 
 
 def fixed(**roots: Any) -> dict[str, Any]:
@@ -25,21 +32,17 @@ def fixed(**roots: Any) -> dict[str, Any]:
     shape, dtype, device and whether it asks for a gradient, not by its value, which a graph reads anew each time.
     """
     found: dict[str, Any] = {}
-    seen: dict[int, Any] = {}
-    queue = list(roots.items())
-    while queue and len(found) < _LIMIT:
-        path, value = queue.pop()
-        if isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | types.NoneType):
+    for path, value in _reached(roots.items()):
+        if isinstance(value, _PLAIN):
             found[path] = value
         elif isinstance(value, Tensor):
-            place = (id(value), value.data_ptr())
-            found[path] = (*place, tuple(value.shape), value.dtype, value.device, value.requires_grad)
+            found[path] = (*_place(value), tuple(value.shape), value.dtype, value.device, value.requires_grad)
         elif isinstance(value, np.ndarray):
-            found[path] = (id(value), value.shape, value.dtype)
-        elif id(value) not in seen and not isinstance(value, _OPAQUE):
-            seen[id(value)] = value
+            found[path] = (id(value), value.shape, value.dtype, value.tobytes() if value.size < 1000 else None)
+        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+            found[path] = value
+        else:
             found[path] = type(value)
-            queue += [(f"{path}.{name}", part) for name, part in _parts(value)]
     return found
 
 
@@ -50,17 +53,91 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     return next((p for p in {**before, **after} if before.get(p) != after.get(p)), None)
 
 
+def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
+    """What puts the containers, objects, tensors and random streams that objects reach back to what they hold now."""
+    undo: list[Callable[[], Any]] = []
+    for _, value in _reached((str(i), root) for i, root in enumerate(roots)):
+        if isinstance(value, nn.Module):
+            for part in (vars(value), value._parameters, value._buffers, value._modules):
+                undo.append(functools.partial(_refill, part, dict(part)))
+        elif isinstance(value, dict):
+            undo.append(functools.partial(_refill, value, dict(value)))
+        elif isinstance(value, list | deque):
+            undo.append(functools.partial(_refill, value, list(value)))
+        elif isinstance(value, set):
+            undo.append(functools.partial(_refill, value, set(value)))
+        elif isinstance(value, Tensor) and (value.requires_grad or value.nbytes < _LARGE):
+            undo.append(functools.partial(_copy, value, value.detach().clone()))
+        elif isinstance(value, np.ndarray) and value.flags.writeable and value.dtype.kind != "O":
+            undo.append(functools.partial(np.copyto, value, value.copy()))
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty one
+                    undo.append(functools.partial(setattr, cell, "cell_contents", cell.cell_contents))
+        elif isinstance(value, random.Random):
+            undo.append(functools.partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.random.Generator):
+            undo.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, torch.Generator):
+            undo.append(functools.partial(value.set_state, value.get_state()))
+        elif (
+            not isinstance(value, nn.Module | type) and (own := getattr(value, "__dict__", None)) and type(own) is dict
+        ):
+            undo.append(functools.partial(_refill, own, dict(own)))
+    return undo
+
+
+def _place(tensor: Tensor) -> tuple[int, int | None]:
+    try:
+        return id(tensor), tensor.data_ptr()
+    except RuntimeError:  # a tensor without values, left by a trace
+        return id(tensor), None
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, dict | set):
+        container.clear()
+        container.update(content)
+    else:
+        container.clear()
+        container.extend(content)
+
+
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def _reached(roots: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+    seen: dict[int, Any] = {}
+    queue, count = list(roots), 0
+    while queue and count < _LIMIT:
+        path, value = queue.pop()
+        if isinstance(value, _PLAIN):
+            count += 1
+            yield path, value
+        elif id(value) not in seen and not isinstance(value, types.ModuleType):
+            count += 1
+            seen[id(value)] = value
+            yield path, value
+            queue += [(f"{path}.{name}", part) for name, part in _parts(value)]
+        elif isinstance(value, Tensor):
+            yield path, value
+
+
 def _parts(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         return [(str(key), part) for key, part in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return [(str(i), part) for i, part in enumerate(value)]
     if isinstance(value, types.MethodType):
         return [("self", value.__self__), ("function", value.__func__)]
+    if isinstance(value, types.BuiltinMethodType):
+        return [("self", value.__self__)]
     if isinstance(value, functools.partial):
         return [("function", value.func), ("args", value.args), ("keywords", value.keywords)]
     if inspect.isfunction(value):
-        if (value.__module__ or "").split(".")[0] in {"torch", "pyro", "zuko"}:
+        if (value.__module__ or "").split(".")[0] in _LIBRARIES:
             return []
         closed = inspect.getclosurevars(value)
         return [*closed.nonlocals.items(), *closed.globals.items(), ("defaults", value.__defaults__)]
@@ -70,6 +147,9 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         ]
         held = {**value._parameters, **value._buffers, **value._modules}
         return [*((k, v) for k, v in own if k not in {"_parameters", "_buffers", "_modules"}), *held.items()]
-    if isinstance(value, type) or type(value).__module__.split(".")[0] in {"builtins", "torch", "pyro"}:
+    if isinstance(value, Tensor | np.ndarray | type) or type(value).__module__.split(".")[0] in _LIBRARIES:
         return []
-    return list(getattr(value, "__dict__", {}).items())
+    slots = [
+        (name, getattr(value, name, None)) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())
+    ]
+    return [*getattr(value, "__dict__", {}).items(), *slots]

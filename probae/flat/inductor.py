@@ -30,12 +30,18 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., list[Tenso
     if (missing := unavailable(device)) is not None:
         raise Untraceable(missing)
     module = fx.GraphModule(graph.module, _copied(graph.module.graph))
-    if device == "cpu" and _prefers_onednn():
-        _through_onednn(module)
+    places = [t.untyped_storage().data_ptr() for t in graph.held if t.numel()]
+    if len(set(places)) < len(places):
+        raise Untraceable("two parameters or buffers share memory, which a compiled graph would not see")
+    options = dict(_OPTIONS)
+    if device == "cpu":
+        replaced = _through_onednn(module) if _prefers_onednn() else 0
+        # in a small step the calls of the kernels weigh as much as they do: they are made from C++
+        options["cpp_wrapper"] = not replaced
     held = [tensor.detach() for tensor in graph.held]
     try:
         with torch.no_grad():
-            call = compile_graph(module, [*inputs, *held], options=dict(_OPTIONS))
+            call = compile_graph(module, [*inputs, *held], options=options)
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise Untraceable(f"the compiler failed ({type(error).__name__}: {lines[0] if lines else ''})") from error
@@ -87,9 +93,9 @@ def _prefers_onednn() -> bool:
     return "GenuineIntel" not in maker
 
 
-def _through_onednn(module: fx.GraphModule) -> None:
-    """Hand large float32 products to oneDNN; for small ones its dispatch, some 10 µs, costs more than it saves."""
-    linear = _linear()
+def _through_onednn(module: fx.GraphModule) -> int:
+    """Hand large float32 products to oneDNN, and say how many; for small ones its dispatch, some 10 µs, costs too much."""
+    linear, replaced = _linear(), 0
     for node in list(module.graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
@@ -101,14 +107,16 @@ def _through_onednn(module: fx.GraphModule) -> None:
             continue
         operations = 2 * left.shape[0] * left.shape[1] * right.shape[1]
         transposed = left.stride(0) == 1  # a weight's gradient: oneDNN copies the operand first
-        if operations >= (32e6 if transposed else 4e6):
+        if operations >= (8e6 if transposed else 4e6):
             with module.graph.inserting_before(node):
                 weight = module.graph.call_function(aten.permute.default, (b, [1, 0]))
                 product = module.graph.call_function(linear, (a, weight, bias))
             product.meta.update(node.meta)
             node.replace_all_uses_with(product)
             module.graph.erase_node(node)
+            replaced += 1
     module.recompile()
+    return replaced
 
 
 @functools.cache

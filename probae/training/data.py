@@ -48,6 +48,8 @@ class InMemory(Source):
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[Minibatch]:
+        while self.batch_size == self.size:  # in their own order: programs may have a parameter for each datum
+            yield Minibatch(self.batch)
         device = next(leaves(self.batch))[1].device
         order = torch.empty(0, dtype=torch.long, device=device)
         while True:

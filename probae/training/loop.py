@@ -117,7 +117,11 @@ def fit(
     stream = source(data, batch_size, seed, pair.dtype, where)
     with seeded(seed, where):
         for batch in stream.passes():
-            check(pair, batch)
+            if check(pair, batch).whole and batch_size < stream.size:
+                raise ValueError(
+                    f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
+                    f"a parameter has their size); got {batch_size}"
+                )
         goal.to(device=where)
         watch = None
         if validation is not None:
@@ -139,6 +143,10 @@ def fit(
             loop.restore_best()
             pair.eval()
     return run
+
+
+#: steps between records from which a look at what graphs take as fixed costs little
+_OFTEN = 20
 
 
 class _Loop:
@@ -182,10 +190,13 @@ class _Loop:
                             self.run.stopped = "patience" if self.ended(patience) else "callback"
                             break
                         self.pair.train()
-                        self.take.look()
+                        if callbacks or every >= _OFTEN:
+                            self.take.look()
                     bar.update()
             except KeyboardInterrupt:
                 self.run.stopped = "interrupted"
+            finally:
+                self.take.settle()
 
     def restore_best(self) -> None:
         """Go back to the best parameters, where there were validation data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,17 @@ from probae.batches import Batch, leaves, length, rebuilt
 from probae.flat import Graph, Untraceable, fall_back, fixed, trace
 from probae.flat.choice import TRACING_PAYS, compiling_pays
 from probae.flat.constants import changed
+from probae.flat.graph import same
 from probae.flat.inductor import compiled, unavailable
 from probae.objectives import Objective
 from probae.pair import Pair
 from probae.precision import products
+from probae.seeding import set_streams, streams
 from probae.training import updates
 from probae.training.data import Minibatch
 from probae.training.whole import WholeStep, clip_factor
 
+_PROOFS = 2  # steps after a trace that are taken both ways; at the second, what the first has changed shows
 _SHAPES = 8  # graphs kept for batches of different shapes; beyond it the eager way is taken
 
 
@@ -71,6 +74,8 @@ class Steps:
         self.whole: tuple[Any, WholeStep] | None = None
         self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
         self.built = False
+        self.proofs, self.failures = 0, 0
+        self.moving = False  # whether the scheduler changes settings other than the rate
         self.taken_as_fixed: dict[str, Any] = {}
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
@@ -78,7 +83,11 @@ class Steps:
         key = _key(minibatch)
         if not self.first and self.traceable:
             self._prepare(key, minibatch)
-        if self.whole is not None and self.whole[0] == key and key in self.graphs:
+        if key in self.graphs and self.proofs:
+            self.settle()
+            loss = self._proved(key, minibatch.rows())
+            self._advance()
+        elif self.whole is not None and self.whole[0] == key:
             self.ran = self.whole[1].kind
             loss = self.whole[1](minibatch)
         else:
@@ -86,7 +95,7 @@ class Steps:
             loss = self._flat(key, minibatch.rows()) if key in self.graphs else self._eager(minibatch.rows())
             self._advance()
         if self.scheduler is not None:
-            self.scheduler.step()
+            self._schedule(self.scheduler)
         return loss
 
     def settle(self) -> None:
@@ -96,10 +105,12 @@ class Steps:
 
     def look(self) -> None:
         """Drop the graphs if anything that they take as fixed has changed; asked whenever a user's code may have run."""
-        if self.graphs and (name := changed(self.taken_as_fixed, self._fixed())) is not None:
-            self.settle()
-            self.graphs, self.whole, self.built = {}, None, False
-            self.why = f"{self.why}; traced anew at step {int(self.step)}, since {name} has changed"
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not self.graphs:
+            return
+        self.proofs = max(self.proofs, 1)
+        if (name := changed(self.taken_as_fixed, self._fixed())) is not None:
+            self._drop(f"since {name} has changed")
 
     # -- one way each ------------------------------------------------------------------------------------------------
 
@@ -108,11 +119,38 @@ class Steps:
         with products(self.precision):
             return self.objective(self.pair, rows, self.size, step)
 
+    def _proved(self, key: Any, rows: Batch) -> Tensor:
+        """The eager way, with the graph's result beside it: where they differ, the graph is wrong and goes."""
+        found, tensors = self.graphs[key], [leaf for _, leaf in leaves(rows)]
+        buffers = [*self.pair.buffers(), *self.objective.buffers()]
+        before, stream = [b.clone() for b in buffers], streams(self.step.device)
+        outputs = found.graph(*tensors, self.step)
+        flat = [*outputs, *(b.clone() for b in buffers), *streams(self.step.device)]
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        set_streams(self.step.device, stream)
+        loss = self._eager(rows)
+        eager = [loss, *(p.grad for p in found.trained), *buffers, *streams(self.step.device)]
+        others = [p for p in self.parameters if p.grad is not None and all(p is not q for q in found.trained)]
+        if others or not all(same(a, b) for a, b in zip(flat, eager, strict=True)):
+            self.failures += 1
+            if self.failures > 1:
+                self._give_up("the programs do not do the same each time, in a way that a graph would not see")
+            else:
+                self._drop("since the programs no longer do what was traced")
+        else:
+            self.proofs -= 1
+            self.failures = 0 if self.proofs == 0 else self.failures
+            self.ran = self.whole[1].kind if self.whole is not None and self.whole[0] == key else found.kind
+        return loss
+
     def _eager(self, rows: Batch) -> Tensor:
         self.ran = "eager"
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(rows, self.step)
         if self.first:
+            if not loss.requires_grad:
+                raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
             _all_trained(loss, self.parameters)
             self.first = False
         loss.backward()
@@ -126,6 +164,14 @@ class Steps:
         for parameter, gradient in zip(found.trained, gradients, strict=True):
             parameter.grad = gradient
         return loss  # type: ignore[return-value]
+
+    def _schedule(self, scheduler: Any) -> None:
+        before = _settings(self.optimizer)
+        scheduler.step()
+        if not self.moving and _settings(self.optimizer) != before:
+            self.moving = True  # more than the rate moves: a whole step would take it as fixed
+            if self.whole is not None:
+                self._drop("since the scheduler changes more than the rate")
 
     def _advance(self) -> None:
         if self.clip is not None:
@@ -159,8 +205,9 @@ class Steps:
     def _compile(self, key: Any, minibatch: Minibatch) -> None:
         """Compile the whole step for batches of one shape; without the update, where that is not one of ours."""
         found = self.graphs[key]
-        groups = updates.groups(self.optimizer, {id(p) for p in found.trained})
+        groups = None if self.moving else updates.groups(self.optimizer, {id(p) for p in found.trained})
         if groups is not None:
+            self.optimizer.zero_grad(set_to_none=True)
             arguments = (found.graph, found.trained, self.optimizer, groups, self.clip)
             self.whole = key, WholeStep(*arguments, minibatch, self.step)
         else:
@@ -174,14 +221,15 @@ class Steps:
         def gradients(*inputs: Tensor) -> list[Tensor | None]:
             with torch.enable_grad():
                 loss = self.loss(rebuilt(rows, inputs[:-1]), inputs[-1])
-                return [loss.detach(), *torch.autograd.grad(loss, asking, allow_unused=True)]
+                found = torch.autograd.grad(loss, asking, allow_unused=True)
+                return [loss.detach(), *_accumulated(found, asking)]
 
-        before = self._fixed()
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in asking):
+            raise Untraceable("a parameter has a hook on its accumulated gradient")
         graph = trace(gradients, [*tensors, self.step], [self.pair, self.objective])
         self.taken_as_fixed = self._fixed()
-        if name := changed(before, self.taken_as_fixed):
-            raise Untraceable(f"the programs change {name} as they run, which a graph would do only once")
         self.graphs[key] = _Gradients(graph, graph.keep(1, asking), graph)
+        self.proofs = _PROOFS
 
     def _decide(self, graph: Graph) -> None:
         device = self.step.device.type
@@ -197,13 +245,18 @@ class Steps:
                 self.wanted, estimate = False, missing
             self.why = estimate
 
+    def _drop(self, reason: str) -> None:
+        self.settle()
+        self.graphs, self.whole, self.built = {}, None, False
+        self.why = f"{self.why}; traced anew at step {int(self.step)}, {reason}"
+
     def _give_up(self, reason: str) -> None:
         self.settle()
         self.traceable, self.graphs, self.whole, self.why = False, {}, None, f"not traced: {reason}"
         fall_back(f"the steps are eager, {self.why}")
 
     def _fixed(self) -> dict[str, Any]:
-        groups = [{k: v for k, v in g.items() if k not in {"params", "lr"}} for g in self.optimizer.param_groups]
+        groups = [] if self.moving else _settings(self.optimizer)
         states = [list(state.values()) for state in self.optimizer.state.values()]
         default = torch.get_default_dtype()
         return fixed(pair=self.pair, objective=self.objective, groups=groups, states=states, default=default)
@@ -211,7 +264,25 @@ class Steps:
 
 def _key(minibatch: Minibatch) -> tuple[Any, ...]:
     rows = None if minibatch.index is None else length(minibatch.index)
-    return rows, *((name, leaf.shape, leaf.dtype) for name, leaf in leaves(minibatch.batch))
+    return rows, *((name, leaf.shape, leaf.stride(), leaf.dtype) for name, leaf in leaves(minibatch.batch))
+
+
+def _accumulated(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -> list[Tensor | None]:
+    """Gradients as `backward` leaves them: each with memory of its own, that lies as its parameter does."""
+    found: list[Tensor | None] = []
+    storages = set()
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None:
+            storage = gradient.untyped_storage()._cdata
+            if gradient.stride() != parameter.stride() or storage in storages:
+                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+            storages.add(storage)
+        found.append(gradient)
+    return found
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k not in {"params", "lr"}} for group in optimizer.param_groups]
 
 
 def _all_trained(loss: Tensor, parameters: list[nn.Parameter]) -> None:

@@ -32,7 +32,9 @@ _SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay", "momentum
 
 def _supported(optimizer: torch.optim.Optimizer) -> bool:
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    plain = type(optimizer) in _NAMES and not any(hooks)
+    step = vars(optimizer).get("step")  # a scheduler wraps it, to see that it is called
+    own = step is None or hasattr(step, "_wrapped_by_lr_sched")
+    plain = type(optimizer) in _NAMES and own and not any(hooks)
     odd = ("amsgrad", "maximize", "differentiable")
     return plain and not any(group.get(name) for group in optimizer.param_groups for name in odd)
 
@@ -47,7 +49,7 @@ def groups(optimizer: torch.optim.Optimizer, trained: set[int]) -> list[Group] |
         if not parameters:
             continue
         states = [optimizer.state[p] for p in parameters]
-        names = [name for name in _NAMES[type(optimizer)] if states[0].get(name) is not None]
+        names = [name for name in _NAMES[type(optimizer)] if "betas" in group or group["momentum"]]
         if any((state.get(name) is None) for state in states for name in names):
             return None
         lr = torch.tensor(float(group["lr"]), dtype=torch.float64, device=parameters[0].device)
@@ -73,7 +75,7 @@ def update(group: Group, gradients: list[Tensor], count: Tensor) -> None:
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
         scales = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scales, (1 - beta2**count).sqrt())
+        torch._foreach_mul_(scales, (1 - beta2**count).rsqrt())  # a product: quotients bound this kernel
         torch._foreach_add_(scales, settings["eps"])
         steps = list(torch._foreach_div(means, scales))
         torch._foreach_mul_(steps, lr / (1 - beta1**count))

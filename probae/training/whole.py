@@ -42,7 +42,7 @@ class WholeStep:
         minibatch: Minibatch,
         step: Tensor,
     ):
-        self.optimizer, self.groups = optimizer, groups
+        self.optimizer, self.groups, self.settled = optimizer, groups, True
         self.rates = [float(group.lr) for group in groups]
         self.count = torch.tensor(self._taken(), dtype=torch.float64, device=step.device)
         self.indexed = minibatch.index is not None
@@ -63,6 +63,9 @@ class WholeStep:
         self.call = call
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
+        if self.settled:  # the optimizer may have taken steps by itself
+            self.count.fill_(self._taken())
+            self.settled = False
         for i, group in enumerate(self._current()):
             if float(group["lr"]) != self.rates[i]:
                 self.rates[i] = float(group["lr"])
@@ -71,6 +74,9 @@ class WholeStep:
 
     def settle(self) -> None:
         """Write the number of steps taken into the optimizer's state."""
+        if self.settled:
+            return
+        self.settled = True
         for group in self.groups:
             for parameter in group.parameters:
                 if "step" in (state := self.optimizer.state[parameter]):
