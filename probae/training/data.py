@@ -38,6 +38,14 @@ class Source:
         """All of the data once, in blocks: what is checked before the first step."""
         raise NotImplementedError
 
+    def state(self) -> dict[str, Tensor]:
+        """How far the order of the data has come."""
+        raise NotImplementedError
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        raise NotImplementedError
+
 
 class InMemory(Source):
     """Arrays on the device, shuffled there anew in each pass; a last, smaller batch is completed from the next pass."""
@@ -46,20 +54,30 @@ class InMemory(Source):
         self.batch, self.size = batch, length(batch)
         self.batch_size = min(batch_size, self.size)
         self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
 
     def __iter__(self) -> Iterator[Minibatch]:
         while self.batch_size == self.size:  # in their own order: programs may have a parameter for each datum
             yield Minibatch(self.batch)
         device = next(leaves(self.batch))[1].device
-        order = torch.empty(0, dtype=torch.long, device=device)
+        self.order = self.order.to(device)
         while True:
-            while len(order) < self.batch_size:
+            while len(self.order) < self.batch_size:
                 fresh = torch.randperm(self.size, generator=self.generator)
                 if device.type == "cuda":  # copied while the GPU works on
                     fresh = fresh.pin_memory()
-                order = torch.cat([order, fresh.to(device, non_blocking=True)])
-            index, order = order[: self.batch_size], order[self.batch_size :]
+                self.order = torch.cat([self.order, fresh.to(device, non_blocking=True)])
+            index, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
             yield Minibatch(self.batch, index)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is left of this pass, and the stream that shuffles."""
+        return {"order": self.order, "generator": self.generator.get_state()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.order = state["order"]
+        self.generator.set_state(state["generator"])
 
     def passes(self) -> Iterator[Batch]:
         """All of the data once, in blocks."""
@@ -79,11 +97,31 @@ class Streamed(Source):
             ) from error
         if self.size == 0:
             raise ValueError("the data set is empty: expected N >= 1 data")
+        # a loader without a generator of its own draws its order from the process's stream
+        self.generator = loader.generator if loader.generator is not None else torch.default_generator
+        self.start, self.taken = self.generator.get_state(), 0
+        self.resumed: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Minibatch]:
         while True:
-            for batch in self.passes():
+            if self.resumed is None:
+                self.start, self.taken = self.generator.get_state(), 0
+            batches, self.resumed = self.resumed or self.passes(), None
+            for batch in batches:
+                self.taken += 1
                 yield Minibatch(batch)
+
+    def state(self) -> dict[str, Tensor]:
+        """The stream at the start of this pass, and how many of its batches were taken."""
+        return {"generator": self.start, "taken": torch.tensor(self.taken)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from there: the batches of this pass that were taken are read again, and left."""
+        self.start, self.taken = state["generator"], int(state["taken"])
+        self.generator.set_state(self.start)
+        self.resumed = self.passes()
+        for _ in range(self.taken):
+            next(self.resumed)
 
     def passes(self) -> Iterator[Batch]:
         """All of the data once, in blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +20,10 @@ from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
 from probae.seeding import checked_seed, seeded
+from probae.training.checkpoint import Checkpoints
 from probae.training.data import InMemory, Source, source
 from probae.training.optimizers import OPTIMIZERS, parameter_groups, rates_of, scheduler_of
+from probae.training.resume import identity_of, put_back, state_of
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
@@ -44,6 +47,7 @@ def fit(
     compile: bool | str = "auto",
     every: int | None = None,
     patience: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
     progress: bool = True,
 ) -> Run:
@@ -72,6 +76,9 @@ def fit(
             number of steps is worth. What cannot be traced runs eagerly, with a warning that names the reason.
         every: steps between records; by default a fiftieth of all.
         patience: records without a better validation value after which training stops.
+        checkpoint: a folder in which all of the run's state is kept, written at every record. The same call with a folder
+            that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
+            compiled steps take batches of several shapes).
         callbacks: functions of the run, called at every record; one that returns True ends training.
         progress: whether to show a bar with loss, bound and speed.
 
@@ -81,6 +88,7 @@ def fit(
     Raises:
         ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
         FloatingPointError: if the loss is not finite, naming the step.
+        OSError: if a checkpoint cannot be written; the one before still loads.
 
     Example:
         >>> import probae
@@ -136,7 +144,18 @@ def fit(
         rate = scheduler_of(scheduler, chosen, steps)
         options = {"compile": compile, "asked": steps, "precision": precision}
         take = Steps(pair, goal, chosen, rate, clip, stream.size, **options)
-        loop = _Loop(pair, take, stream, watch, run)
+        loop = Loop(pair, take, stream, watch, run)
+        if checkpoint is not None:
+            told: dict[str, Any] = {
+                "steps": steps if scheduler is not None else None,
+                "batch_size": batch_size,
+                "clip": clip,
+                "seed": seed,
+            }
+            told |= {"precision": precision, "compile": compile, "scheduler": _name(scheduler), "every": every}
+            loop.checkpoints = Checkpoints(checkpoint, {**identity_of(loop), **told})
+            if (found := loop.checkpoints.latest()) is not None:
+                put_back(loop, *found)
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
@@ -149,7 +168,9 @@ def fit(
 _OFTEN = 20
 
 
-class _Loop:
+class Loop:
+    """One run under way: what `fit` has made of its arguments, and how far it has come."""
+
     def __init__(
         self,
         pair: Pair,
@@ -160,6 +181,8 @@ class _Loop:
     ):
         self.pair, self.take, self.stream, self.watch, self.run = pair, take, stream, watch, run
         self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
+        self.checkpoints: Checkpoints | None = None
+        self.number, self.spent = 0, 0.0
 
     def go(
         self,
@@ -169,11 +192,11 @@ class _Loop:
         callbacks: Sequence[Callable[[Run], Any]],
         progress: bool,
     ) -> None:
-        start, total, count = time.perf_counter(), torch.zeros_like(self.take.step), 0
+        start, total, count = time.perf_counter() - self.spent, torch.zeros_like(self.take.step), 0
         self.pair.train()
-        with _bar(steps, progress) as bar:
+        with _bar(steps, progress, self.number) as bar:
             try:
-                for number, minibatch in zip(range(1, steps + 1), self.stream, strict=False):
+                for number, minibatch in zip(range(self.number + 1, steps + 1), self.stream, strict=False):
                     loss = self.take(minibatch)
                     if loss.device.type == "cpu" and not math.isfinite(loss):
                         raise FloatingPointError(_not_finite(loss, number))
@@ -192,6 +215,7 @@ class _Loop:
                         self.pair.train()
                         if callbacks or every >= _OFTEN:
                             self.take.look()
+                        self.keep_now(number)
                     bar.update()
             except KeyboardInterrupt:
                 self.run.stopped = "interrupted"
@@ -202,6 +226,11 @@ class _Loop:
         """Go back to the best parameters, where there were validation data."""
         if self.best[1]:
             self.pair.load_state_dict(self.best[1])
+
+    def keep_now(self, number: int) -> None:
+        """Write a checkpoint, if they are asked for."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(number, *state_of(self, number))
 
     def record(self, number: int, loss: float, start: float) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
@@ -251,10 +280,14 @@ def _device(device: Any) -> torch.device:
         raise ValueError(f"device: expected 'auto' or a device of torch, got {device!r}") from error
 
 
-def _bar(steps: int, progress: bool) -> Any:
+def _name(scheduler: Any) -> str | None:
+    return scheduler if scheduler is None or isinstance(scheduler, str) else getattr(scheduler, "__qualname__", "own")
+
+
+def _bar(steps: int, progress: bool, done: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True)
+    return tqdm(total=steps, initial=done, disable=not progress, unit="step", dynamic_ncols=True)
 
 
 def _not_finite(loss: Tensor, number: int) -> str:

@@ -74,7 +74,7 @@ class Steps:
         self.whole: tuple[Any, WholeStep] | None = None
         self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
         self.built = False
-        self.proofs, self.failures = 0, 0
+        self.proofs, self.proofs_due, self.failures = 0, _PROOFS, 0
         self.moving = False  # whether the scheduler changes settings other than the rate
         self.taken_as_fixed: dict[str, Any] = {}
 
@@ -111,6 +111,20 @@ class Steps:
         self.proofs = max(self.proofs, 1)
         if (name := changed(self.taken_as_fixed, self._fixed())) is not None:
             self._drop(f"since {name} has changed")
+
+    def state(self) -> dict[str, Any]:
+        """What was decided, in plain values."""
+        proofs = self.proofs if self.graphs else _PROOFS
+        decided = {"wanted": self.wanted, "why": self.why, "moving": self.moving, "traceable": self.traceable}
+        return {**decided, "ran": self.ran, "proofs": proofs, "failures": self.failures}
+
+    def restore(self, state: dict[str, Any], step: Tensor) -> None:
+        """Go on as it was decided; the optimizer's state is there, so that no eager step is needed first."""
+        self.wanted, self.why, self.ran = state["wanted"], state["why"], state["ran"]
+        self.moving, self.traceable, self.failures = state["moving"], state["traceable"], state["failures"]
+        # a proof is an eager step: they come where they would have come
+        self.first, self.proofs_due = False, state["proofs"]
+        self.step.copy_(step)
 
     # -- one way each ------------------------------------------------------------------------------------------------
 
@@ -229,7 +243,7 @@ class Steps:
         graph = trace(gradients, [*tensors, self.step], [self.pair, self.objective])
         self.taken_as_fixed = self._fixed()
         self.graphs[key] = _Gradients(graph, graph.keep(1, asking), graph)
-        self.proofs = _PROOFS
+        self.proofs, self.proofs_due = self.proofs_due, _PROOFS
 
     def _decide(self, graph: Graph) -> None:
         device = self.step.device.type

@@ -128,7 +128,7 @@ def _whole(
 
 def clip_factor(gradients: list[Tensor], clip: float) -> Tensor:
     """What the gradients are multiplied by, so that their joint norm is at most ``clip``."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
     return (clip / (norm + 1e-6)).clamp(max=1.0)
 
 
