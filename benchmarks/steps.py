@@ -20,7 +20,7 @@ from peers import CASES, DEVICE, GPU, LR, WARM_UP, WAYS, Case, Way, built, cold,
 
 from probae.pair import as_pair
 from probae.seeding import seeded
-from probae.training.data import InMemory
+from probae.streams import InMemory
 from probae.training.optimizers import OPTIMIZERS
 from probae.training.steps import Steps
 

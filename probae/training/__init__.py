@@ -1,6 +1,6 @@
 """How a pair is trained: data, the loop, what is watched."""
 
-from probae.training.loop import fit
+from probae.training.fitting import fit
 from probae.training.run import Run
 
 __all__ = ["Run", "fit"]

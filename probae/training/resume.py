@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from probae.seeding import set_streams, streams
 from probae.training.checkpoint import fingerprint
-
-if TYPE_CHECKING:
-    from probae.training.loop import Loop
+from probae.training.loop import Loop
 
 
 def identity_of(loop: Loop) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from probae.objectives import Objective
 from probae.pair import Pair
 from probae.precision import products
 from probae.seeding import set_streams, streams
+from probae.streams import Minibatch
 from probae.training import updates
-from probae.training.data import Minibatch
 from probae.training.whole import WholeStep, clip_factor
 
 _PROOFS = 2  # steps after a trace that are taken both ways; at the second, what the first has changed shows
@@ -87,6 +87,8 @@ class Steps:
             self.settle()
             loss = self._proved(key, minibatch.rows())
             self._advance()
+            if self.whole is not None:
+                self.optimizer.zero_grad(set_to_none=True)  # whole steps leave none behind either
         elif self.whole is not None and self.whole[0] == key:
             self.ran = self.whole[1].kind
             loss = self.whole[1](minibatch)

@@ -13,8 +13,8 @@ from probae.flat import Graph
 from probae.flat.capture import captured
 from probae.flat.graph import lifted
 from probae.flat.inductor import compiled, unavailable
+from probae.streams import Minibatch
 from probae.training import updates
-from probae.training.data import Minibatch
 
 
 class WholeStep:

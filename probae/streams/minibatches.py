@@ -1,4 +1,4 @@
-"""Where minibatches come from: arrays in memory, or a torch Dataset or DataLoader."""
+"""Where minibatches come from: arrays in memory, or a DataLoader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader
 
 from probae.batches import Batch, as_batch, leaves, length, rows_at
 
@@ -37,6 +37,10 @@ class Source:
     def passes(self) -> Iterator[Batch]:
         """All of the data once, in blocks: what is checked before the first step."""
         raise NotImplementedError
+
+    def some(self) -> Batch:
+        """Enough of the data to take their units from."""
+        return next(iter(self.passes()))
 
     def state(self) -> dict[str, Tensor]:
         """How far the order of the data has come."""
@@ -135,23 +139,3 @@ class Streamed(Source):
             yield as_batch(item, self.dtype, self.device)
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
-
-
-def source(data: Any, batch_size: int, seed: int, dtype: torch.dtype | None, device: torch.device) -> Source:
-    """The minibatches of arrays, a Dataset or a DataLoader (whose own batch size and order then hold).
-
-    Raises:
-        TypeError, ValueError: if ``data`` is none of these, or empty.
-    """
-    if isinstance(data, DataLoader):
-        return Streamed(data, dtype, device)
-    if isinstance(data, TensorDataset):
-        leaves: tuple[Tensor, ...] = data.tensors
-        return InMemory(as_batch(leaves if len(leaves) > 1 else leaves[0], dtype, device), batch_size, seed)
-    if isinstance(data, Dataset):
-        generator = torch.Generator().manual_seed(seed)
-        loader: DataLoader[Any] = DataLoader(
-            data, batch_size, shuffle=True, generator=generator, collate_fn=default_collate
-        )
-        return Streamed(loader, dtype, device)
-    return InMemory(as_batch(data, dtype, device), batch_size, seed)

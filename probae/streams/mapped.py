@@ -1,0 +1,88 @@
+"""Minibatches of a memory-mapped array: read in the background, a little of it resident at a time."""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probae.batches import Batch, as_batch
+from probae.streams.minibatches import Minibatch, Source
+
+_AHEAD = 4  # minibatches read before they are asked for
+_BLOCK = 2**26  # bytes of a block, when all of the data are read once
+_RESIDENT = 2**28  # bytes read from the file, after which its pages are given back
+
+
+class Mapped(Source):
+    """The rows of a ``numpy.memmap``, shuffled anew in each pass; a last, smaller batch is completed from the next.
+
+    Raises:
+        ValueError: if the array is empty.
+    """
+
+    def __init__(self, array: np.memmap, batch_size: int, seed: int, dtype: torch.dtype | None, device: torch.device):
+        if array.ndim == 0 or array.size == 0:
+            raise ValueError(f"the data: expected N >= 1 rows, got shape {array.shape}")
+        self.array, self.size, self.dtype, self.device = array, len(array), dtype, device
+        self.batch_size = min(batch_size, self.size)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
+        self.taken: dict[str, Tensor] = self._now()
+        self.read = 0
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        with ThreadPoolExecutor(1, "probae-reads") as reader:
+            ahead: deque[tuple[Future[Tensor], Tensor, Tensor]] = deque()
+            while True:
+                while len(ahead) < _AHEAD:
+                    index = self._next().numpy()
+                    ahead.append((reader.submit(self._rows, index), self.order, self.generator.get_state()))
+                rows, order, stream = ahead.popleft()
+                self.taken = {"order": order, "generator": stream}
+                yield Minibatch(rows.result())
+
+    def passes(self) -> Iterator[Batch]:
+        """All of the data once, in blocks."""
+        rows = max(1, _BLOCK // max(1, self.array[0].nbytes))
+        for start in range(0, self.size, rows):
+            yield self._rows(slice(start, start + rows))
+
+    def some(self) -> Batch:
+        """Rows from all over the data: what units are taken from."""
+        places = np.linspace(0, self.size - 1, min(self.size, 8192)).astype(int)
+        return self._rows(places)
+
+    def state(self) -> dict[str, Tensor]:
+        """The order after the last minibatch that was asked for; those read ahead are read again."""
+        return self.taken
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.order = state["order"]
+        self.generator.set_state(state["generator"])
+        self.taken = self._now()
+
+    def _now(self) -> dict[str, Tensor]:
+        return {"order": self.order, "generator": self.generator.get_state()}
+
+    def _next(self) -> Tensor:
+        while len(self.order) < self.batch_size:
+            self.order = torch.cat([self.order, torch.randperm(self.size, generator=self.generator)])
+        index, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        return index
+
+    def _rows(self, index: Any) -> Tensor:
+        rows = np.array(self.array[index])
+        self.read += max(rows.nbytes, len(rows) * 2**16)  # the system maps some pages around each row that is read
+        if self.read >= _RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+            self.read = 0
+            self.array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        batch = as_batch(rows, self.dtype, self.device)
+        return batch  # type: ignore[return-value]

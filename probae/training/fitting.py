@@ -1,0 +1,192 @@
+"""`fit`: checks its arguments, the pair and the data, and sets the loop going."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.arguments import positive, whole
+from probae.batches import Batch, call
+from probae.checks import check
+from probae.flat.choice import MODES
+from probae.objectives import Objective, named
+from probae.pair import Pair, as_pair
+from probae.precision import PRECISIONS
+from probae.seeding import checked_seed, seeded
+from probae.streams import InMemory, source
+from probae.training.checkpoint import Checkpoints
+from probae.training.loop import Loop
+from probae.training.optimizers import OPTIMIZERS, parameter_groups, rates_of, scheduler_of
+from probae.training.resume import identity_of, put_back, state_of
+from probae.training.run import Run
+from probae.training.steps import Steps
+from probae.training.watch import Watch
+
+
+def fit(
+    model: Any,
+    data: Any,
+    *,
+    validation: Any = None,
+    objective: Objective | str | None = None,
+    steps: int = 5_000,
+    batch_size: int = 128,
+    lr: float | dict[str, float] = 1e-3,
+    optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
+    scheduler: str | Callable[[torch.optim.Optimizer], Any] | None = None,
+    clip: float | None = None,
+    precision: str = "float32",
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    compile: bool | str = "auto",
+    every: int | None = None,
+    patience: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
+    progress: bool = True,
+) -> Run:
+    """Train a model in place, by stochastic variational inference.
+
+    Pair and data are checked before the first step. With ``validation``, the bound named in ``run.watched`` is evaluated
+    at every record, and the parameters of the best record are the ones kept. Ctrl-C ends training and returns the run.
+
+    Args:
+        model: a model, a pair, or an object with ``model`` and ``guide``.
+        data: a tensor, array, DataFrame, tuple or dict of these, a torch ``Dataset``, a ``DataLoader``, or a
+            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``), which is read as training goes.
+        validation: data of the same form, for early stopping.
+        objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
+        steps, batch_size: optimizer steps, and data in each.
+        lr: the learning rate, or ``{"model": ..., "objective": ...}`` where the objective has parameters too.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, or a function of parameter groups.
+        scheduler: ``"cosine"`` (from lr to 0 over the steps), or a function optimizer -> scheduler, stepped at each step.
+        clip: the largest norm of the gradient.
+        precision: ``"float32"`` leaves all in the parameters' own dtype; ``"bf16"`` computes matrix products and
+            convolutions in bfloat16, and everything else, parameters and densities too, in float32.
+        seed: of the order of the data and of every draw. The same seed gives the same bits on the CPU.
+        device: ``"auto"`` takes a GPU where there is one.
+        compile: how the steps are taken. False runs the programs each time; ``"flat"`` traces them once into a flat graph
+            of tensor operations, with the same bits; True compiles that graph, the optimizer's update and the gather of the
+            minibatch inside (5 to 15 s; on a GPU it is captured too), the same to rounding; ``"auto"`` takes what the
+            number of steps is worth. What cannot be traced runs eagerly, with a warning that names the reason.
+        every: steps between records; by default a fiftieth of all.
+        patience: records without a better validation value after which training stops.
+        checkpoint: a folder in which all of the run's state is kept, written at every record. The same call with a folder
+            that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
+            compiled steps take batches of several shapes).
+        callbacks: functions of the run, called at every record; one that returns True ends training.
+        progress: whether to show a bar with loss, bound and speed.
+
+    Returns:
+        `Run`, with ``run.model`` and ``run.history``.
+
+    Raises:
+        ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
+        FloatingPointError: if the loss is not finite, naming the step.
+        OSError: if a checkpoint cannot be written; the one before still loads.
+
+    Example:
+        >>> import probae
+        >>> run = fit(probae.VAE(features=4, latents=2), torch.randn(100, 4), steps=10, progress=False)
+        >>> len(run.history)
+        10
+    """
+    steps, batch_size = whole("steps", steps), whole("batch_size", batch_size)
+    every = max(1, steps // 50) if every is None else whole("every", every)
+    if patience is not None and (whole("patience", patience) and validation is None):
+        raise ValueError("patience: early stopping needs validation data")
+    clip = None if clip is None else positive("clip", clip)
+
+    seed = checked_seed(seed)
+    if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"callbacks: expected functions of the run, got {callbacks!r}")
+    maker = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if not callable(maker):
+        raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
+    if scheduler not in (None, "cosine") and not callable(scheduler):
+        raise ValueError(f"scheduler: expected None, 'cosine' or a function of the optimizer, got {scheduler!r}")
+    if compile not in MODES:
+        raise ValueError(f"compile: expected one of {list(MODES)}, got {compile!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {list(PRECISIONS)}, got {precision!r}")
+    rates = rates_of(lr)
+    pair = as_pair(model)
+    goal = named(objective, pair)
+    where = _device(device)
+
+    pair.to(where)
+    if precision == "bf16" and pair.dtype not in (None, torch.float32):
+        raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
+    stream = source(data, batch_size, seed, pair.dtype, where)
+    with seeded(seed, where):
+        for batch in stream.passes():
+            if check(pair, batch).whole and batch_size < stream.size:
+                raise ValueError(
+                    f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
+                    f"a parameter has their size); got {batch_size}"
+                )
+        goal.to(device=where)
+        watch = None
+        if validation is not None:
+            options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
+            watch = Watch(pair, _gather(validation, pair, where), goal, **options)
+        chosen = maker(parameter_groups(pair, goal, rates))
+        if pair.has("initialise"):
+            with torch.no_grad():
+                call(pair.initialise, stream.some())
+        run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
+        rate = scheduler_of(scheduler, chosen, steps)
+        options = {"compile": compile, "asked": steps, "precision": precision}
+        take = Steps(pair, goal, chosen, rate, clip, stream.size, **options)
+        loop = Loop(pair, take, stream, watch, run)
+        if checkpoint is not None:
+            told: dict[str, Any] = {
+                "steps": steps if scheduler is not None else None,
+                "batch_size": batch_size,
+                "clip": clip,
+                "seed": seed,
+            }
+            told |= {"precision": precision, "compile": compile, "scheduler": _name(scheduler), "every": every}
+            checkpoints = Checkpoints(checkpoint, {**identity_of(loop), **told})
+            if (found := checkpoints.latest()) is not None:
+                put_back(loop, *found)
+            loop.keep = lambda number: checkpoints.save(number, *state_of(loop, number))
+        try:
+            loop.go(steps, every, patience, callbacks, progress)
+        finally:
+            loop.restore_best()
+            pair.eval()
+    return run
+
+
+def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
+    stream = source(data, 4096, 0, pair.dtype, device)
+    if isinstance(stream, InMemory):
+        return stream.batch
+    blocks = list(stream.passes())
+    if isinstance(blocks[0], Tensor):
+        return torch.cat(blocks)  # type: ignore[arg-type]
+    keys = blocks[0].keys() if isinstance(blocks[0], dict) else range(len(blocks[0]))
+    joined: Any = {key: torch.cat([block[key] for block in blocks]) for key in keys}  # type: ignore[call-overload, index]
+    return joined if isinstance(blocks[0], dict) else tuple(joined.values())
+
+
+def _device(device: Any) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected 'auto' or a device of torch, got {device!r}") from error
+
+
+def _name(scheduler: Any) -> str | None:
+    return scheduler if scheduler is None or isinstance(scheduler, str) else getattr(scheduler, "__qualname__", "own")
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.model if isinstance(model, Run) else model

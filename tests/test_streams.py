@@ -1,0 +1,92 @@
+"""Data that are read as they are needed: mapped files, Datasets, DataLoaders."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import probae
+from probae.streams import source
+
+D = 6
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    x = (np.random.default_rng(0).normal(size=(500, D)) + 1).astype("float32")
+    np.save(tmp_path / "x.npy", x)
+    return np.load(tmp_path / "x.npy", mmap_mode="r")
+
+
+class Rows(Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return torch.as_tensor(np.array(self.x[i]))
+
+
+def vae():
+    torch.manual_seed(0)
+    return probae.VAE(D, 2, hidden=(8,))
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def test_a_mapped_array_trains_as_one_in_memory(mapped):
+    found = []
+    for x in (mapped, np.array(mapped)):
+        model = vae()
+        run = probae.fit(model, x, steps=60, every=10, batch_size=64, compile=False, progress=False)
+        found.append((list(run.history["loss"]), state(model)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][key], value) for key, value in found[1][1].items())
+
+
+def test_each_pass_has_every_row_once(mapped):
+    rows = iter(source(mapped, 50, 0, torch.float32, torch.device("cpu")))
+    first = torch.cat([next(rows).rows() for _ in range(10)])
+    second = torch.cat([next(rows).rows() for _ in range(10)])
+    everything = torch.as_tensor(np.array(mapped))
+    for found in (first, second):
+        assert torch.equal(found[found[:, 0].argsort()], everything[everything[:, 0].argsort()])
+    assert not torch.equal(first, second)
+
+
+def test_a_mapped_run_that_stopped_goes_on_with_the_same_bits(mapped, tmp_path):
+    def stop(run):
+        if run.records[-1]["step"] == 20:
+            raise RuntimeError("killed")
+
+    options = {"steps": 40, "every": 10, "batch_size": 64, "progress": False}
+    whole, cut = vae(), vae()
+    probae.fit(whole, mapped, **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        probae.fit(vae(), mapped, **options, checkpoint=tmp_path / "runs", callbacks=[stop])
+    probae.fit(cut, mapped, **options, checkpoint=tmp_path / "runs")
+    assert all(torch.equal(state(whole)[key], value) for key, value in state(cut).items())
+
+
+def test_all_of_a_mapped_array_is_checked(tmp_path):
+    x = np.zeros((500, D), dtype="float32")
+    x[499, 3] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match="1 that are NaN or infinite"):
+        probae.fit(vae(), np.load(tmp_path / "x.npy", mmap_mode="r"), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["mapped", "Dataset", "DataLoader"])
+def test_evidence_of_streamed_data(mapped, kind):
+    x = {"mapped": mapped, "Dataset": Rows(mapped), "DataLoader": DataLoader(Rows(mapped), batch_size=64)}[kind]
+    model = probae.PPCA(D, 2)
+    model.maximum_likelihood(np.array(mapped))
+    exact, streamed = probae.log_evidence(model, np.array(mapped)), probae.log_evidence(model, x)
+    assert streamed.bound == "exact"
+    torch.testing.assert_close(streamed.values, exact.values, rtol=1e-6, atol=1e-6)  # float32
+    bound = probae.log_evidence(vae(), x, "elbo", particles=3)
+    assert len(bound) == 500
