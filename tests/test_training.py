@@ -459,3 +459,38 @@ def test_a_flow_of_zuko_as_a_users_posterior():
     pytest.importorskip("importlib.metadata").version("zuko")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(FLOW)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# -- what is no number -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [False, "flat"])
+def test_a_datum_without_a_finite_density_is_named_and_the_last_good_parameters_come_back(way):
+    x = data(100, dtype=torch.float32)
+    x[37] = 1e30  # finite, and its square is not
+
+    class Steep(probae.VAE):
+        def initialise(self, x):
+            """Take no units: they would hide the number."""
+
+    model = seeded(Steep, D, L, hidden=(8,))
+    before = state(model)
+    # the code of such a row is as large, and its density the first that overflows
+    with pytest.raises(FloatingPointError, match=r"at step \d: site 'z' has no finite density at rows of the data 37:"):
+        quick(model, x, compile=way, every=100)
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize("way", [False, "flat"])
+def test_parameters_that_run_away_end_the_run_and_those_of_the_last_record_come_back(way):
+    model, kept = seeded(probae.VAE, D, L, hidden=(8,)), []
+
+    def spoil(run):
+        kept.append(state(model))
+        if run.records[-1]["step"] == 4:
+            with torch.no_grad():
+                next(model.decoder.parameters()).fill_(math.nan)
+
+    with pytest.raises(FloatingPointError, match="at step 5"):
+        quick(model, compile=way, callbacks=[spoil])
+    assert same(state(model), kept[-1])

@@ -86,7 +86,8 @@ def fit(
 
     Raises:
         ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
-        FloatingPointError: if the loss is not finite, naming the step.
+        FloatingPointError: if the loss is not finite, naming the step and, where they show, the site and the rows; the
+            parameters are then those of the last record.
         OSError: if a checkpoint cannot be written; the one before still loads.
 
     Example:

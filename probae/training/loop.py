@@ -6,13 +6,14 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from probae.pair import Pair
-from probae.streams import Source
+from probae.streams import Minibatch, Source
+from probae.training.blame import blame
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
@@ -36,6 +37,7 @@ class Loop:
         self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
         self.keep: Callable[[int], None] = lambda number: None
         self.number, self.spent = 0, 0.0
+        self.good = copy.deepcopy(pair.state_dict())
 
     def go(
         self,
@@ -51,14 +53,14 @@ class Loop:
         with _bar(steps, progress, self.number) as bar:
             try:
                 for number, minibatch in zip(range(self.number + 1, steps + 1), self.stream, strict=False):
-                    loss = self.take(minibatch)
+                    loss = self.step(minibatch, number)
                     if loss.device.type == "cpu" and not math.isfinite(loss):
-                        raise FloatingPointError(_not_finite(loss, number))
+                        self.fail(minibatch, float(loss), number)
                     total, count = total + loss, count + 1
                     if number % every == 0 or number == steps:
                         mean = float(total) / count
                         if not math.isfinite(mean):  # a GPU is asked only when it is recorded anyway
-                            raise FloatingPointError(_not_finite(total, number))
+                            self.fail(minibatch, mean, number)
                         self.record(number, mean, start)
                         bar.set_postfix(self.shown())
                         total, count = torch.zeros_like(total), 0
@@ -75,6 +77,20 @@ class Loop:
                 self.run.stopped = "interrupted"
             finally:
                 self.take.settle()
+
+    def step(self, minibatch: Minibatch, number: int) -> Tensor:
+        """One step; parameters that are no numbers any more end it as a loss does that is none."""
+        try:
+            return self.take(minibatch)
+        except ValueError:  # from a distribution that validates its arguments
+            if all(torch.isfinite(p).all() for p in self.take.parameters):
+                raise
+            self.fail(minibatch, math.nan, number)
+
+    def fail(self, minibatch: Minibatch, loss: float, number: int) -> NoReturn:
+        """Go back to the last good parameters, and say where the trouble lies."""
+        self.pair.load_state_dict(self.good)
+        raise FloatingPointError(blame(self.pair, minibatch.rows(), minibatch.index, loss, number))
 
     def restore_best(self) -> None:
         """Go back to the best parameters, where there were validation data."""
@@ -93,6 +109,7 @@ class Loop:
             if value > self.best[0]:
                 self.best = value, copy.deepcopy(self.pair.state_dict())
                 self.run.best_step = number
+        self.good = copy.deepcopy(self.pair.state_dict())
         row["seconds"] = time.perf_counter() - start
         self.run.records.append(row)
 
@@ -112,7 +129,3 @@ def _bar(steps: int, progress: bool, done: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=steps, initial=done, disable=not progress, unit="step", dynamic_ncols=True)
-
-
-def _not_finite(loss: Tensor, number: int) -> str:
-    return f"the loss is {float(loss)} at step {number}: try a smaller lr, clip=10.0, or a floor under the likelihood's scale"
