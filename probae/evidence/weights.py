@@ -118,7 +118,7 @@ class Weights:
 
     def by_rows(self, batch: Batch, particles: int, seed: int, memory: int | None = None) -> Iterator[Tensor]:
         """The weights (K, n) of one block of data after another."""
-        pair = self.pair
+        pair, batch = self.pair, each(Tensor.contiguous, batch)  # all chunks lie alike in memory
         device = pair.device or torch.device("cpu")
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
         with still(pair, seed):
@@ -183,6 +183,8 @@ class Weights:
 
     def _built(self, weights: Callable[..., Any], tensors: list[Tensor], chunks: int) -> Callable[..., Any]:
         try:
+            with torch.random.fork_rng(devices=[d] if (d := tensors[0].device).type == "cuda" else []):
+                weights(*tensors)  # caches of the programs fill with values
             graph = trace(weights, tensors, [self.pair])
             self._prove(graph, weights, tensors)
         except Untraceable as reason:

@@ -67,7 +67,7 @@ def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
         elif isinstance(value, set):
             undo.append(functools.partial(_refill, value, set(value)))
         elif isinstance(value, Tensor) and (value.requires_grad or value.nbytes < _LARGE):
-            undo.append(functools.partial(_copy, value, value.detach().clone()))
+            undo.append(functools.partial(_copy, value, value.data, value.detach().clone()))
         elif isinstance(value, np.ndarray) and value.flags.writeable and value.dtype.kind != "O":
             undo.append(functools.partial(np.copyto, value, value.copy()))
         elif isinstance(value, types.FunctionType):
@@ -103,7 +103,9 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def _copy(tensor: Tensor, value: Tensor) -> None:
+def _copy(tensor: Tensor, data: Tensor, value: Tensor) -> None:
+    if _place(tensor)[1] != data.data_ptr():  # programs may bind a parameter's data anew
+        tensor.data = data
     with torch.no_grad():
         tensor.copy_(value)
 

@@ -56,6 +56,24 @@ class Graph:
         self.module.recompile()
         return kept
 
+    def written(self) -> list[Tensor]:
+        """The held tensors that the graph may write to, directly or through a view."""
+        graph = self.module.graph
+        places = [node for node in graph.nodes if node.op == "placeholder"][-len(self.held) :] if self.held else []
+        sources = {node: {node} for node in places}
+        found = set()
+        for node in graph.nodes:
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                behind = set().union(*(sources.get(parent, set()) for parent in node.all_input_nodes))
+                schema = node.target._schema
+                if schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
+                    found |= behind
+                if any(value.alias_info is not None for value in schema.returns):
+                    sources[node] = behind
+                elif "batch_norm" in str(node.target):  # its schema does not say that it writes running moments
+                    found |= behind
+        return [value for place, value in zip(places, self._values, strict=True) if place in found]
+
     def __len__(self) -> int:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 

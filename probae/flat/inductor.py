@@ -30,9 +30,9 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., list[Tenso
     if (missing := unavailable(device)) is not None:
         raise Untraceable(missing)
     module = fx.GraphModule(graph.module, _copied(graph.module.graph))
-    places = [t.untyped_storage().data_ptr() for t in graph.held if t.numel()]
+    places = [t.untyped_storage().data_ptr() for t in [*inputs, *graph.held] if t.numel()]
     if len(set(places)) < len(places):
-        raise Untraceable("two parameters or buffers share memory, which a compiled graph would not see")
+        raise Untraceable("two of its tensors share memory, which a compiled graph would not see")
     options = dict(_OPTIONS)
     if device == "cpu":
         replaced = _through_onednn(module) if _prefers_onednn() else 0

@@ -34,6 +34,7 @@ class _Gradients:
     graph: Graph
     trained: list[Tensor]
     call: Callable[..., list[Tensor | None]]
+    proofs: int
     kind: str = "flat"
 
 
@@ -69,21 +70,24 @@ class Steps:
         self.traceable = compile is not False
         if compile == "auto" and asked < TRACING_PAYS:
             self.traceable, self.why = False, f"tracing pays from about {TRACING_PAYS} steps on, {asked} were asked for"
-        self.first = True
+        self.first, self.resumed = True, False
         self.graphs: dict[Any, _Gradients] = {}
+        self.met: set[Any] = set()
         self.whole: tuple[Any, WholeStep] | None = None
         self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
         self.built = False
-        self.proofs, self.proofs_due, self.failures = 0, _PROOFS, 0
+        self.proofs_due, self.failures = _PROOFS, 0
         self.moving = False  # whether the scheduler changes settings other than the rate
         self.taken_as_fixed: dict[str, Any] = {}
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
         """Take one step; returns the loss (), without gradient."""
         key = _key(minibatch)
-        if not self.first and self.traceable:
+        if self.first:
+            self.met.add(key)
+        elif self.traceable:
             self._prepare(key, minibatch)
-        if key in self.graphs and self.proofs:
+        if key in self.graphs and self.graphs[key].proofs:
             self.settle()
             loss = self._proved(key, minibatch.rows())
             self._advance()
@@ -110,13 +114,14 @@ class Steps:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not self.graphs:
             return
-        self.proofs = max(self.proofs, 1)
+        for found in self.graphs.values():
+            found.proofs = max(found.proofs, 1)
         if (name := changed(self.taken_as_fixed, self._fixed())) is not None:
             self._drop(f"since {name} has changed")
 
     def state(self) -> dict[str, Any]:
         """What was decided, in plain values."""
-        proofs = self.proofs if self.graphs else _PROOFS
+        proofs = max((found.proofs for found in self.graphs.values()), default=_PROOFS)
         decided = {"wanted": self.wanted, "why": self.why, "moving": self.moving, "traceable": self.traceable}
         return {**decided, "ran": self.ran, "proofs": proofs, "failures": self.failures}
 
@@ -126,6 +131,7 @@ class Steps:
         self.moving, self.traceable, self.failures = state["moving"], state["traceable"], state["failures"]
         # a proof is an eager step: they come where they would have come
         self.first, self.proofs_due = False, state["proofs"]
+        self.resumed = True
         self.step.copy_(step)
 
     # -- one way each ------------------------------------------------------------------------------------------------
@@ -138,15 +144,15 @@ class Steps:
     def _proved(self, key: Any, rows: Batch) -> Tensor:
         """The eager way, with the graph's result beside it: where they differ, the graph is wrong and goes."""
         found, tensors = self.graphs[key], [leaf for _, leaf in leaves(rows)]
-        buffers = [*self.pair.buffers(), *self.objective.buffers()]
-        before, stream = [b.clone() for b in buffers], streams(self.step.device)
+        written = found.graph.written()
+        before, stream = [t.clone() for t in written], streams(self.step.device)
         outputs = found.graph(*tensors, self.step)
-        flat = [*outputs, *(b.clone() for b in buffers), *streams(self.step.device)]
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        flat = [*outputs, *(t.clone() for t in written), *streams(self.step.device)]
+        for tensor, value in zip(written, before, strict=True):
+            tensor.copy_(value)
         set_streams(self.step.device, stream)
         loss = self._eager(rows)
-        eager = [loss, *(p.grad for p in found.trained), *buffers, *streams(self.step.device)]
+        eager = [loss, *(p.grad for p in found.trained), *written, *streams(self.step.device)]
         others = [p for p in self.parameters if p.grad is not None and all(p is not q for q in found.trained)]
         if others or not all(same(a, b) for a, b in zip(flat, eager, strict=True)):
             self.failures += 1
@@ -155,8 +161,8 @@ class Steps:
             else:
                 self._drop("since the programs no longer do what was traced")
         else:
-            self.proofs -= 1
-            self.failures = 0 if self.proofs == 0 else self.failures
+            found.proofs -= 1
+            self.failures = 0 if found.proofs == 0 else self.failures
             self.ran = self.whole[1].kind if self.whole is not None and self.whole[0] == key else found.kind
         return loss
 
@@ -199,15 +205,18 @@ class Steps:
     # -- what is traced and compiled ---------------------------------------------------------------------------------
 
     def _prepare(self, key: Any, minibatch: Minibatch) -> None:
-        if key not in self.graphs:
-            if len(self.graphs) >= _SHAPES:
+        if key not in self.graphs and key not in self.met and not self.resumed:
+            self.met.add(key)  # a shape is first met eagerly: caches of the programs fill with values
+            if len(self.met) > _SHAPES:
                 self._give_up(f"the batches come in more than {_SHAPES} shapes")
-                return
+        elif key not in self.graphs:
             try:
                 self._trace(key, minibatch.rows())
             except Untraceable as reason:
                 self._give_up(str(reason))
                 return
+        if key not in self.graphs:
+            return
         if self.wanted is None:
             self._decide(self.graphs[key].graph)
         if self.wanted and not self.built:
@@ -244,8 +253,8 @@ class Steps:
             raise Untraceable("a parameter has a hook on its accumulated gradient")
         graph = trace(gradients, [*tensors, self.step], [self.pair, self.objective])
         self.taken_as_fixed = self._fixed()
-        self.graphs[key] = _Gradients(graph, graph.keep(1, asking), graph)
-        self.proofs, self.proofs_due = self.proofs_due, _PROOFS
+        self.graphs[key] = _Gradients(graph, graph.keep(1, asking), graph, self.proofs_due)
+        self.proofs_due = _PROOFS
 
     def _decide(self, graph: Graph) -> None:
         device = self.step.device.type
