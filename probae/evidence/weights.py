@@ -15,7 +15,7 @@ from probae.checks import check
 from probae.enumeration import log_joint
 from probae.flat import Graph, Untraceable, fall_back, fixed, trace
 from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
-from probae.flat.constants import kept
+from probae.flat.constants import untouched
 from probae.flat.graph import same
 from probae.flat.inductor import compiled, unavailable
 from probae.pair import Pair, as_pair
@@ -170,20 +170,18 @@ class Weights:
 
     def _prove(self, graph: Graph, weights: Callable[..., Any], tensors: list[Tensor]) -> None:
         """Compute a chunk both ways, twice: programs that change as they run show themselves."""
-        device, undo = tensors[0].device, kept([self.pair])
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        device = tensors[0].device
+        with untouched([self.pair], device):
             stream, found = streams(device), []
             for way in (weights, graph):
                 set_streams(device, stream)
                 found += [[way(*tensors)[0] for _ in range(2)] + streams(device)]
-        for put_back in undo:
-            put_back()
         if not all(same(a, b) for a, b in zip(*found, strict=True)):
             raise Untraceable("the programs do not do the same each time, in a way that a graph would not see")
 
     def _built(self, weights: Callable[..., Any], tensors: list[Tensor], chunks: int) -> Callable[..., Any]:
         try:
-            with torch.random.fork_rng(devices=[d] if (d := tensors[0].device).type == "cuda" else []):
+            with untouched([self.pair], tensors[0].device):
                 weights(*tensors)  # caches of the programs fill with values
             graph = trace(weights, tensors, [self.pair])
             self._prove(graph, weights, tensors)

@@ -12,7 +12,7 @@ import inspect
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,20 @@ def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
     return undo
 
 
+@contextlib.contextmanager
+def untouched(roots: Iterable[Any], device: torch.device) -> Iterator[None]:
+    """Run programs, and leave what they keep and all random streams as they were."""
+    undo, python, legacy = kept(roots), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        for put_back in undo:
+            put_back()
+
+
 def _place(tensor: Tensor) -> tuple[int, int | None]:
     try:
         return id(tensor), tensor.data_ptr()
@@ -147,11 +161,17 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         own = [
             (k, v) for k, v in vars(value).items() if k == "training" or not (k.startswith("_") and k.endswith("hooks"))
         ]
-        held = {**value._parameters, **value._buffers, **value._modules}
+        held = {**value._parameters, **value._buffers, **value._modules, **_methods(value)}
         return [*((k, v) for k, v in own if k not in {"_parameters", "_buffers", "_modules"}), *held.items()]
     if isinstance(value, Tensor | np.ndarray | type) or type(value).__module__.split(".")[0] in _LIBRARIES:
         return []
     slots = [
         (name, getattr(value, name, None)) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())
     ]
-    return [*getattr(value, "__dict__", {}).items(), *slots]
+    return [*getattr(value, "__dict__", {}).items(), *slots, *_methods(value).items()]
+
+
+def _methods(value: Any) -> dict[str, Any]:
+    """The functions of a class of the user's, for what they close over."""
+    own = [kind for kind in type(value).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES | {"probae"}]
+    return {n: part for kind in own for n, part in vars(kind).items() if isinstance(part, types.FunctionType)}
