@@ -80,9 +80,7 @@ def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
             undo.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         elif isinstance(value, torch.Generator):
             undo.append(functools.partial(value.set_state, value.get_state()))
-        elif (
-            not isinstance(value, nn.Module | type) and (own := getattr(value, "__dict__", None)) and type(own) is dict
-        ):
+        elif type(own := getattr(value, "__dict__", None)) is dict:  # of a class it is a proxy
             undo.append(functools.partial(_refill, own, dict(own)))
     return undo
 

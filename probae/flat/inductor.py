@@ -57,11 +57,12 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., list[Tenso
 def unavailable(device: str) -> str | None:
     """Why nothing can be compiled for a kind of device here, or None."""
     if device == "cpu":
-        try:
-            from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
 
+        try:
             get_cpp_compiler()
-        except Exception:
+        except InvalidCxxCompiler:
             return "no C++ compiler was found"
     elif device == "cuda":
         from torch.utils._triton import has_triton

@@ -71,7 +71,7 @@ def fit(
         device: ``"auto"`` takes a GPU where there is one.
         compile: how the steps are taken. False runs the programs each time; ``"flat"`` traces them once into a flat graph
             of tensor operations, with the same bits; True compiles that graph, the optimizer's update and the gather of the
-            minibatch inside (5 to 15 s; on a GPU it is captured too), the same to rounding; ``"auto"`` takes what the
+            minibatch inside (5 to 15 s on a CPU; on a GPU it is captured too), the same to rounding; ``"auto"`` takes what the
             number of steps is worth. What cannot be traced runs eagerly, with a warning that names the reason.
         every: steps between records; by default a fiftieth of all.
         patience: records without a better validation value after which training stops.

@@ -44,6 +44,8 @@ class WholeStep:
     ):
         self.optimizer, self.groups, self.settled = optimizer, groups, True
         self.rates = [float(group.lr) for group in groups]
+        inside = {id(p) for group in groups for p in group.parameters}
+        self.places = [i for i, g in enumerate(optimizer.param_groups) if any(id(p) in inside for p in g["params"])]
         self.count = torch.tensor(self._taken(), dtype=torch.float64, device=step.device)
         self.indexed = minibatch.index is not None
         states = [tensor for group in groups for tensors in group.state.values() for tensor in tensors]
@@ -66,10 +68,10 @@ class WholeStep:
         if self.settled:  # the optimizer may have taken steps by itself
             self.count.fill_(self._taken())
             self.settled = False
-        for i, group in enumerate(self._current()):
-            if float(group["lr"]) != self.rates[i]:
-                self.rates[i] = float(group["lr"])
-                self.groups[i].lr.fill_(self.rates[i])
+        for i, place in enumerate(self.places):
+            if (rate := float(self.optimizer.param_groups[place]["lr"])) != self.rates[i]:
+                self.rates[i] = rate
+                self.groups[i].lr.fill_(rate)
         return self.call(*self._inputs(minibatch))[0]
 
     def settle(self) -> None:
@@ -85,10 +87,6 @@ class WholeStep:
     def _inputs(self, minibatch: Minibatch) -> list[Tensor]:
         index = [] if minibatch.index is None else [minibatch.index]
         return [*(leaf for _, leaf in leaves(minibatch.batch)), *index, *self.fixed]
-
-    def _current(self) -> list[dict[str, Any]]:
-        trained = {id(p) for group in self.groups for p in group.parameters}
-        return [g for g in self.optimizer.param_groups if any(id(p) in trained for p in g["params"])]
 
     def _taken(self) -> float:
         states = [self.optimizer.state[p] for group in self.groups for p in group.parameters]
