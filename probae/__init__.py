@@ -25,12 +25,18 @@ _ROOMS: dict[str, str | None] = {
     "log_weights": "evidence",
     "log_evidence": "evidence",
     "Evidence": "evidence",
+    "sandwich": "evidence",
+    "rate_distortion": "evidence",
+    "diagnose": "diagnostics",
+    "Diagnosis": "diagnostics",
+    "expost_prior": "expost",
     "compare": "comparison",
     "Comparison": "comparison",
     "sample": "pair",
     "encode": "pair",
     "decode": "pair",
     "reconstruct": "pair",
+    "impute": "pair",
     "save": "storage",
     "load": "storage",
     **dict.fromkeys(("likelihoods", "priors", "posteriors", "nn", "objectives", "transforms", "models", "datasets")),
@@ -42,6 +48,7 @@ __all__ = [
     "Autoencoder",
     "Comparison",
     "Dequantised",
+    "Diagnosis",
     "Evidence",
     "FactorAnalysis",
     "GaussianMixture",
@@ -55,8 +62,11 @@ __all__ = [
     "compare",
     "datasets",
     "decode",
+    "diagnose",
     "encode",
+    "expost_prior",
     "fit",
+    "impute",
     "likelihoods",
     "load",
     "log_evidence",
@@ -66,8 +76,10 @@ __all__ = [
     "objectives",
     "posteriors",
     "priors",
+    "rate_distortion",
     "reconstruct",
     "sample",
+    "sandwich",
     "save",
     "transforms",
 ]
@@ -75,7 +87,9 @@ __all__ = [
 if TYPE_CHECKING:
     from probae import datasets, likelihoods, models, nn, objectives, posteriors, priors, transforms
     from probae.comparison import Comparison, compare
-    from probae.evidence import Evidence, log_evidence, log_weights
+    from probae.diagnostics import Diagnosis, diagnose
+    from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
+    from probae.expost import expost_prior
     from probae.models import (
         PPCA,
         VAE,
@@ -86,7 +100,7 @@ if TYPE_CHECKING:
         SparseAutoencoder,
         StochasticAutoencoder,
     )
-    from probae.pair import Pair, decode, encode, reconstruct, sample
+    from probae.pair import Pair, decode, encode, impute, reconstruct, sample
     from probae.storage import load, save
     from probae.training import Run, fit
     from probae.transforms import Dequantised, Transformed

@@ -43,37 +43,53 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, device: torch.device |
 
 def _as_leaf(data: Any, what: str, dtype: torch.dtype | None, device: Any, whole_to_float: bool) -> Tensor:
     tensor = data.detach() if isinstance(data, Tensor) else _from_array(data, what)
-    if tensor.is_complex() or tensor.layout != torch.strided:
-        raise TypeError(f"{what}: expected a dense tensor of real numbers, got {tensor.dtype}, layout {tensor.layout}")
+    if tensor.is_complex() or tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        kind = f"{tensor.dtype}, layout {tensor.layout}{', nested' * tensor.is_nested}"
+        raise TypeError(f"{what}: expected a dense tensor of real numbers, got {kind}")
+    if tensor.is_meta:
+        raise ValueError(f"{what}: expected numbers, got a tensor on the meta device, which has none")
     if tensor.dim() == 0 or tensor.numel() == 0:
         raise ValueError(f"{what}: expected N >= 1 rows, got shape {tuple(tensor.shape)}")
     cast = dtype if tensor.is_floating_point() or whole_to_float else None
-    if cast is None and whole_to_float and not tensor.is_floating_point():
+    eight_bits = (
+        tensor.is_floating_point() and tensor.element_size() == 1
+    )  # which torch keeps, and does not compute with
+    if cast is None and (eight_bits or (whole_to_float and not tensor.is_floating_point())):
         cast = torch.get_default_dtype()
-    return tensor.to(device=device, dtype=cast)
+    # however it lay in memory, the same numbers then give the same bits
+    return tensor.as_subclass(Tensor).to(device=device, dtype=cast).contiguous()
 
 
 def _from_array(data: Any, what: str) -> Tensor:
     if isinstance(data, str | bytes) or data is None:
         raise TypeError(f"{what}: expected {type_names}, got {type(data).__name__} ({data!r:.40})")
-    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
-        columns = {column: _numbers(data[column]) for column in data.columns}
-        for name, column in columns.items():
-            if column.dtype.kind not in "biuf":
-                raise TypeError(f"{what}: expected columns of numbers, column {name!r} is {data[name].dtype}")
-        array = np.stack(list(columns.values()), 1) if columns else np.empty((len(data), 0))
+    if hasattr(data, "columns") and hasattr(data, "iloc"):
+        columns = [_numbers(data.iloc[:, i]) for i in range(len(data.columns))]  # names may occur twice
+        for name, column, dtype in zip(data.columns, columns, data.dtypes, strict=True):
+            if column.dtype.kind not in "biuf" or str(dtype) == "category":
+                raise TypeError(f"{what}: expected columns of numbers, column {name!r} is {dtype}")
+        array = np.stack(columns, 1) if columns else np.empty((len(data), 0))
     else:
-        array = _numbers(data)
+        try:
+            array = _numbers(data)
+        except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths, or of what is no array
+            raise TypeError(
+                f"{what}: expected {type_names}; got a {type(data).__name__} that is none: {error}"
+            ) from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{what}: expected {type_names}, of real numbers; got {type(data).__name__} ({array.dtype})")
     if array.ndim == 0:
         raise ValueError(f"{what}: expected N >= 1 rows, got a single number")
-    array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+    # torch takes the machine's byte order, and has no long double
+    native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    array = array.astype(native, copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _numbers(data: Any) -> np.ndarray:
-    """An array of what may be a column of nullable numbers, whose gaps become NaN."""
+    """An array of what may be masked, or a column of nullable numbers: gaps become NaN."""
+    if isinstance(data, np.ma.MaskedArray) and data.dtype.kind in "biuf" and np.ma.is_masked(data):
+        return np.ma.filled(data.astype(np.float64), np.nan)
     array = np.asarray(data.to_numpy() if hasattr(data, "to_numpy") else data)
     if array.dtype.kind == "O" and str(getattr(data, "dtype", "")).startswith(("Int", "UInt", "Float", "boolean")):
         array = data.to_numpy(dtype=float, na_value=np.nan)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from probae.batches import Batch, call, leaves, length, rows_of
 from probae.layout import check_event, run_both
+from probae.missing import known, require_numbers
 from probae.pair import Pair
 from probae.seeding import still
 from probae.sites import Layout, Site, base, describe_support, inside, is_factor, samples
@@ -21,28 +22,34 @@ def check(pair: Pair, batch: Batch) -> Layout:
         ValueError: naming the site, with what was expected and what came, if guide and model do not fit each other (see
             `lay_out`), or if data are missing, infinite, of a wrong shape, or outside the support of the observed site.
     """
+    known(pair.missing)
     call(pair.validate, batch)
     pair.forget_layout()  # what was replaced since an earlier run counts
     layout = pair.layout(batch)
     where = f"site {layout.observed[0]!r}" if layout.observed else "the data"
     for name, leaf in leaves(batch):
-        _check_finite(leaf, where if isinstance(batch, Tensor) else f"the batch's leaf {name!r}")
+        require_numbers(leaf, where if isinstance(batch, Tensor) else f"the batch's leaf {name!r}", pair.missing)
     with still(pair):
         for number, rows in enumerate(rows_of(batch, length(batch) if layout.whole else _ROWS)):
-            for site in samples(run_both(pair, rows, layout)[1]):
+            guide, model = run_both(pair, rows, layout)
+            if pair.missing is not None:
+                _check_filled([*samples(guide), *samples(model)])
+            for site in samples(model):
                 if site["is_observed"] and not is_factor(site["fn"]):
                     check_event(site)
                     _check_support(site, number * _ROWS)
     return layout
 
 
-def _check_finite(leaf: Tensor, where: str) -> None:
-    if leaf.is_floating_point() and not (finite := torch.isfinite(leaf)).all():
-        first = tuple(int(i) for i in (~finite).nonzero()[0])
-        raise ValueError(
-            f"{where}: expected finite numbers, got {int((~finite).sum())} that are NaN or infinite, the first "
-            f"({leaf[first]}) at index {first}"
-        )
+def _check_filled(sites: list[Site]) -> None:
+    """Missing values may reach no site: a mask hides NaN from a density, and not from its gradient."""
+    for site in sites:
+        if site["value"].is_floating_point() and site["value"].isnan().any():
+            program = "observe" if site["is_observed"] else "draw"
+            raise ValueError(
+                f"site {site['name']!r}: the programs {program} NaN where values are missing: fill them first, then mask "
+                "their density, as probae.missing.masked(likelihood, x) does; an encoder sees filled values and the mask"
+            )
 
 
 def _check_support(site: Site, start: int) -> None:

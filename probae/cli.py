@@ -65,6 +65,10 @@ def compare(
     particles: Annotated[int, typer.Option(min=1, help="Particles of each bound on log p(x).")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the fits, the draws, and the split of a file.")] = 0,
     compile: Annotated[str, typer.Option(help="How training steps are taken: auto, eager, flat or compiled.")] = "auto",
+    missing: Annotated[
+        str | None,
+        typer.Option(help="'mask' takes rows with missing values, at random.", show_default="they are refused"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="probae-compare/DATA")
     ] = None,
@@ -79,7 +83,7 @@ def compare(
     if compile not in COMPILE:
         raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
     console = Console(markup=False, highlight=False)
-    loaded = datasets.load(data, seed=seed)
+    loaded = datasets.load(data, seed=seed, missing=missing)
     folder = out if out is not None else Path("probae-compare") / loaded.name
     folder.mkdir(parents=True, exist_ok=True)
     chosen = lineup.choose(loaded, [name.strip() for name in models.split(",")] if models else None)

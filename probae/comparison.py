@@ -129,6 +129,12 @@ class Comparison:
 
         return evidence_figure(self.table, ax)
 
+    def to_datatree(self) -> Any:
+        """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""
+        from probae.datatree import comparison_tree
+
+        return comparison_tree(self)
+
     def __repr__(self) -> str:
         import pandas
 
@@ -173,8 +179,8 @@ def compare(
         progress: whether to show a bar.
 
     Returns:
-        `Comparison`, with ``.table``, ``.notes`` and ``.plot()``. Models without an evidence (a flat prior, a point guide)
-        are listed with their reconstruction log-likelihood alone.
+        `Comparison`, with ``.table``, ``.notes``, ``.plot()`` and ``.to_datatree()``. Models without an evidence (a flat
+        prior, a point guide) are listed with their reconstruction log-likelihood alone.
 
     Raises:
         ValueError: if there is nothing to compare, or densities would be ranked against masses.
@@ -205,8 +211,9 @@ def compare(
     entries = [_entry(name, fits, x, False, options) for name, fits in bar]
     if train is not None:
         mass = any(entry.measure == "mass" for entry in entries)
-        largest = int(data.max()) if mass and isinstance(data, Tensor) else 0
-        for name, model in baselines(train, mass, seed, largest).items():
+        largest = int(data.nan_to_num(0.0).max()) if mass and isinstance(data, Tensor) else 0
+        gaps = isinstance(data, Tensor) and data.isnan().any()
+        for name, model in baselines(train, mass, seed, largest, bool(gaps)).items():
             if name in given:
                 raise ValueError(f"models: the name {name!r} belongs to a baseline")
             entries.append(_entry(name, [model], x, True, {**options, "method": "auto"}))
@@ -265,7 +272,7 @@ def _reconstruction(pair: Pair, batch: Any, seed: int, particles: int = 8) -> fl
         return float(pair.traces(batch, particles).likelihood().local.double().mean())
 
 
-def baselines(train: Any, mass: bool, seed: int = 0, largest: int = 0) -> dict[str, Pair]:
+def baselines(train: Any, mass: bool, seed: int = 0, largest: int = 0, gaps: bool = False) -> dict[str, Pair]:
     """Fitted baselines for data: independent features, a full-covariance Gaussian, a mixture of up to ten.
 
     Args:
@@ -273,12 +280,14 @@ def baselines(train: Any, mass: bool, seed: int = 0, largest: int = 0) -> dict[s
         mass: whether they are whole numbers, whose mass is compared; Gaussians are then dequantised.
         seed: of the noise that dequantises, and of the mixture's start.
         largest: a whole number that the independent features must know, though the training data may not reach it.
+        gaps: whether values are missing in held-out data. Where they are, there or in the training data, whole numbers
+            have independent features alone for a baseline.
     """
     x = as_batch(train, torch.get_default_dtype())
     if not isinstance(x, Tensor) or x.dim() != 2:
         raise ValueError("train: baselines take one array (N, D)")
-    features = x.shape[1]
-    classes = max(int(x.max()), largest, 1) + 1 if mass else None
+    features, missing = x.shape[1], "mask" if gaps or x.isnan().any() else None
+    classes = max(int(x.nan_to_num(0.0).max()), largest, 1) + 1 if mass else None
 
     def fitted_to(model: Any, **options: Any) -> Pair:
         return (
@@ -288,17 +297,21 @@ def baselines(train: Any, mass: bool, seed: int = 0, largest: int = 0) -> dict[s
         )
 
     if classes is not None and classes <= CLASSES:
-        fitted: dict[str, Pair] = {INDEPENDENT: Independent(features, classes).maximum_likelihood(x)}
+        fitted: dict[str, Pair] = {INDEPENDENT: Independent(features, classes, missing=missing).maximum_likelihood(x)}
     else:
-        fitted = {INDEPENDENT: fitted_to(Independent(features))}
-    fitted["full Gaussian"] = fitted_to(GaussianMixture(features))
+        fitted = {INDEPENDENT: fitted_to(Independent(features, missing=missing))}
+    if (
+        missing is not None and mass
+    ):  # a Gaussian with gaps takes D³ work for each particle of the noise that dequantises
+        return fitted
+    fitted["full Gaussian"] = fitted_to(GaussianMixture(features, missing=missing))
     components = min(10, len(x) // 2)
     # scikit-learn is optional, and the table shows which baselines it has
     with contextlib.suppress(ImportError):
         if components > 1:
             # EM with full covariances takes N D² work for each component and iteration
             diagonal = len(x) * features**2 > 1e9
-            mixture = fitted_to(GaussianMixture(features, components, diagonal), start=seed)
+            mixture = fitted_to(GaussianMixture(features, components, diagonal, missing=missing), start=seed)
             fitted[f"mixture of {components} {'diagonal ' if diagonal else ''}Gaussians"] = mixture
     return fitted
 

@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pandas
 
+    from probae.diagnostics import Diagnosis
+
 _COLOURS = {"model": "#1f5fa8", "baseline": "#8a8a8a"}
 
 
@@ -52,6 +54,47 @@ def evidence_figure(table: pandas.DataFrame, ax: Any = None) -> Any:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     return ax
+
+
+def diagnosis_figure(diagnosis: Diagnosis) -> Any:
+    """A `Diagnosis`: over the share of the data, k̂ with its limit, and the effective sample size; over the latents, KL, sorted,
+    the active ones in blue; and what the ELBO is below log p(x) by, with ± 2 standard errors.
+    """
+    k, ess, latents = diagnosis.pareto_k, diagnosis.ess, diagnosis.latents_frame()
+    weights = k is not None and ess is not None
+    parts: dict[str, Any] = {n: getattr(diagnosis.gaps, n, None) for n in ("amortisation", "approximation", "total")}
+    gaps = {name: gap for name, gap in parts.items() if gap is not None}
+    count = 2 * weights + 1 + bool(gaps)
+    figure, axes = pyplot().subplots(1, count, figsize=(3.4 * count, 3.0), layout="constrained", squeeze=False)
+    panels = iter(axes[0])
+    if k is not None and ess is not None:
+        ax = next(panels)
+        known = k[k.isfinite()].sort().values
+        ax.plot(torch.linspace(0, 1, len(known)), known, color=_COLOURS["model"])
+        ax.axhline(diagnosis.limit, color=_COLOURS["baseline"], linestyle=":")
+        ax.set(xlabel="share of the data", ylabel="Pareto k̂", title=f"limit {diagnosis.limit:.2f} (dotted)")
+        ax = next(panels)
+        ax.plot(torch.linspace(0, 1, len(ess)), ess.sort().values, color=_COLOURS["model"])
+        ax.set(xlabel="share of the data", ylabel="effective sample size", title=f"of {diagnosis.particles} particles")
+        ax.set_yscale("symlog", linthresh=1)
+    ax = next(panels)
+    # without densities there is no KL, but the codes move
+    column = "kl" if len(latents) and latents["kl"].notna().any() else "activity"
+    ranked = latents.sort_values(column, ascending=False)
+    colours = [_COLOURS["model" if active else "baseline"] for active in ranked["active"]]
+    ax.bar(range(len(ranked)), ranked[column].fillna(0.0), color=colours)
+    label = "KL to the prior, nats" if column == "kl" else "variance of the code over data"
+    ax.set(xlabel="latent, sorted", ylabel=label, title=f"{diagnosis.active_count} of {len(ranked)} active (blue)")
+    if gaps:
+        ax = next(panels)
+        means, errors = ([getattr(gap, name) for gap in gaps.values()] for name in ("mean", "mean_stderr"))
+        ax.barh(list(gaps), means, xerr=[2 * error for error in errors], color=_COLOURS["model"], capsize=3)
+        ax.set(xlabel="nats per datum (± 2 standard errors)", title="the ELBO below log p(x)")
+    for ax in axes[0]:
+        ax.grid(axis="y", alpha=0.3)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    return figure
 
 
 def image_rows(rows: dict[str, Tensor], title: str = "") -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
+from torch import Tensor
 
 from probae.batches import Batch, each, leaves, length, shapes
 from probae.seeding import seeded, still
@@ -84,12 +86,18 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
 def run_both(pair: Any, rows: Batch, layout: Layout | None) -> tuple[Any, Any]:
     """The traces of guide and model; whatever their own errors are, they come back as ValueErrors that name the program."""
     guide: Any = poutine.Trace()
-    name = "guide"
-    try:
-        if pair.has_guide:
+    if pair.has_guide:
+        with blamed("guide", rows):
             guide = pair.run(pair.guide, rows, 1, layout)
-        name = "model"
+    with blamed("model", rows):
         return guide, pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
+
+
+@contextlib.contextmanager
+def blamed(name: str, rows: Batch) -> Iterator[None]:
+    """A user's program runs here: whatever its own errors are, they come out as ValueErrors that name it."""
+    try:
+        yield
     except NotImplementedError as error:
         raise ValueError(
             f"the model's latents could not be drawn ({error}): a flat prior needs a guide that draws its site"
@@ -177,7 +185,15 @@ def _measure(observed: list[Site]) -> str:
 
 
 def _few(batch: Batch, count: int) -> Batch:
-    return each(lambda leaf: torch.nan_to_num(leaf[:count], 0.0, 0.0, 0.0), batch)
+    return each(lambda leaf: _without_gaps(leaf, leaf[:count]), batch)
+
+
+def _without_gaps(leaf: Tensor, rows: Tensor) -> Tensor:
+    """Rows of numbers: what is missing takes a value that its column has elsewhere, since programs may take no other."""
+    if not leaf.is_floating_point() or (good := torch.isfinite(rows)).all():
+        return rows
+    largest = torch.where(torch.isfinite(leaf), leaf, -torch.inf).amax(0)
+    return torch.where(good, rows, torch.where(torch.isfinite(largest), largest, 0.0))
 
 
 def _nesting(guide: Any, model: Any) -> int:

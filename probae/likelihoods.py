@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probae.arguments import positive, whole
+from probae.arguments import flag, positive, size, whole
 from probae.distributions import DiscretisedNormal as DiscretisedNormalDistribution
+from probae.missing import observed, sums
 from probae.nn import moments
 from probae.recipe import recorded
 
@@ -36,7 +37,7 @@ class Head(nn.Module):
         """A fresh head for a number of features."""
         if self.features is not None:
             raise ValueError(f"this {type(self).__name__} head already belongs to a model: make a new one")
-        features = whole("features", features)
+        features = size("features", features)
         bound = copy.deepcopy(self)
         bound.features = features
         bound.register_buffer("origin", torch.zeros(features * bound.width))
@@ -62,7 +63,7 @@ class _LocationScale(Head):
         self.initial = positive("scale", scale) if fixed else 1.0
         self.floor = positive("floor", floor, zero=True)
         self.kind = "shared" if fixed else scale
-        self.learned = not fixed if learned is None else learned
+        self.learned = not fixed if learned is None else flag("learned", learned)
         self.fixed = fixed
         self.width = 2 if scale == "predicted" else 1
 
@@ -152,8 +153,8 @@ class DiscretisedNormal(_LocationScale):
         self, high: int, low: int = 0, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-2
     ):
         super().__init__(scale, learned, floor)
-        self.low = whole("low", low, -(2**53))
-        self.high = whole("high", high, self.low + 1)
+        self.low = whole("low", low, -(2**53), 2**53 - 1)
+        self.high = whole("high", high, self.low + 1, 2**53)
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
@@ -167,7 +168,8 @@ class Bernoulli(Head):
 
     def start(self, x: Tensor) -> None:
         """Take the data's mean (N, D) as the start."""
-        self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
+        total, count = sums(x)
+        self.origin.copy_(torch.logit((total + 0.5) / (count + 1)))
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
@@ -180,11 +182,12 @@ class Binomial(Head):
 
     def __init__(self, total_count: int):
         super().__init__()
-        self.total_count = whole("total_count", total_count)
+        self.total_count = size("total_count", total_count)
 
     def start(self, x: Tensor) -> None:
         """Take the data's mean (N, D) as the start."""
-        self.origin.copy_(torch.logit((x.sum(0) + 0.5) / (len(x) * self.total_count + 1)))
+        total, count = sums(x)
+        self.origin.copy_(torch.logit((total + 0.5) / (count * self.total_count + 1)))
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
@@ -197,7 +200,8 @@ class Poisson(Head):
 
     def start(self, x: Tensor) -> None:
         """Take the data's mean (N, D) as the start."""
-        self.origin.copy_(((x.sum(0) + 0.5) / (len(x) + 1)).log())
+        total, count = sums(x)
+        self.origin.copy_(((total + 0.5) / (count + 1)).log())
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
@@ -210,14 +214,81 @@ class Categorical(Head):
 
     def __init__(self, classes: int):
         super().__init__()
-        self.classes = self.width = whole("classes", classes, 2)
+        self.classes = self.width = size("classes", classes, 2)
 
     def start(self, x: Tensor) -> None:
         """Take the data's mean (N, D) as the start."""
-        counts = F.one_hot(x.long(), self.classes).to(x.dtype).sum(0) + 1
-        self.origin.copy_((counts / counts.sum(-1, keepdim=True)).log().flatten())
+        self.origin.copy_(_frequencies(x, self.classes).log().flatten())
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
         logits = (self.origin + output).unflatten(-1, (-1, self.classes))
         return dist.Categorical(logits=logits, validate_args=False).to_event(1)
+
+
+@recorded
+class OrderedCategorical(Head):
+    r"""Ordered classes, such as answers on a scale: a logistic variable around the output, cut into levels.
+
+    .. math:: P(x_d \le k \mid z) = \text{sigmoid}(c_{dk} - \text{output}_d), \qquad
+              c_{d0} < \dots < c_{d, \text{levels} - 2},
+
+    a mass of the whole numbers 0, ..., levels − 1, with cut points of its own, learned, for each feature.
+
+    Args:
+        levels: how many classes.
+
+    Reference: McCullagh (1980), Regression models for ordinal data, *J. R. Statist. Soc. B* 42.
+
+    Example:
+        >>> head = OrderedCategorical(levels=6).bind(3)
+        >>> head(torch.zeros(5, 3)).log_prob(torch.tensor([0.0, 2.0, 5.0])).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = size("levels", levels, 2)
+
+    def attach(self, features: int) -> None:
+        """Make the parameters that depend on the number of features: the first cut, and the logarithms of the gaps."""
+        even = torch.logit(torch.arange(1, self.levels) / self.levels)
+        self.cuts = nn.Parameter(_from_cutpoints(even).expand(features, -1).clone())
+
+    @property
+    def cutpoints(self) -> Tensor:
+        """The cut points c (D, levels − 1), rising in each row."""
+        return torch.cat([self.cuts[:, :1], self.cuts[:, 1:].exp()], -1).cumsum(-1)
+
+    def start(self, x: Tensor) -> None:
+        """Take the cut points from how often each level occurs in data (N, D)."""
+        below = _frequencies(x, self.levels).cumsum(-1)[:, :-1]
+        with torch.no_grad():
+            self.cuts.copy_(_from_cutpoints(torch.logit(below)))
+
+    def forward(self, output: Tensor) -> Any:
+        """p(x | z) at the decoder's output (..., D)."""
+        away = self.cutpoints - output.unsqueeze(-1)
+        below, above = F.logsigmoid(away), F.logsigmoid(-away)
+        # σ(b) − σ(a) = σ(b) σ(−a) (1 − exp(a − b)), which keeps its digits in both tails
+        between = below[..., 1:] + above[..., :-1] + _log1mexp(self.cuts[:, 1:])
+        logits = torch.cat([below[..., :1], between, above[..., -1:]], -1)
+        return dist.Categorical(logits=logits, validate_args=False).to_event(1)
+
+
+def _log1mexp(log_gap: Tensor) -> Tensor:
+    """log(1 − exp(−gap)), down to gaps of nothing."""
+    narrow = log_gap < -10
+    wide = torch.where(narrow, torch.zeros_like(log_gap), log_gap)
+    return torch.where(narrow, log_gap - log_gap.exp() / 2, torch.log(-torch.expm1(-wide.exp())))
+
+
+def _from_cutpoints(cutpoints: Tensor) -> Tensor:
+    return torch.cat([cutpoints[..., :1], cutpoints.diff(dim=-1).log()], -1)
+
+
+def _frequencies(x: Tensor, classes: int) -> Tensor:
+    """How often each class occurs in the columns of data (N, D), with one more of each: (D, classes)."""
+    values, seen = observed(x)
+    counts = (F.one_hot(values.long(), classes) * seen.unsqueeze(-1)).to(x.dtype).sum(0) + 1
+    return counts / counts.sum(-1, keepdim=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,13 @@ def _gaussian(data: Dataset) -> Head:
     return likelihoods.DiscretisedNormal(_maximum(data), scale="feature")
 
 
+def _missing(data: Dataset) -> str | None:
+    """How models take what is missing in a data set."""
+    return "mask" if any(np.isnan(part).any() for part in (data.train, data.validation, data.test)) else None
+
+
 def _sparse(data: Dataset, latents: int, posterior: str) -> Pair:
-    scale = "shared" if posterior != "point" else float(data.train.std()) / 4
+    scale = "shared" if posterior != "point" else float(np.nanstd(data.train)) / 4
     head = _natural(data)
     if data.kind == "real":
         head = likelihoods.Normal(scale)
@@ -61,13 +67,19 @@ def _sparse(data: Dataset, latents: int, posterior: str) -> Pair:
         head = likelihoods.DiscretisedNormal(_maximum(data), scale=scale)
     hidden = (128,)
     return SparseAutoencoder(
-        data.features, latents, hidden, posterior=posterior, likelihood=head, learned_rate=posterior != "point"
+        data.features,
+        latents,
+        hidden,
+        posterior=posterior,
+        likelihood=head,
+        learned_rate=posterior != "point",
+        missing=_missing(data),
     )
 
 
-def _linear(model: Callable[[int, int], Pair]) -> Callable[[Dataset, int], Pair]:
+def _linear(model: Callable[..., Pair]) -> Callable[[Dataset, int], Pair]:
     def build(data: Dataset, latents: int) -> Pair:
-        pair = model(data.features, latents)
+        pair = model(data.features, latents, missing=_missing(data))
         return pair if data.kind == "real" else Dequantised(pair)
 
     return build
@@ -83,27 +95,35 @@ CANDIDATES: dict[str, Candidate] = {
     "sparse_vae": Candidate("sparse VAE: Laplace prior and guide, dictionary", lambda d, n: _sparse(d, n, "laplace")),
     "normal_vae": Candidate(
         "VAE, Normal likelihood (rounded, for counts)",
-        lambda d, n: VAE(d.features, n, likelihood=_gaussian(d)),
+        lambda d, n: VAE(d.features, n, likelihood=_gaussian(d), missing=_missing(d)),
         kinds=("counts", "real"),
     ),
     "binomial_vae": Candidate(
         "VAE, Binomial likelihood",
-        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Binomial(_maximum(d))),
+        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Binomial(_maximum(d)), missing=_missing(d)),
         kinds=("counts",),
     ),
     "categorical_vae": Candidate(
         f"VAE, a class for each count (up to {CLASSES})",
-        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Categorical(_maximum(d) + 1)),
+        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Categorical(_maximum(d) + 1), missing=_missing(d)),
         kinds=("counts",),
+    ),
+    "ordinal_vae": Candidate(
+        f"VAE, ordered levels with cut points of their own (up to {CLASSES})",
+        lambda d, n: VAE(
+            d.features, n, likelihood=likelihoods.OrderedCategorical(_maximum(d) + 1), missing=_missing(d)
+        ),
+        kinds=("counts",),
+        standard=False,
     ),
     "vae": Candidate(
         "VAE, with the likelihood that suits the values",
-        lambda d, n: VAE(d.features, n, hidden=(200, 200), likelihood=_natural(d)),
+        lambda d, n: VAE(d.features, n, hidden=(200, 200), likelihood=_natural(d), missing=_missing(d)),
         standard=False,
     ),
     "linear_vae": Candidate(
         "VAE with an affine encoder and decoder",
-        lambda d, n: VAE(d.features, n, hidden=(), likelihood=_natural(d)),
+        lambda d, n: VAE(d.features, n, hidden=(), likelihood=_natural(d), missing=_missing(d)),
         standard=False,
     ),
     "sparse_autoencoder": Candidate(
@@ -111,11 +131,11 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "autoencoder": Candidate(
         "autoencoder: flat prior, point guide",
-        lambda d, n: Autoencoder(d.features, n, hidden=(128,), likelihood=_natural(d)),
+        lambda d, n: Autoencoder(d.features, n, hidden=(128,), likelihood=_natural(d), missing=_missing(d)),
     ),
     "stochastic_autoencoder": Candidate(
         "stochastic autoencoder: flat prior, noisy code",
-        lambda d, n: StochasticAutoencoder(d.features, n, likelihood=_natural(d)),
+        lambda d, n: StochasticAutoencoder(d.features, n, likelihood=_natural(d), missing=_missing(d)),
     ),
 }
 
@@ -128,7 +148,7 @@ def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
     """
     suited = [n for n, c in CANDIDATES.items() if data.kind in c.kinds]
     if data.kind == "counts" and _maximum(data) >= CLASSES:
-        suited.remove("categorical_vae")
+        suited = [name for name in suited if name not in {"categorical_vae", "ordinal_vae"}]
     if names is None:
         standard = [name for name in suited if CANDIDATES[name].standard]
         return standard if data.kind != "binary" else [*standard[:3], "vae", *standard[3:]]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import whole
+from probae import missing
+from probae.arguments import one_of, size
 from probae.recipe import recorded
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -44,25 +47,21 @@ class MLP(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        widths = [
-            whole("width of a layer", w)
-            for w in [inputs, *([hidden] if isinstance(hidden, int) else hidden or ()), outputs]
-        ]
+        one_of("activation", activation, ACTIVATIONS)
+        sizes = [size("inputs", inputs), *widths(hidden), size("outputs", outputs)]
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise(widths)):
-            layers += [nn.Linear(a, b), *([ACTIVATIONS[activation]()] if i < len(widths) - 2 else [])]
+        for i, (a, b) in enumerate(pairwise(sizes)):
+            layers += [nn.Linear(a, b), *([ACTIVATIONS[activation]()] if i < len(sizes) - 2 else [])]
         self.layers = nn.Sequential(*layers)
-        self.register_buffer("origin", torch.zeros(inputs))
-        self.register_buffer("unit", torch.ones(inputs))
+        self.register_buffer("origin", torch.zeros(sizes[0]))
+        self.register_buffer("unit", torch.ones(sizes[0]))
 
     def standardise(self, x: Tensor) -> None:
-        """Take origin and unit from the mean and the overall scale of data (N, inputs)."""
+        """Take origin and unit of the first D inputs from the mean and the overall scale of data (N, D)."""
         origin, scale = moments(x)
-        self.origin.copy_(origin)
+        self.origin[: len(origin)].copy_(origin)
         # one unit for all: features that hardly vary are not blown up
-        self.unit.copy_(scale.square().mean().sqrt().expand_as(scale))
+        self.unit[: len(origin)].copy_(scale.square().mean().sqrt().expand_as(scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output at x."""
@@ -83,18 +82,46 @@ class Flattened(nn.Module):
 
     def __init__(self, module: nn.Module, shape: Sequence[int]):
         super().__init__()
-        self.module, self.shape = module, tuple(shape)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected a torch module, got {type(module).__name__}")
+        self.module, self.shape = module, several("shape", shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """The flattened output of the module at x."""
+        if x.shape[-1] != math.prod(self.shape):
+            raise ValueError(f"expected rows that fill the shape {self.shape}, got an input of shape {tuple(x.shape)}")
         out = self.module(x.reshape(-1, *self.shape))
         return out.reshape(*x.shape[:-1], -1)
 
 
+def several(name: str, values: Any) -> tuple[int, ...]:
+    """The sizes in a sequence, as ints.
+
+    Raises:
+        TypeError: if it is no sequence.
+        ValueError: if one of them is no size.
+    """
+    if isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected whole numbers in a sequence, got {type(values).__name__}")
+    return tuple(size(f"{name}, at {i}", value) for i, value in enumerate(values))
+
+
+def widths(hidden: Any) -> tuple[int, ...]:
+    """The widths of hidden layers: a sequence, one number for one layer, or None for none.
+
+    Raises:
+        TypeError, ValueError: if it is none of these.
+    """
+    if hidden is None:
+        return ()
+    alone = hasattr(hidden, "__index__") and getattr(hidden, "ndim", 0) == 0
+    return several("hidden", (hidden,) if alone else hidden)
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and scale (D,) of data (N, D); a feature that does not vary takes the scale of all the data, or 1."""
+    """Mean and scale (D,) of what is observed in data (N, D); a feature that does not vary takes the scale of all, or 1."""
     x = x.reshape(-1, x.shape[-1])
-    loc, scale = x.mean(0), x.std(0, unbiased=False)
-    overall = x.std(unbiased=False)
+    loc, scale = missing.moments(x)
+    overall = x[~x.isnan()].std(unbiased=False) if x.isnan().any() else x.std(unbiased=False)
     fallback = torch.where(overall > 0, overall, torch.ones_like(overall))
     return loc, torch.where(scale > 0, scale, fallback)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import positive, whole
+from probae.arguments import flag, one_of, positive, real, size, whole
 from probae.batches import Batch
 from probae.enumeration import enumerated_loss
 from probae.gradients import Gate, beside_draws, gated, leave_one_out, path_posterior, score_term
@@ -46,6 +46,8 @@ class Sum(Objective):
 
     def __init__(self, *terms: Objective):
         super().__init__()
+        if not terms or not all(isinstance(term, Objective) for term in terms):
+            raise TypeError(f"a sum: expected objectives, got {[type(term).__name__ for term in terms]}")
         self.terms = nn.ModuleList(terms)
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
@@ -65,8 +67,10 @@ class Scaled(Objective):
 
     def __init__(self, term: Objective, factor: float):
         super().__init__()
+        if not isinstance(term, Objective):
+            raise TypeError(f"term: expected an objective, got {type(term).__name__}")
         self.term = term
-        self.register_buffer("factor", torch.tensor(float(factor), dtype=torch.float64))
+        self.register_buffer("factor", torch.tensor(real("factor", factor), dtype=torch.float64))
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
@@ -84,7 +88,7 @@ class Warmup(nn.Module):
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0):
         super().__init__()
-        self.steps, self.start, self.end = whole("steps", steps), start, end
+        self.steps, self.start, self.end = whole("steps", steps), real("start", start), real("end", end)
 
     def forward(self, step: Tensor) -> Tensor:
         """β at a step."""
@@ -121,10 +125,9 @@ class ELBO(Objective):
         gradient: str = "standard",
     ):
         super().__init__()
-        if gradient not in {"standard", "stl"}:
-            raise ValueError(f"gradient: expected 'standard' or 'stl', got {gradient!r}")
-        self.particles = whole("particles", particles)
-        self.analytic_kl, self.gradient = analytic_kl, gradient
+        self.particles = size("particles", particles)
+        self.analytic_kl = flag("analytic_kl", analytic_kl)
+        self.gradient = one_of("gradient", gradient, ("standard", "stl"))
         if callable(beta):
             self.beta = beta
         else:
@@ -176,9 +179,8 @@ class IWAE(Objective):
 
     def __init__(self, particles: int = 10, gradient: str = "standard"):
         super().__init__()
-        if gradient not in {"standard", "dreg"}:
-            raise ValueError(f"gradient: expected 'standard' or 'dreg', got {gradient!r}")
-        self.particles, self.gradient = whole("particles", particles), gradient
+        self.particles = size("particles", particles)
+        self.gradient = one_of("gradient", gradient, ("standard", "dreg"))
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
@@ -224,7 +226,7 @@ class Reconstruction(Objective):
 
     def __init__(self, particles: int = 1):
         super().__init__()
-        self.particles = whole("particles", particles)
+        self.particles = size("particles", particles)
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
@@ -243,9 +245,7 @@ def named(objective: str | Objective | None, pair: Pair) -> Objective:
     if objective is None:
         objective = getattr(pair, "default_objective", "elbo")
     if isinstance(objective, str):
-        if objective not in known:
-            raise ValueError(f"objective: expected one of {sorted(known)} or an Objective, got {objective!r}")
-        return known[objective]()
+        return known[one_of("objective", objective, known)]()
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an Objective or its name, got {type(objective).__name__}")
     return objective

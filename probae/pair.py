@@ -17,6 +17,7 @@ from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, leaves, length
 from probae.layout import lay_out, run_at
+from probae.missing import masked, require_numbers
 from probae.passes import Passes
 from probae.sites import Layout, Site, rows_in_plate, samples
 from probae.traces import Traces
@@ -37,6 +38,9 @@ class Pair(Passes, nn.Module):
 
     .. math:: z \sim \text{prior}(), \quad x \mid z \sim \text{likelihood}(z); \qquad z \mid x \sim \text{posterior}(x).
 
+    Where ``missing = "mask"`` (an attribute of the class, or of the pair), NaN in x is a value missing at random: the
+    standard model observes the rest alone, and a posterior or programs of one's own fill the gaps before they look.
+
     Shapes: x (..., N, D), z (..., N, L), the data plate ``"data"`` at dimension −1; particles, K, further to the left.
 
     Args:
@@ -49,6 +53,8 @@ class Pair(Passes, nn.Module):
     default_objective = "elbo"
     #: the rightmost dimensions of x that make one event
     event_dim = 1
+    #: ``"mask"`` where NaN in the data is a value missing at random, whose density the programs leave out
+    missing: str | None = None
     # what a class may have; methods or modules, so that p(x | z) is written in one place
     prior: Any
     likelihood: Any
@@ -78,7 +84,17 @@ class Pair(Passes, nn.Module):
         # registering what the programs use lets parameters(), to() and train() reach it
         for name, found in _behind(owner, model, guide):
             self._adopt(name, found)
-        for name in ("prior", "likelihood", "posterior", "marginal", "initialise", "validate", "default_objective"):
+        taken = (
+            "prior",
+            "likelihood",
+            "posterior",
+            "marginal",
+            "initialise",
+            "validate",
+            "default_objective",
+            "missing",
+        )
+        for name in taken:
             if hasattr(owner, name):
                 object.__setattr__(self, name, getattr(owner, name))
 
@@ -90,10 +106,10 @@ class Pair(Passes, nn.Module):
             return self._programs["model"](*args, **kwargs)
         (x,) = args
         with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
-            if self.has("likelihood"):
-                pyro.sample("x", self.likelihood(pyro.sample("z", self.prior())), obs=x)
-            else:
-                pyro.sample("x", self.marginal(), obs=x)
+            likelihood = self.likelihood(pyro.sample("z", self.prior())) if self.has("likelihood") else self.marginal()
+            if self.missing is not None:
+                likelihood, x = masked(likelihood, x)
+            pyro.sample("x", likelihood, obs=x)
 
     def guide(self, *args: Any, **kwargs: Any) -> Any:
         """The recognition program; the standard one draws z from the posterior head."""
@@ -121,12 +137,15 @@ class Pair(Passes, nn.Module):
         return self.has("marginal")
 
     def log_marginal(self, x: Tensor) -> Tensor:
-        """log p(x) (N,), by the marginal."""
+        """log p(x) (N,), by the marginal; of what is observed, where values are missing."""
         self.need("marginal")
-        values = self.marginal().log_prob(x)
-        if values.shape != x.shape[:1]:
+        marginal, shape = self.marginal(), x.shape[:1]
+        if self.missing is not None:
+            marginal, x = masked(marginal, x)
+        values = marginal.log_prob(x)
+        if values.shape != shape:
             raise ValueError(
-                f"marginal(): expected a distribution of x with one log density per datum, {tuple(x.shape[:1])}, got "
+                f"marginal(): expected a distribution of x with one log density per datum, {tuple(shape)}, got "
                 f"{tuple(values.shape)}: use .to_event(1) for vectors"
             )
         return values
@@ -228,11 +247,12 @@ class Pair(Passes, nn.Module):
             raise ValueError(f"site 'x': expected data of shape (N, {features}), got {tuple(args[0].shape)}")
 
     def as_data(self, x: Any) -> Tensor:
-        """One array (N, D) as a tensor of the pair's dtype and device, its shape and finiteness checked."""
+        """One array (N, D) as a tensor of the pair's dtype and device; its shape and its numbers, but for gaps, checked."""
         batch = as_batch(x, self.dtype, self.device)
-        self.validate(*(batch if isinstance(batch, tuple) else (batch,)))
-        if not isinstance(batch, Tensor) or not torch.isfinite(batch).all():
-            raise ValueError("site 'x': expected one array of finite numbers, got NaN, an infinity, or several arrays")
+        call(self.validate, batch)
+        if not isinstance(batch, Tensor):
+            raise ValueError(f"site 'x': expected one array of finite numbers, got a {type(batch).__name__} of arrays")
+        require_numbers(batch, "site 'x'", self.missing)
         return batch
 
     # -- its parameters ----------------------------------------------------------------------------------------------
@@ -276,8 +296,14 @@ class Pair(Passes, nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the parameters; None before there are any."""
+        """The device of the parameters; None before there are any.
+
+        Raises:
+            ValueError: if they lie on the meta device, where tensors have no values.
+        """
         reference = self._reference()
+        if reference is not None and reference.is_meta:
+            raise ValueError("expected a model with parameters, and they are on the meta device, which keeps no values")
         return None if reference is None else reference.device
 
 
@@ -346,6 +372,11 @@ def as_pair(model: Any) -> Pair:
 def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Any:
     """Draw n data from a model; see `Pair.sample`."""
     return as_pair(model).sample(n, like=like, seed=seed)
+
+
+def impute(model: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+    """Draw what is missing in data x given what was observed, (draws, N, D); see `Pair.impute`."""
+    return as_pair(model).impute(x, draws, particles=particles, seed=seed)
 
 
 def encode(model: Any, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The four passes through a pair: draw data, data to codes, codes to data, and data to codes to data."""
+"""The passes through a pair: draw data, data to codes, codes to data, data to codes to data, and gaps in data filled."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from probae.arguments import whole
-from probae.batches import as_batch, length, rows_at
+from probae.arguments import size, whole
+from probae.batches import Batch, as_batch, call, leaves, length, rows_at, shapes
+from probae.imputation import imputed
+from probae.layout import blamed
+from probae.missing import require_numbers
 from probae.seeding import still
 from probae.sites import Layout, base, samples
 
 
 class Passes:
-    """The methods ``sample``, ``encode``, ``decode`` and ``reconstruct`` of a pair; all run without gradient."""
+    """The methods ``sample``, ``encode``, ``decode``, ``reconstruct`` and ``impute`` of a pair; all run without gradient."""
 
     def sample(self: Any, n: int, like: Any = None, seed: int = 0) -> Any:
         """Draw data from the model: z from the prior, then x given z.
@@ -32,24 +35,27 @@ class Passes:
         Raises:
             ValueError: if the prior is flat, or a pair of plain programs gets no ``like``.
         """
-        n = whole("n", n)
+        n = size("n", n)
         with still(self, seed):
             try:
                 if self.has("prior") and self.has("likelihood"):
-                    return self.likelihood(self.prior().sample((n,))).sample()
+                    return _alone({"x": self.likelihood(self.prior().sample((n,))).sample()})
                 if self.has("marginal"):
-                    return self.marginal().sample((n,))
+                    return _alone({"x": self.marginal().sample((n,))})
                 if like is None:
                     raise ValueError("a pair of plain programs draws data in the form of a batch: give one as like=")
                 rows = as_batch(like, self.dtype, self.device)
                 batch = rows_at(rows, torch.arange(n) % length(rows))
                 layout = _about_all(self.layout(rows))
-                model = self.run(poutine.uncondition(self.model), batch, 1, layout)
+                with blamed("model", batch):
+                    model = self.run(poutine.uncondition(self.model), batch, 1, layout)
                 return _alone({name: model.nodes[name]["value"] for name in layout.observed})
             except NotImplementedError as error:
                 raise ValueError(
                     "there is nothing to draw from: the prior is flat, and no data follow from it"
                 ) from error
+            except RuntimeError as error:  # of distributions whose parameters are NaN, or of several dtypes
+                raise ValueError(f"the model failed to draw {n} data: {error}") from error
 
     def encode(self: Any, x: Any) -> Tensor | dict[str, Tensor]:
         """The posterior means of the latents at data x, (N, L); a dict by site where there are several.
@@ -59,10 +65,11 @@ class Passes:
         """
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
-        batch = as_batch(x, self.dtype, self.device)
+        batch = _of_numbers(self, x)
         with still(self):
-            with _Centres():
-                guide = self.run(self.guide, batch, 1, self.layout(batch))
+            layout = self.layout(batch)
+            with _Centres(), blamed("guide", batch):
+                guide = self.run(self.guide, batch, 1, layout)
             sites = [s for s in samples(guide) if not s["is_observed"] and not s["infer"].get("is_auxiliary")]
         return _alone({site["name"]: site["value"] for site in sites})
 
@@ -73,9 +80,14 @@ class Passes:
             ValueError: if the pair is not written with a ``likelihood``.
         """
         self.need("likelihood")
-        z = as_batch(z, self.dtype, self.device)
+        z, latents = as_batch(z, self.dtype, self.device), getattr(self, "latents", None)
+        if not isinstance(z, Tensor) or latents not in (None, z.shape[-1]):
+            raise ValueError(f"z: expected one array of latents (..., {latents or 'L'}), got {shapes(z)}")
+        require_numbers(z, "z")
         with still(self):
-            return _centre(self.likelihood(z))
+            with blamed("likelihood", z):
+                mean = _centre(self.likelihood(z))
+            return _alone({"x": mean})
 
     def reconstruct(self: Any, x: Any) -> Any:
         """The mean of x given the posterior means of its latents, in the shape of x; a dict where several sites are observed.
@@ -83,15 +95,48 @@ class Passes:
         Raises:
             ValueError: if the pair has no guide.
         """
-        batch = as_batch(x, self.dtype, self.device)
+        batch = _of_numbers(self, x)
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
         with still(self):
             layout = _about_all(self.layout(batch))
             with _Centres():
-                guide = self.run(self.guide, batch, 1, layout)
-                model = self.run(self.model, batch, 1, layout, poutine.replay, trace=guide)
+                with blamed("guide", batch):
+                    guide = self.run(self.guide, batch, 1, layout)
+                with blamed("model", batch):
+                    model = self.run(self.model, batch, 1, layout, poutine.replay, trace=guide)
             return _alone({name: _centre(model.nodes[name]["fn"]) for name in layout.observed})
+
+    def impute(self: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+        r"""Draw what is missing given what was observed, in copies of the data without gaps.
+
+        .. math:: x_\text{missing} \sim \int p(x_\text{missing} \mid z)\, p(z \mid x_\text{observed})\, dz
+
+        Latents are drawn from the guide and resampled by their weights, p(x_observed, z) / q(z | x_observed): exact where
+        the guide is the posterior (each draw is then a particle of its own), else in the limit of many particles. The
+        mean of the copies over draws estimates E[x_missing | x_observed].
+
+        Args:
+            x: one array (N, D), NaN where a value is missing.
+            draws: how many copies.
+            particles: K, of which the draws are chosen, and no fewer than them.
+            seed: of the draws.
+
+        Returns:
+            Tensor (draws, N, D): x where it was observed, a draw where it was not.
+
+        Raises:
+            ValueError: if the pair takes no missing values, or has no guide with a density over latents of each datum.
+
+        References: Rubin (1987), *Multiple imputation for nonresponse in surveys*; Mattei & Frellsen (2019), *MIWAE*.
+
+        Example:
+            >>> import probae
+            >>> model = probae.PPCA(features=3, latents=1, missing="mask")
+            >>> model.impute(torch.tensor([[1.0, torch.nan, 2.0]]), draws=5).shape
+            torch.Size([5, 1, 3])
+        """
+        return imputed(self, self.as_data(x), whole("draws", draws), whole("particles", particles), seed)
 
 
 class _Centres(Messenger):
@@ -100,6 +145,15 @@ class _Centres(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not msg["done"] and not poutine.util.site_is_subsample(msg):
             msg["value"], msg["done"] = _centre(msg["fn"]), True
+
+
+def _of_numbers(pair: Any, x: Any) -> Batch:
+    """Data as a batch, refused where they do not fit, or a number is missing and the pair does not take that."""
+    batch = as_batch(x, pair.dtype, pair.device)
+    call(pair.validate, batch)
+    for name, leaf in leaves(batch):
+        require_numbers(leaf, f"the batch's leaf {name!r}", pair.missing)
+    return batch
 
 
 def _about_all(layout: Layout) -> Layout:
@@ -111,11 +165,22 @@ def _about_all(layout: Layout) -> Layout:
     return layout
 
 
-def _alone(found: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+def _alone(found: dict[str, Tensor]) -> Any:
+    """The values by site, or that of the only one; NaN and infinities are never silent."""
+    for name, value in found.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(
+                f"site {name!r}: expected finite numbers, got NaN or infinite ones: are the model's parameters finite, and "
+                "neither they nor the data too large for their dtype?"
+            )
     return next(iter(found.values())) if len(found) == 1 else found
 
 
 def _centre(fn: Any) -> Tensor:
     """The mean, or the mode of what has none (classes)."""
     kind = type(base(fn)).__name__
-    return fn.mode if kind in {"Categorical", "OneHotCategorical"} else fn.mean
+    if kind not in {"Categorical", "OneHotCategorical"}:
+        return fn.mean
+    while type(fn).__name__ in {"Independent", "MaskedDistribution"}:  # which do not say the mode of what they hold
+        fn = fn.base_dist
+    return fn.mode

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from probae.arguments import flag, one_of
 from probae.likelihoods import Head, Laplace, Normal
 from probae.recipe import recorded
 
@@ -22,7 +23,7 @@ class Point(Head):
 
     def __init__(self, positive: bool = False):
         super().__init__()
-        self.positive = positive
+        self.positive = flag("positive", positive)
 
     def forward(self, output: Tensor) -> Any:
         """The point at the encoder's output (..., L)."""
@@ -41,13 +42,14 @@ def named(posterior: str | Head, positive: bool = False) -> Head:
         "normal": lambda: Normal("predicted"),
         "laplace": lambda: Laplace("predicted"),
     }
-    if isinstance(posterior, str) and posterior not in heads:
-        raise ValueError(f"posterior: expected one of {sorted(heads)} or a head, got {posterior!r}")
-    if positive and posterior in {"normal", "laplace"}:
+    if not isinstance(posterior, str | Head):
+        raise TypeError(f"posterior: expected one of {list(heads)} or a head, got {type(posterior).__name__}")
+    positive = flag("positive", positive)
+    if isinstance(posterior, Head):
+        return posterior
+    if one_of("posterior", posterior, heads) != "point" and positive:
         raise ValueError(
             f"a {posterior!r} guide draws negative codes, outside the support z >= 0 of the prior: use 'point', or a "
             "prior on the real line"
         )
-    if not isinstance(posterior, str | Head):
-        raise TypeError(f"posterior: expected a name or a head, got {type(posterior).__name__}")
-    return heads[posterior]() if isinstance(posterior, str) else posterior
+    return heads[posterior]()

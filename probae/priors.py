@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from probae.arguments import positive, whole
+from probae.arguments import flag, positive, size
 from probae.recipe import recorded
 
 
@@ -21,7 +21,7 @@ class Prior(nn.Module):
 
     def __init__(self, latents: int):
         super().__init__()
-        self.latents = whole("latents", latents)
+        self.latents = size("latents", latents)
         self.register_buffer("zero", torch.zeros(self.latents))
 
 
@@ -47,7 +47,7 @@ class _Rated(Prior):
     def __init__(self, latents: int, rate: float = 1.0, learned: bool = False):
         super().__init__(latents)
         rate = positive("rate", rate)
-        self.fixed = None if learned else rate
+        self.fixed = None if flag("learned", learned) else rate
         if learned:
             self.log_rate = nn.Parameter(torch.full((), math.log(rate)))
 

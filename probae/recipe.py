@@ -83,7 +83,7 @@ def from_json(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     if set(data) == {"tensor", "dtype"} and data["dtype"] in _DTYPES:
-        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
+        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]), device="cpu")
     if set(data) != {"build", "arguments"} or not isinstance(data["arguments"], dict):
         raise ValueError(f"expected a recipe with the keys 'build' and 'arguments', got {sorted(map(str, data))}")
     if data["build"] not in _BUILDERS:

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from probae.arguments import as_whole
 
 
 @contextmanager
@@ -31,12 +34,17 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
     device = torch.device("cpu" if device is None else device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
-        # not torch.manual_seed: it reseeds every GPU of the process, also those that were not forked
-        torch.default_generator.manual_seed(seed)
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
+        reseed(seed, device)
         yield
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Start the streams that programs on a device draw from anew; only inside `seeded`, which puts the caller's back."""
+    # not torch.manual_seed: it reseeds every GPU of the process, also those that were not forked
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager
@@ -58,9 +66,20 @@ def checked_seed(seed: Any) -> int:
     Raises:
         TypeError: if it is not a whole number.
     """
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed: expected a whole number, got {seed!r}")
-    return seed.__index__() % 2**63
+    if (number := as_whole(seed)) is None:
+        raise TypeError(f"seed: expected a whole number, got {seed!r:.200}")
+    return number % 2**63
+
+
+def derived(seed: int, *purpose: int) -> int:
+    """A seed for one purpose among several, whose draws are independent of those of any other.
+
+    Example:
+        >>> derived(0, 1) == derived(0, 1), derived(0, 1) == derived(0, 2)
+        (True, False)
+    """
+    state = np.random.SeedSequence([checked_seed(seed), *purpose]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
 
 
 def streams(device: torch.device) -> list[Tensor]:

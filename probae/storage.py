@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import probae.models
 import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
+from probae.arguments import as_path
 from probae.pair import Pair, as_pair
 from probae.recipe import from_json, to_json
 
@@ -37,7 +39,9 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         The folder's path.
 
     Raises:
-        TypeError: if the model is no torch module.
+        TypeError: if the model is no torch module, or the folder no path.
+        ValueError: if a tensor of the model has no values.
+        OSError: if the folder cannot be made or written to.
 
     Example:
         >>> import tempfile, probae
@@ -46,7 +50,12 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         2
     """
 
-    module = _module(model)
+    module, folder = _module(model), as_path("folder", folder)
+    for name, tensor in module.state_dict().items():
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(
+                f"model: expected tensors with values, and {name!r} has none (it is lazy, or on the meta device)"
+            )
     try:
         recipe = to_json(module)
     except TypeError:
@@ -60,7 +69,6 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         "recipe_sha256": _recipe_checksum(recipe),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / _TENSORS, tensors)
     _write(folder / _JSON, (json.dumps(described, indent=2) + "\n").encode())
@@ -82,7 +90,7 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
         ValueError: if a file is damaged, truncated or foreign, or the tensors do not fit ``into``, naming the first.
     """
 
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     for name in (_JSON, _TENSORS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -133,6 +141,8 @@ def _recipe_checksum(recipe: Any) -> str:
 
 def _built(recipe: Any, folder: Path) -> nn.Module:
     """The model of a recipe, its tensors without memory until the file's are put in their place."""
+    import probae.expost  # noqa: F401 - its classes can be rebuilt too
+
     try:
         with torch.device("meta"):
             module = from_json(recipe)

@@ -724,7 +724,7 @@ def what_the_data_set_changes():
             model.level = float(self.taken > 100)
             return X[i]
 
-    return model, {"x": Curriculum(), "every": 10}
+    return model, {"x": Curriculum(), "every": 10, "workers": 0}
 
 
 def what_a_scheduler_changes():
@@ -1997,7 +1997,9 @@ def test_an_interrupt_between_records_leaves_the_optimizer_settled():
                 raise KeyboardInterrupt
             return X[i]
 
-    (eager, _, first), (one, _, second) = (ended(way, x=Interrupting(), steps=30, every=30) for way in (False, True))
+    (eager, _, first), (one, _, second) = (
+        ended(way, x=Interrupting(), steps=30, every=30, workers=0) for way in (False, True)
+    )
     assert eager.stopped == one.stopped == "interrupted"
     assert [float(s["step"]) for s in second.state.values()] == [float(s["step"]) for s in first.state.values()]
 

@@ -15,7 +15,7 @@ import probae
 ROOT = Path(probae.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "probae."))
-HEAVY = ("matplotlib", "sklearn", "arviz", "arviz_base", "arviz_stats", "arviz_plots", "zuko", "pandas")
+HEAVY = ("matplotlib", "sklearn", "arviz", "arviz_base", "arviz_stats", "arviz_plots", "xarray", "zuko", "pandas")
 
 
 def run(code):
@@ -136,6 +136,7 @@ FORBIDDEN = {
     "models": {"objectives", "training", "evidence", "diagnostics"} | ABOVE,
     "objectives": {"training", "evidence", "diagnostics", "models"} | ABOVE,
     "evidence": {"training", "models", "diagnostics"} | ABOVE,
+    "diagnostics": {"training", "models", "cli", "comparison", "expost"},
     "training": {"models", "diagnostics"} | ABOVE,
     "pair": {"objectives", "training", "evidence", "models", "diagnostics"} | ABOVE,
     "passes": {"objectives", "training", "evidence", "models", "diagnostics"} | ABOVE,
@@ -181,6 +182,22 @@ def test_no_cycle_among_imports_at_module_level():
 
     for name in sorted(graph):
         visit(name)
+
+
+def test_arviz_has_one_importer():
+    named = [
+        path.name
+        for path in FILES
+        if {"arviz", "arviz_base", "arviz_stats", "arviz_plots", "xarray"} & every_import(path)
+    ]
+    assert named == ["datatree.py"]
+
+
+def every_import(path):
+    """The packages that a file imports at any depth."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}}
 
 
 def test_there_is_no_room_for_everything():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probae.arguments import as_path
 from probae.datasets.dataset import Dataset, Kind
 from probae.datasets.named import CORRELATIONS, SETS, Correlations, Named, read_correlations
 from probae.datasets.ownfiles import SUFFIXES, load_file
@@ -63,7 +64,13 @@ def describe(*, root: str | os.PathLike | None = None) -> tuple[Row, ...]:
     return tuple(Row(name, s.kind, (*s.rows, s.features), s.description, present(name)) for name, s in SETS.items())
 
 
-def load(name_or_path: str | os.PathLike, *, root: str | os.PathLike | None = None, seed: int = 0) -> Dataset:
+def load(
+    name_or_path: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None = None,
+    seed: int = 0,
+    missing: str | None = None,
+) -> Dataset:
     """Load a named data set, or a file of the user's own.
 
     A named set's splits are the published ones, or fixed for ever where there are none: ``seed`` does not touch them.
@@ -79,6 +86,8 @@ def load(name_or_path: str | os.PathLike, *, root: str | os.PathLike | None = No
         name_or_path: One of `names`, or a path that ends in ``.npy``, ``.npz`` or ``.csv``.
         root: The folder that holds the named sets' files; the environment variable ``PROBAE_DATA`` where None.
         seed: Seed of the permutation that splits a user's file.
+        missing: ``"mask"`` keeps rows with missing values, as NaN, for models made with ``missing="mask"``; else a file
+            with missing values is refused, and of ``"bfi"`` the complete cases are taken.
 
     Errors:
         FileNotFoundError: The file is not there; for a named set, the message says what to put where.
@@ -88,16 +97,22 @@ def load(name_or_path: str | os.PathLike, *, root: str | os.PathLike | None = No
         >>> load("digits")
         Dataset('digits': 1,200 / 200 / 397 rows x 64 features, counts 0..16 (uint8), images 8x8)
     """
-    name = os.fspath(name_or_path)
+    if missing not in (None, "mask"):
+        raise ValueError(f"missing: expected None or 'mask', got {missing!r}")
+    as_path("name_or_path", name_or_path)
+    name = os.fsdecode(name_or_path)
     if name in SETS:
         s = SETS[name]
-        splits, feature_names = s.read(*_paths(name, s, root))
-        return Dataset(name, *splits, s.kind, s.maximum, s.image_shape, feature_names, s.description)
+        read, about = s.read, s.description
+        if missing is not None and s.read_gaps is not None:
+            read, about = s.read_gaps, s.description_gaps
+        splits, feature_names = read(*_paths(name, s, root))
+        return Dataset(name, *splits, s.kind, s.maximum, s.image_shape, feature_names, about)
     if name in CORRELATIONS:
         raise ValueError(f"{name!r} is a correlation matrix, without rows: use correlation_matrix({name!r})")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix.lower() in SUFFIXES or path.exists() or path.name != name:
-        return load_file(path, seed)
+        return load_file(path, seed, missing)
     raise ValueError(f"{_unknown(name, 'data set', SETS)}; or a file that ends in {', '.join(SUFFIXES)}")
 
 
@@ -119,16 +134,16 @@ def correlation_matrix(
         >>> matrix.shape, tests[0], observations  # doctest: +SKIP
         ((24, 24), 'VisualPerception', 145)
     """
-    if name not in CORRELATIONS:
-        raise ValueError(_unknown(name, "correlation matrix", CORRELATIONS))
+    if not isinstance(name, str) or name not in CORRELATIONS:
+        raise ValueError(_unknown(str(name), "correlation matrix", CORRELATIONS))
     entry = CORRELATIONS[name]
     (path,) = _paths(name, entry, root)
     return *read_correlations(path, entry), entry.observations
 
 
 def _folder(root: str | os.PathLike | None) -> Path | None:
-    chosen = os.environ.get(VARIABLE) if root is None else root
-    return Path(chosen).expanduser() if chosen else None
+    chosen = (os.environ.get(VARIABLE) or None) if root is None else root
+    return None if chosen is None else Path(os.path.expanduser(as_path("root", chosen)))
 
 
 def _paths(name: str, entry: Named | Correlations, root: str | os.PathLike | None) -> tuple[Path, ...]:

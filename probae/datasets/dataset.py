@@ -1,10 +1,11 @@
 """What a data set is: three arrays of rows, what their values are, and how rows are split."""
 
-import operator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from probae.arguments import as_whole, whole
 
 Kind = Literal["binary", "counts", "real"]
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -69,7 +70,10 @@ def split(x: np.ndarray, seed: int, sizes: tuple[int, int] | None = None) -> Spl
         >>> [len(part) for part in split(np.arange(10), seed=0)]
         [6, 2, 2]
     """
+    if (number := as_whole(seed)) is None:
+        raise TypeError(f"seed: expected a whole number, got {seed!r:.200}")
+    whole("seed", number, 0, 2**32 - 1)
     train, validation = sizes or (len(x) * 6 // 10, len(x) * 2 // 10)
     # RandomState and not default_rng: NumPy promises never to change this stream, and a split is for ever.
-    order = np.random.RandomState(operator.index(seed)).permutation(len(x))
+    order = np.random.RandomState(number).permutation(len(x))
     return x[order[:train]], x[order[train : train + validation]], x[order[train + validation :]]

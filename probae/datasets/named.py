@@ -18,7 +18,10 @@ Contents = tuple[Splits, tuple[str, ...] | None]
 
 @dataclass(frozen=True)
 class Named:
-    """One named data set: facts to list, the files it needs under the root, and a reader of those files."""
+    """One named data set: facts to list, the files it needs under the root, and a reader of those files.
+
+    ``read_gaps`` reads all of the rows of a set of which ``read`` keeps the complete ones.
+    """
 
     kind: Kind
     rows: tuple[int, int, int]
@@ -30,6 +33,8 @@ class Named:
     origin: str = ""
     maximum: int | None = None
     image_shape: tuple[int, int] | None = None
+    read_gaps: Callable[..., Contents] | None = None
+    description_gaps: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,22 @@ def _holzinger_swineford(path: Path) -> Contents:
     return split(x.astype(np.float32), SPLIT_SEED), tests
 
 
-def _bfi(path: Path) -> Contents:
+def _bfi(path: Path, gaps: bool = False) -> Contents:
     items = tuple(f"{trait}{i}" for trait in "ACENO" for i in range(1, 6))
     x = _columns(path, items, rows=2_800)
-    complete = x[~np.isnan(x).any(1)]
+    whole = ~np.isnan(x).any(1)
+    complete = x[whole]
     if len(complete) != 2_436 or not np.isin(complete, np.arange(1, 7)).all():
         raise ValueError(f"{path}: expected answers 1 to 6, complete in 2,436 rows; got {len(complete):,} complete")
-    return split((complete - 1).astype(np.uint8), SPLIT_SEED), items
+    parts = split((complete - 1).astype(np.uint8), SPLIT_SEED)
+    if gaps:
+        others = x[~whole]
+        if not np.isin(others[~np.isnan(others)], np.arange(1, 7)).all():
+            raise ValueError(f"{path}: expected answers 1 to 6")
+        # complete cases keep their places, so that both versions of the set hold out the same people
+        more = split((others - 1).astype(np.float32), SPLIT_SEED)
+        parts = tuple(np.concatenate([a.astype(np.float32), b]) for a, b in zip(parts, more, strict=True))  # type: ignore[assignment]
+    return parts, items
 
 
 def _patches(images: np.ndarray, count: int, random: np.random.RandomState) -> np.ndarray:
@@ -190,6 +204,9 @@ SETS: dict[str, Named] = {
         "fixed split 60/20/20",
         _bfi, files=("psychometrics/bfi.csv",), layout="2,800 rows with columns A1 to O5",
         origin="bfi of the R package psych; github.com/vincentarelbundock/Rdatasets, csv/psych/bfi.csv", maximum=5,
+        read_gaps=partial(_bfi, gaps=True),
+        description_gaps="25 Big Five items of 2,800 people, answers 1..6 as 0..5, NaN where there is none (Revelle et al. "
+        "2010); fixed split 60/20/20 of the complete cases and of the others",
     ),
     "bsds300": Named(
         "counts", (20_000, 4_000, 4_000), PATCH**2,

@@ -12,7 +12,7 @@ SUFFIXES = (".npy", ".npz", ".csv")
 LEAST_ROWS = 10
 
 
-def load_file(path: Path, seed: int) -> Dataset:
+def load_file(path: Path, seed: int, missing: str | None = None) -> Dataset:
     """Read a ``.npy``, ``.npz`` or ``.csv`` file; see `probae.datasets.load` for the rules."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
@@ -28,7 +28,7 @@ def load_file(path: Path, seed: int) -> Dataset:
     else:
         arrays = numpy_arrays(path)
     parts, image_shape = _rows(path, _chosen(path, arrays))
-    _check(path, parts)
+    _check(path, parts, missing)
     kind, maximum, dtype = _values(path, parts)
     parts = [np.ascontiguousarray(part, dtype) for part in parts]
     how = "splits as given" if len(parts) == 3 else f"split 60/20/20 by a permutation with seed {seed}"
@@ -62,23 +62,28 @@ def _rows(path: Path, arrays: list[np.ndarray]) -> tuple[list[np.ndarray], tuple
     return rows, shape if len(shape) == 2 else None
 
 
-def _check(path: Path, parts: list[np.ndarray]) -> None:
+def _check(path: Path, parts: list[np.ndarray], way: str | None) -> None:
     sizes = [len(part) for part in parts]
     if sum(sizes) < LEAST_ROWS or 0 in sizes:
         raise ValueError(f"{path}: too few rows: expected at least {LEAST_ROWS} and no empty split, got {sizes}")
     missing = np.concatenate([np.isnan(part) for part in parts])
-    if missing.any():
+    if missing.any() and way is None:
         rows, columns = missing.any(1), missing.any(0)
         raise ValueError(
             f"{path}: missing values in {rows.sum():,} of {rows.size:,} rows and {columns.sum():,} of {columns.size:,} "
-            "columns: leave these rows out or fill them first"
+            "columns: leave these rows out, fill them first, or take them as missing at random by missing='mask'"
         )
-    if not all(np.isfinite(part).all() for part in parts):
+    if empty := np.flatnonzero(missing[: sizes[0]].all(0)).tolist():
+        raise ValueError(f"{path}: nothing is observed of column {empty[0]} in the training rows: leave it out")
+    if any(np.isinf(part).any() for part in parts):
         raise ValueError(f"{path}: infinite values")
 
 
 def _values(path: Path, parts: list[np.ndarray]) -> tuple[Kind, int | None, type[np.generic]]:
-    largest = max(part.max() for part in parts)
+    if any(np.isnan(part).any() for part in parts):
+        kind, maximum, _ = _values(path, [part[~np.isnan(part)] for part in parts])
+        return kind, maximum, np.float32
+    largest = max(part.max() for part in parts if part.size)
     whole = all((part >= 0).all() and (part.dtype.kind in "bui" or (part == np.floor(part)).all()) for part in parts)
     if whole and largest <= 1:
         return "binary", None, np.uint8
@@ -86,6 +91,6 @@ def _values(path: Path, parts: list[np.ndarray]) -> tuple[Kind, int | None, type
     for dtype in (np.uint8, np.int16, np.int32, np.int64):
         if whole and int(largest) <= np.iinfo(dtype).max:
             return "counts", int(largest), dtype
-    if any(np.abs(part.astype(np.float64)).max() > np.finfo(np.float32).max for part in parts):
+    if any(np.abs(part.astype(np.float64)).max() > np.finfo(np.float32).max for part in parts if part.size):
         raise ValueError(f"{path}: values too large for float32")
     return "real", None, np.float32

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from probae.arguments import whole
+from probae.batches import rows_of
+from probae.evidence.annealed import Annealing, ais
+from probae.evidence.bidirectional import Sandwich, sandwich
 from probae.evidence.importance import elbo, iwae
+from probae.evidence.ladder import Ladder, climb
+from probae.evidence.refined import Refinement, refine
 from probae.evidence.result import Evidence
 from probae.evidence.tractable import enumerate_states, exact, states
+from probae.evidence.tradeoff import RateDistortion, rate_distortion
 from probae.evidence.weights import Weights, log_weights, no_bound, prepare
 from probae.pair import as_pair
-from probae.streams import source, streams_from_disk
+from probae.processes import ALONE, processes
+from probae.streams import fetching, source, streams_from_disk
 
-__all__ = ["METHODS", "Evidence", "log_evidence", "log_weights", "no_bound"]
+__all__ = [
+    "METHODS",
+    "Evidence",
+    "RateDistortion",
+    "Sandwich",
+    "log_evidence",
+    "log_weights",
+    "no_bound",
+    "rate_distortion",
+    "sandwich",
+]
 
 _ROWS = 4096  # of data that are read from a Dataset at a time
-METHODS = ("auto", "exact", "enumerate", "elbo", "iwae")
+METHODS = ("auto", "exact", "enumerate", "elbo", "iwae", "refined", "ais")
 
 
 def log_evidence(
@@ -28,6 +47,8 @@ def log_evidence(
     particles: int | None = None,
     seed: int = 0,
     compile: bool | str = "auto",
+    shard: bool = False,
+    **options: Any,
 ) -> Evidence:
     r"""log p(x) of each datum, or a lower bound on it, in nats.
 
@@ -38,7 +59,12 @@ def log_evidence(
     ``"enumerate"``         log Σ_z p(x, z), over small discrete latents        exact
     ``"elbo"``              mean of log w over K particles                      lower
     ``"iwae"``              log mean of w over K particles                      lower
-    ``"auto"``              the first of exact, enumerate, iwae that applies
+    ``"refined"``           log mean of p(x, u) / q over K draws from a guide
+                            that is optimised for each datum              lower
+    ``"ais"``               log mean of the weights of C annealed chains        lower
+    ``"auto"``              exact or enumerate where they apply; else, for
+                            each datum, iwae, refined or ais, chosen by a
+                            pilot run and drawn afresh
     ======================  ==================================================  ==========
 
     with :math:`\log w = \log p(x, z) - \log q(z \mid x)`, z ~ q(z | x). With latents outside the data plate, ``"iwae"``
@@ -47,16 +73,24 @@ def log_evidence(
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.
         x: N data; a ``numpy.memmap``, Dataset or DataLoader is read block by block.
-        particles: K for ``"elbo"`` (64 by default) and ``"iwae"`` (1,000).
+        particles: K for ``"elbo"`` (64 by default), and ``"iwae"``, ``"refined"`` and ``"auto"`` (1,000).
         seed: of the draws; the caller's own random stream is left as it was.
         compile: how the programs are run, as for `log_weights`.
+        shard: under ``torchrun``, each process evaluates its part of the data, and gets the values of all. Every process has
+            to make the call.
+        options: of ``"auto"``: ``rungs``, ``pilot``, ``refined={...}`` and ``ais={...}``, see
+            `probae.evidence.ladder.Ladder`, and `probae.evidence.ladder.climb` for what it may cost. Of ``"refined"``:
+            ``covariance="diagonal"``, ``steps``, ``draws``, ``defensive`` and ``memory``, see
+            `probae.evidence.refined.Refinement`. Of ``"ais"``: ``chains=16``, ``distributions=1000``, ``leapfrog=10``,
+            ``acceptance=0.65``, ``start="prior"``, ``schedule="sigmoid"``, ``pilot``, ``memory`` and ``progress``, see
+            `probae.evidence.annealed.Annealing`.
 
     Returns:
         `Evidence`, per datum, with the Monte-Carlo error and the sampling error kept apart.
 
     Raises:
-        ValueError: if there is no bound here (a flat prior, a point guide), saying why; if the method does not apply to
-            the model; if the data do not fit the model.
+        ValueError: if there is no bound here (a flat prior; a point guide's own weights), saying why; if the method does
+            not apply to the model; if the data do not fit the model.
 
     Reference: Burda, Grosse & Salakhutdinov (2016), *Importance weighted autoencoders*.
 
@@ -69,32 +103,84 @@ def log_evidence(
         raise ValueError(f"method: expected one of {list(METHODS)}, got {method!r}")
     if particles is not None:
         particles = whole("particles", particles)
-    if streams_from_disk(x):
-        return _streamed(model, x, method, particles, seed, compile)
+    settings = _settings(method, particles, options)
+    if shard or streams_from_disk(x):
+        return _by_blocks(model, x, method, particles, seed, compile, shard, options)
     pair, batch, layout = prepare(model, x)
     if method == "auto":
         method = _choose(pair, batch, layout)
+    if method == "auto":
+        return climb(pair, batch, layout, particles or 1000, settings, seed, compile)
     if method == "exact":
         return exact(pair, batch, layout)
     if method == "enumerate":
         return enumerate_states(pair, batch, layout)
+    if method == "ais":
+        return ais(pair, batch, layout, settings, seed, compile)
+    if method == "refined":
+        return refine(pair, batch, layout, particles or 1000, settings, seed, compile)
     estimator, default = (elbo, 64) if method == "elbo" else (iwae, 1000)
     return estimator(Weights(pair, layout, compile), batch, particles or default, seed)
 
 
-def _streamed(model: Any, x: Any, method: str, *options: Any) -> Evidence:
-    """Block by block; each has draws of its own, and the first tells the method of all."""
-    particles, seed, compile = options
+def _settings(method: str, particles: int | None, options: dict[str, Any]) -> Any:
+    """The options of a method that has some, checked before any work."""
+    if method == "ais" and particles is not None:
+        raise ValueError("particles: method='ais' runs chains instead; give chains=")
+    kinds: dict[str, Any] = {"ais": Annealing, "refined": Refinement, "auto": Ladder}
+    if method in kinds:
+        return kinds[method].of(options, f"method={method!r}")
+    if options:
+        raise ValueError(f"method={method!r} has no option {next(iter(options))!r}")
+    return None
+
+
+def _by_blocks(
+    model: Any,
+    x: Any,
+    method: str,
+    particles: int | None,
+    seed: int,
+    compile: bool | str,
+    shard: bool,
+    options: dict[str, Any],
+) -> Evidence:
+    """Block by block, each with draws of its own; sharded, every process takes its blocks."""
     pair = as_pair(model)
-    parts: list[Evidence] = []
-    for block in source(x, _ROWS, seed, pair.dtype, pair.device or torch.device("cpu"), False).passes():
-        method = parts[0].method if parts else method
-        parts.append(log_evidence(pair, block, method, particles=particles, seed=seed + len(parts), compile=compile))
-        if parts[-1].shared_mc_stderr is not None:
-            raise ValueError("latents that all data share need all of the data at once: load them into memory")
-    values, errors = torch.cat([part.values for part in parts]), torch.cat([part.mc_stderr for part in parts])
-    first = parts[0]
-    return Evidence(values, errors, first.bound, first.method, first.measure, first.particles)
+    device = pair.device or torch.device("cpu")
+    team = processes(device) if shard else ALONE
+    stream = source(x, _ROWS, seed, pair.dtype, device)
+    blocks = stream.passes() if streams_from_disk(x) else rows_of(stream.some(), math.ceil(stream.size / team.count))
+    parts: dict[int, Evidence] = {}
+    with fetching():
+        for number, block in enumerate(blocks):
+            if number % team.count == team.rank:
+                at = seed + number
+                parts[number] = log_evidence(
+                    pair, block, method, particles=particles, seed=at, compile=compile, **options
+                )
+    with team.together():
+        found = {number: part for parts_ in team.gather(parts) for number, part in parts_.items()}
+    ordered = [found[number] for number in sorted(found)]
+    if len(ordered) > 1 and ordered[0].shared_mc_stderr is not None:
+        raise ValueError(
+            "latents that all data share need all of the data at once: load them into memory, in one process"
+        )
+    return _joined(ordered)
+
+
+def _joined(parts: list[Evidence]) -> Evidence:
+    """The evidence of blocks of data, one after another."""
+    first, elbos = parts[0], [part.elbo for part in parts if part.elbo is not None]
+    return replace(
+        first,
+        method=first.method if len({part.method for part in parts}) == 1 else "auto",
+        elbo=_joined(elbos) if elbos else None,
+        values=torch.cat([part.values for part in parts]),
+        mc_stderr=torch.cat([part.mc_stderr for part in parts]),
+        reliable=None if first.reliable is None else torch.cat([part.reliable for part in parts]),  # type: ignore[misc]
+        details={name: torch.cat([part.details[name] for part in parts]) for name in first.details},
+    )
 
 
 def _choose(pair: Any, batch: Any, layout: Any) -> str:
@@ -106,4 +192,4 @@ def _choose(pair: Any, batch: Any, layout: Any) -> str:
             return "enumerate"
         except ValueError:
             pass
-    return "iwae"
+    return "auto"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     import pandas
+
+
+#: what ``"auto"`` chooses from, in its order
+RUNGS = ("iwae", "refined", "ais")
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,6 +29,10 @@ class Evidence:
         measure: ``"mass"`` of discrete data, or ``"density"``; the two do not compare.
         particles: draws per datum; 0 where none were needed.
         shared_mc_stderr: the Monte-Carlo error of the mean where all data share draws (of global latents), else None.
+        reliable: (N,) whether ``mc_stderr`` can be believed, where the estimator can tell, else None.
+        details: what else the estimator says of each datum, (N,) by name.
+        elbo: the ELBO of the guide that ``"refined"`` weighted, else None.
+        note: what the reader should know of how it came about, such as why ``"auto"`` had no choice.
     """
 
     values: Tensor
@@ -34,6 +42,17 @@ class Evidence:
     measure: str
     particles: int = 0
     shared_mc_stderr: float | None = None
+    reliable: Tensor | None = None
+    details: dict[str, Tensor] = field(default_factory=dict)
+    elbo: Evidence | None = None
+    note: str = ""
+
+    @property
+    def rungs(self) -> tuple[str, ...] | None:
+        """The estimator of each datum, where ``"auto"`` chose one for each, else None."""
+        if "rung" not in self.details:
+            return None
+        return tuple(RUNGS[int(rung)] for rung in self.details["rung"])
 
     @property
     def mean(self) -> float:
@@ -59,11 +78,22 @@ class Evidence:
         return math.hypot(sampling, self.shared_mc_stderr or 0.0)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``."""
+        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``; the rung of ``"auto"``; ``reliable``."""
         import pandas
 
         columns = {"log_evidence": self.values.numpy(), "mc_stderr": self.mc_stderr.numpy()}
-        return pandas.DataFrame(columns).assign(bound=self.bound, method=self.method).rename_axis("datum")
+        frame = pandas.DataFrame(columns).assign(bound=self.bound, method=self.method).rename_axis("datum")
+        if self.rungs is not None:
+            frame["rung"] = list(self.rungs)
+        if self.reliable is not None:
+            frame["reliable"] = self.reliable.numpy()
+        return frame
+
+    def to_datatree(self) -> Any:
+        """An ``xarray.DataTree`` for ArviZ, by datum; needs ``probae[arviz]``."""
+        from probae.datatree import evidence_tree
+
+        return evidence_tree(self)
 
     def __len__(self) -> int:
         return len(self.values)

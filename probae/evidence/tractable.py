@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,13 +42,13 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
     return Evidence(values, torch.zeros_like(values), "exact", "exact", layout.measure)
 
 
-def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
-    """Every joint state of a datum's discrete latents: by site, (S, 1, event).
+def states(pair: Pair, batch: Batch, layout: Layout, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Every joint state of a datum's discrete latents, all or those of ``names``: by site, (S, 1, event).
 
     Raises:
         ValueError: if a latent is continuous or shared by all data, or there are more than `STATES`.
     """
-    if layout.globals_:
+    if layout.globals_ and names is None:
         raise ValueError(
             f"method='enumerate' sums out latents of each datum; {list(layout.globals_)} are shared by all"
         )
@@ -60,7 +61,7 @@ def states(pair: Pair, batch: Batch, layout: Layout) -> dict[str, Tensor]:
             guide = pair.run(pair.guide, rows, 1, layout) if pair.has_guide else poutine.Trace()
             model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
             for site in samples(model):
-                if not site["is_observed"]:
+                if not site["is_observed"] and (names is None or site["name"] in names):
                     values = _support_of(site)
                     _require_same(site, found.setdefault(site["name"], (site["fn"].event_shape, values))[1])
     grids = [(name, shape, values, shape.numel()) for name, (shape, values) in found.items()]

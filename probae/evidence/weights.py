@@ -82,7 +82,7 @@ def no_bound(layout: Layout) -> str | None:
     if layout.improper:
         return (
             f"the prior of site {layout.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
-            "estimator has a bound on it. Give the model a proper prior"
+            "estimator has a bound on it. Give the model a proper prior; probae.expost_prior fits one to its codes"
         )
     if layout.points:
         return (
@@ -118,6 +118,13 @@ class Weights:
 
     def by_rows(self, batch: Batch, particles: int, seed: int, memory: int | None = None) -> Iterator[Tensor]:
         """The weights (K, n) of one block of data after another."""
+        for chunks in self.by_chunks(batch, particles, seed, memory):
+            yield torch.cat(list(chunks))
+
+    def by_chunks(
+        self, batch: Batch, particles: int, seed: int, memory: int | None = None
+    ) -> Iterator[Iterator[Tensor]]:
+        """The weights of one block of data after another, each as chunks (k, n) of its K particles, all to be taken in turn."""
         pair, batch = self.pair, each(Tensor.contiguous, batch)  # all chunks lie alike in memory
         device = pair.device or torch.device("cpu")
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
@@ -130,22 +137,17 @@ class Weights:
                 )
             rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
             if self.layout.whole:
-                rows, together = length(batch), _even(particles, max(1, rows * together // length(batch)))
+                rows, together = length(batch), even(particles, max(1, rows * together // length(batch)))
             if not self.layout.vectorised:
                 together = 1
             chunks = math.ceil(length(batch) / rows) * math.ceil(particles / together) * self.times
             way = self._way(each(lambda leaf: leaf[:rows], batch), together, chunks)
             for block in rows_of(batch, rows):
                 count = length(block)
-                tensors = [_padded(leaf, rows) for _, leaf in leaves(block)]
-                parts = [way(*tensors)[0] for _ in range(0, particles, together)]
-                weights = torch.cat(parts)[:particles, :count]  # type: ignore[arg-type]
-                if not (weights < torch.inf).all():  # NaN, too, is not below infinity; -inf is a weight of zero
-                    bad = (~(weights < torch.inf)).nonzero()[0].tolist()
-                    raise FloatingPointError(
-                        f"the log weight of particle {bad[0]}, datum {bad[1]} of a block is {weights[tuple(bad)]}"
-                    )
-                yield weights
+                tensors = [padded(leaf, rows) for _, leaf in leaves(block)]
+                parts = (way(*tensors)[0] for _ in range(0, particles, together))
+                chunks_ = (part[: particles - k * together, :count] for k, part in enumerate(parts))  # type: ignore[index]
+                yield (weighable(weights, k * together) for k, weights in enumerate(chunks_))
 
     def _way(self, rows: Batch, particles: int, chunks: int) -> Callable[..., list[Tensor | None]]:
         """How a chunk is computed, given how many there are: by the programs, a graph, or a compiled graph."""
@@ -198,7 +200,21 @@ class Weights:
         return graph
 
 
-def _padded(leaf: Tensor, rows: int) -> Tensor:
+def weighable(weights: Tensor, first: int = 0) -> Tensor:
+    """Log weights (k, n) as they are.
+
+    Raises:
+        FloatingPointError: if one is NaN or +∞, naming particle and datum; −∞ is a weight of zero.
+    """
+    if not (weights < torch.inf).all():  # NaN, too, is not below infinity
+        particle, datum = (~(weights < torch.inf)).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"the log weight of particle {first + particle}, datum {datum} of a block is {weights[particle, datum]}"
+        )
+    return weights
+
+
+def padded(leaf: Tensor, rows: int) -> Tensor:
     """The last block made as long as the others by its own last row; what is computed there is dropped."""
     missing = rows - leaf.shape[0]
     return leaf if missing == 0 else torch.cat([leaf, leaf[-1:].expand(missing, *leaf.shape[1:])])
@@ -215,10 +231,10 @@ def _floats(pair: Pair, batch: Batch, traces: Any) -> int:
 def _chunks(floats: int, size: int, particles: int, memory: int) -> tuple[int, int]:
     """Rows and particles of a chunk; all chunks are alike, so that one graph does for them."""
     cells = max(1, memory // (8 * floats))
-    rows = _even(size, max(1, cells // min(particles, 64)))
-    return rows, _even(particles, max(1, cells // rows))
+    rows = even(size, max(1, cells // min(particles, 64)))
+    return rows, even(particles, max(1, cells // rows))
 
 
-def _even(total: int, most: int) -> int:
+def even(total: int, most: int) -> int:
     """The size of equal parts, at most so large."""
     return math.ceil(total / math.ceil(total / most))

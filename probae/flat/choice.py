@@ -35,5 +35,7 @@ def _operations(graph: Graph) -> list[torch.fx.Node]:
 
 def _bytes(node: torch.fx.Node) -> int:
     value = node.meta.get("val")
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return value.numel() * value.element_size() if pointwise and isinstance(value, Tensor) else 0
+    if not isinstance(value, Tensor) or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return 0
+    count = value.numel()  # of what a mask picks out, a symbol
+    return count * value.element_size() if isinstance(count, int) else 0

@@ -20,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 
-from probae.flat.constants import changed, fixed, kept
+from probae.flat.constants import changed, fixed, untouched
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -90,25 +90,21 @@ def trace(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     roots = {type(module).__name__: module for module in modules}
-    before, undo = fixed(**roots), kept(roots.values())
+    before = fixed(**roots)
     others = random.getstate(), np.random.get_state()  # noqa: NPY002 -- read, to see whether the programs draw from it
     last = _LastSite()
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _unvalidated(), last:
-            warnings.simplefilter("ignore")
-            module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    except Exception as error:
-        raise Untraceable(f"{last.where()}{_reason(error)}") from error
-    finally:
+    with untouched(roots.values(), torch.device("cpu")):
+        try:
+            with warnings.catch_warnings(), unvalidated(), last:
+                warnings.simplefilter("ignore")
+                module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        except Exception as error:
+            raise Untraceable(f"{last.where()}{_reason(error)}") from error
         name = changed(before, fixed(**roots))
         drawn = random.getstate() != others[0] or _differ(np.random.get_state(), others[1])  # noqa: NPY002
-        for put_back in undo:
-            put_back()
     if name is not None:
         raise Untraceable(f"the programs change {name} as they run, which a graph would do only once")
     if drawn:
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
         raise Untraceable("the programs draw from Python's or NumPy's random stream, which a graph would do only once")
     return lifted(module)
 
@@ -146,7 +142,7 @@ def lifted(module: fx.GraphModule) -> Graph:
 
 
 @contextmanager
-def _unvalidated() -> Iterator[None]:
+def unvalidated() -> Iterator[None]:
     """Distributions that do not check their arguments, which reads values; eager steps and the data's own check do."""
     # pyro.validation_enabled would not put this very flag back, and distributions made earlier keep their own
     before, check = Distribution._validate_args, Distribution._validate_sample

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from probae.arguments import one_of
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
@@ -61,6 +62,4 @@ def make(name: str, features: int, latents: int, **options: Any) -> Pair:
         >>> make("vae", features=64, latents=8).latents
         8
     """
-    if name not in REGISTRY:
-        raise ValueError(f"model: expected one of {list(REGISTRY)}, got {name!r}")
-    return REGISTRY[name](features, latents, **options)
+    return REGISTRY[one_of("model", name, REGISTRY)](features, latents, **options)

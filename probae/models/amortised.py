@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import size
+from probae.layout import PROGRAM_ERRORS
 from probae.likelihoods import Head, Normal
-from probae.nn import MLP
+from probae.missing import known, moments, observed, require_observed
+from probae.nn import MLP, widths
 from probae.pair import Pair
 
 
@@ -17,12 +20,15 @@ class Amortised(Pair):
     """A pair whose posterior and likelihood are a network under a head each; what is left to a model is the choice.
 
     Shapes: x (..., D), z (..., L); the encoder maps D to ``code.width * L`` outputs, the decoder L to ``head.width * D``.
+    With ``missing="mask"`` the encoder takes 2 D inputs: x, with the training data's mean where a value is missing, and
+    1 where it was observed, 0 where not.
 
     Raises:
         ValueError, TypeError: if a number of features or latents is below 1, or a given network has another shape.
     """
 
     initialised: Tensor
+    fill: Tensor
 
     def __init__(
         self,
@@ -35,18 +41,26 @@ class Amortised(Pair):
         activation: str,
         encoder: nn.Module | None,
         decoder: nn.Module | None,
+        missing: str | None,
     ):
         super().__init__()
+        self.missing = known(missing)
         if likelihood is not None and not isinstance(likelihood, Head):
             raise TypeError(f"likelihood: expected a head of probae.likelihoods, got {type(likelihood).__name__}")
-        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden or ())
+        if not isinstance(prior, nn.Module):
+            raise TypeError(f"prior: expected a torch module whose call gives p(z), got {type(prior).__name__}")
+        layers = widths(hidden)
+        features, latents = size("features", features), size("latents", latents)
         self.features, self.latents = features, latents
         self.prior = prior
         self.code = code.bind(latents)
         self.head = (likelihood if likelihood is not None else Normal()).bind(features)
-        sizes = (features, self.code.width * latents), (latents, self.head.width * features)
-        self.encoder = encoder if encoder is not None else MLP(*sizes[0], widths, activation)
-        self.decoder = decoder if decoder is not None else MLP(*sizes[1], widths[::-1], activation)
+        if missing is not None:
+            self.register_buffer("fill", torch.zeros(features))
+        seen = features if missing is None else 2 * features
+        sizes = (seen, self.code.width * latents), (latents, self.head.width * features)
+        self.encoder = encoder if encoder is not None else MLP(*sizes[0], layers, activation)
+        self.decoder = decoder if decoder is not None else MLP(*sizes[1], layers[::-1], activation)
         self.register_buffer("initialised", torch.tensor(False))
         for name, network, (inputs, outputs) in (("encoder", encoder, sizes[0]), ("decoder", decoder, sizes[1])):
             if network is not None:
@@ -58,13 +72,19 @@ class Amortised(Pair):
 
     def posterior(self, x: Tensor) -> Any:
         """q(z | x): the code head at the encoder's output."""
+        if self.missing is not None:
+            values, seen = observed(x, self.fill)
+            x = torch.cat([values, seen.to(x.dtype)], -1)
         return self.code(self.encoder(x))
 
     def initialise(self, x: Tensor) -> None:
         """Take the units of input and output from training data (N, D), once: a network then starts at the data's mean."""
+        require_observed(x)
         if bool(self.initialised):
             return
         self.head.start(x)
+        if self.missing is not None:
+            self.fill.copy_(moments(x)[0])
         if isinstance(self.encoder, MLP):
             self.encoder.standardise(x)
         self.initialised.fill_(True)
@@ -78,7 +98,7 @@ def _check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> 
     try:
         with torch.no_grad():
             shape = tuple(network.eval()(torch.zeros(2, inputs, dtype=reference.dtype, device=reference.device)).shape)
-    except RuntimeError as error:
+    except PROGRAM_ERRORS as error:
         raise ValueError(f"{name}: expected a network that takes (..., {inputs}); it failed: {error}") from error
     finally:
         network.train(training)

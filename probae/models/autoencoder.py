@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from probae import likelihoods, priors
+from probae.arguments import size
 from probae.likelihoods import Head
 from probae.models.amortised import Amortised
 from probae.posteriors import Point
@@ -26,7 +27,7 @@ class Autoencoder(Amortised):
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers; the decoder's are the same, reversed.
         likelihood: a head of `probae.likelihoods`; a Normal with one learned scale by default.
-        activation, encoder, decoder: as for `VAE`; the encoder maps to L outputs.
+        activation, encoder, decoder, missing: as for `VAE`; the encoder maps to L outputs.
 
     Raises:
         ValueError: if a scale is to be learned with as many latents as features: data copied without error would send
@@ -50,15 +51,16 @@ class Autoencoder(Amortised):
         activation: str = "relu",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        missing: str | None = None,
     ):
         likelihood = likelihood if likelihood is not None else likelihoods.Normal()
-        if latents >= features and getattr(likelihood, "learned", False):
+        if size("latents", latents) >= size("features", features) and getattr(likelihood, "learned", False):
             raise ValueError(
                 f"a learned scale needs fewer latents than features, got {latents} latents and {features} features: the "
                 "code could copy the data and the scale shrink to zero; give a number, likelihoods.Normal(scale=1.0)"
             )
         prior = priors.Flat(latents)
-        super().__init__(features, latents, prior, Point(), likelihood, hidden, activation, encoder, decoder)
+        super().__init__(features, latents, prior, Point(), likelihood, hidden, activation, encoder, decoder, missing)
 
 
 @recorded
@@ -72,7 +74,7 @@ class StochasticAutoencoder(Amortised):
     Args:
         scale: τ, a number; or None to predict it for each datum and latent, never below ``floor``.
         floor: the least scale when it is predicted.
-        features, latents, hidden, likelihood, activation, encoder, decoder: as for `VAE`.
+        features, latents, hidden, likelihood, activation, encoder, decoder, missing: as for `VAE`.
 
     Reference: Goodfellow, Bengio & Courville (2016), *Deep Learning*, §14.4.
 
@@ -97,7 +99,8 @@ class StochasticAutoencoder(Amortised):
         activation: str = "relu",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        missing: str | None = None,
     ):
         code = likelihoods.Normal("predicted", floor=floor) if scale is None else likelihoods.Normal(scale)
         prior = priors.Flat(latents)
-        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder)
+        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import whole
+from probae.arguments import flag, positive, size
+from probae.missing import known, moments, observed, require_observed
+from probae.models.gaussian_gaps import fit_mixture, observed_gaussians, regressions
 from probae.pair import Pair
 from probae.recipe import recorded
+from probae.seeding import checked_seed, still
 
 
 @recorded
@@ -23,6 +27,7 @@ class Independent(Pair):
     Args:
         features: D.
         classes: how many values a feature can take, 0, ..., classes − 1; None for real numbers.
+        missing: ``"mask"`` takes NaN for what is missing at random.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
@@ -30,10 +35,11 @@ class Independent(Pair):
         torch.Size([2])
     """
 
-    def __init__(self, features: int, classes: int | None = None):
+    def __init__(self, features: int, classes: int | None = None, *, missing: str | None = None):
         super().__init__()
-        self.features = whole("features", features)
-        self.classes = None if classes is None else whole("classes", classes, 2)
+        self.missing = known(missing)
+        self.features = features = size("features", features)
+        self.classes = classes = None if classes is None else size("classes", classes, 2)
         if classes is None:
             self.loc, self.log_scale = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(features))
         else:
@@ -51,20 +57,21 @@ class Independent(Pair):
         """Set the parameters from data (N, D): moments, or class frequencies with one added to each count (Laplace's
         rule, so that a value never seen keeps some mass); returns the model."""
         x = self.as_data(x)
+        require_observed(x)
         with torch.no_grad():
             if self.classes is None:
-                scale = x.std(0, unbiased=False)
+                loc, scale = moments(x)
                 if not (scale > 0).all():
                     constant = (scale == 0).nonzero().flatten().tolist()
                     raise ValueError(f"features {constant} do not vary: their density is unbounded; drop or dequantise")
-                self.loc.copy_(x.mean(0))
+                self.loc.copy_(loc)
                 self.log_scale.copy_(scale.log())
             else:
+                x, seen = observed(x)
                 if not ((x >= 0) & (x < self.classes) & (x == x.round())).all():
                     raise ValueError(f"site 'x': expected whole numbers from 0 to {self.classes - 1}")
-                ones = torch.ones_like(x, dtype=self.logits.dtype)
-                counts = torch.zeros_like(self.logits).scatter_add_(1, x.long().mT, ones.mT)
-                self.logits.copy_(((counts + 1) / (len(x) + self.classes)).log())
+                counts = torch.zeros_like(self.logits).scatter_add_(1, x.long().mT, seen.to(self.logits.dtype).mT)
+                self.logits.copy_(((counts + 1) / (seen.sum(0).unsqueeze(-1) + self.classes)).log())
         return self.eval()
 
 
@@ -76,16 +83,19 @@ class GaussianMixture(Pair):
         features: D.
         components: how many.
         diagonal: whether the covariances are, for data of many features.
+        missing: ``"mask"`` takes NaN for what is missing at random; a datum with gaps costs O(components · D³).
 
     Example:
         >>> GaussianMixture(features=3, components=2).marginal().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
 
-    def __init__(self, features: int, components: int = 1, diagonal: bool = False):
+    def __init__(self, features: int, components: int = 1, diagonal: bool = False, *, missing: str | None = None):
         super().__init__()
-        self.features, self.components = whole("features", features), whole("components", components)
-        self.diagonal = diagonal
+        self.missing = known(missing)
+        self.features = features = size("features", features)
+        self.components = components = size("components", components)
+        self.diagonal = flag("diagonal", diagonal)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.zeros(components, features))
         if diagonal:
@@ -102,8 +112,51 @@ class GaussianMixture(Pair):
             parts = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         return dist.MixtureSameFamily(weights, parts, validate_args=False)
 
+    @property
+    def covariances(self) -> Tensor:
+        """Σ (components, D, D)."""
+        if self.diagonal:
+            return torch.diag_embed((2 * self.log_scale).exp())
+        return self.scale_tril @ self.scale_tril.mT
+
+    def model(self, x: Tensor) -> None:
+        """x ~ marginal(); what is observed of it, where values are missing."""
+        if self.missing is None:
+            return super().model(x)
+        values, seen = observed(x)
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            pyro.sample("x", self._observed(seen), obs=values)
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        """log p(x) (N,); of what is observed, where values are missing."""
+        if self.missing is None or not x.isnan().any():
+            return self.marginal().log_prob(x)
+        rows = max(1, 2**24 // (self.components * self.features**2))  # whose covariances are held at a time
+        parts = [observed(part) for part in x.split(rows)]
+        return torch.cat([self._observed(seen).log_prob(values) for values, seen in parts])
+
+    def _observed(self, seen: Tensor) -> Any:
+        parts = observed_gaussians(self.loc, self.covariances, seen)
+        weights = dist.Categorical(logits=self.logits.expand(parts.batch_shape), validate_args=False)
+        return dist.MixtureSameFamily(weights, parts, validate_args=False)
+
+    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+        """Exact draws of what is missing given what was observed, (draws, N, D); there are no particles to choose."""
+        x, draws = self.as_data(x), size("draws", draws)
+        values, seen = observed(x)
+        with still(self, seed):
+            joint = observed_gaussians(self.loc, self.covariances, seen).log_prob(values.unsqueeze(-2)) + self.logits
+            chosen = dist.Categorical(logits=joint).sample((draws,))
+            factor = torch.linalg.cholesky(self.covariances)[chosen]
+            drawn = self.loc[chosen] + (factor @ torch.randn_like(x.expand(draws, *x.shape)).unsqueeze(-1)).squeeze(-1)
+            # a draw of everything, moved by what its error where x was observed says of the rest
+            gain = regressions(self.covariances, seen)[torch.arange(len(x), device=x.device), chosen]
+            drawn = drawn + (gain @ ((values - drawn) * seen).unsqueeze(-1)).squeeze(-1)
+        return torch.where(seen, x, drawn)
+
     def maximum_likelihood(self, x: Any, floor: float = 5e-3, start: int = 0) -> GaussianMixture:
-        """Fit to data (N, D): in closed form for one component, else by scikit-learn's EM; returns the model.
+        """Fit to data (N, D): in closed form for one component, else by scikit-learn's EM, and from there by one for data
+        with gaps where values are missing; returns the model.
 
         Args:
             floor: added to the covariances' diagonals of several components, as a multiple of the mean variance: with few
@@ -111,7 +164,13 @@ class GaussianMixture(Pair):
                 validation images).
             start: the seed of the EM's start.
         """
-        x = self.as_data(x).double()
+        x, floor, start = self.as_data(x).double(), positive("floor", floor, zero=True), checked_seed(start)
+        if len(x) < self.components:
+            raise ValueError(f"site 'x': expected at least as many data as components, {self.components}, got {len(x)}")
+        require_observed(x)
+        gaps = x if x.isnan().any() else None
+        if gaps is not None:  # filled by means to start from
+            x = observed(x, moments(x)[0])[0]
         if self.components == 1:
             covariance = torch.cov(x.mT, correction=0).reshape(self.features, self.features)
             # with few data the covariance has no full rank of its own
@@ -121,6 +180,16 @@ class GaussianMixture(Pair):
         else:
             ridge = floor * float(x.var(0, unbiased=False).mean())
             weights, loc, covariances = self._mixture(x, ridge, start)
+        if gaps is not None:
+            start_from = torch.diag_embed(covariances) if self.diagonal else covariances
+            ridge = ridge if self.components > 1 else float(start_from.diagonal(dim1=-2, dim2=-1).mean()) * 1e-9
+            accuracy = 1e-5 if self.components > 1 else 1e-10
+            weights, loc, covariances = fit_mixture(
+                gaps, weights.to(x), loc, start_from, ridge, self.diagonal, accuracy
+            )
+            covariances = covariances.diagonal(dim1=-2, dim2=-1) if self.diagonal else covariances
+        if not covariances.abs().sqrt().to(self.loc).isfinite().all():
+            raise ValueError(f"floor: expected covariances that {self.loc.dtype} can hold, got {floor} for these data")
         with torch.no_grad():
             self.logits.copy_(weights.log())
             self.loc.copy_(loc)
@@ -136,7 +205,9 @@ class GaussianMixture(Pair):
         except ImportError as error:
             raise ImportError("a mixture is fitted by scikit-learn: pip install 'probae[compare]'") from error
         kind = "diag" if self.diagonal else "full"
-        mixture = Mixture(self.components, covariance_type=kind, reg_covar=max(ridge, 1e-12), random_state=start)
+        mixture = Mixture(
+            self.components, covariance_type=kind, reg_covar=max(ridge, 1e-12), random_state=start % 2**32
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a baseline that stops at 100 iterations is good enough to be beaten
             mixture.fit(x.cpu().numpy())

@@ -62,11 +62,11 @@ def ppca(x: Tensor, latents: int) -> Solution:
         (torch.Size([8, 2]), torch.Size([]))
     """
     x = torch.as_tensor(x)
-    _check_data(x, latents)
+    check_data(x, latents)
     size, features = x.shape
     if size < features:
         loc = _mean(x)
-        centred = _float64(x) - loc
+        centred = float64(x) - loc
         values, vectors = descending_eigh(centred @ centred.mT / size)
         # Xᵀv has length √(Nλ), but only up to the rounding of λ: dividing by its own length keeps the columns unit.
         vectors = torch.nn.functional.normalize(centred.mT @ vectors[:, :latents], dim=0)
@@ -75,9 +75,9 @@ def ppca(x: Tensor, latents: int) -> Solution:
         values, vectors = descending_eigh(covariance)
     _check_rank(values, latents, max(size, features))
     top, noise = values[:latents], values[latents:].sum() / (features - latents)
-    weight = _signed(vectors[:, :latents] * (top - noise).clamp_min(0).sqrt())
+    weight = signed(vectors[:, :latents] * (top - noise).clamp_min(0).sqrt())
     total = features * (math.log(2 * math.pi) + 1) + top.log().sum() + (features - latents) * noise.log()
-    return _result(x, loc, weight, noise.sqrt(), -0.5 * total.item())
+    return result(x, loc, weight, noise.sqrt(), -0.5 * total.item())
 
 
 @torch.no_grad()
@@ -146,13 +146,13 @@ def factor_analysis(
         raise ValueError(f"expected 0 < floor < 1 and starts >= 1, got floor={floor}, starts={starts}")
     if x is not None:
         given = torch.as_tensor(x)
-        _check_data(given, latents)
+        check_data(given, latents)
         loc, second = _moments(given)
         _check_constant((given == given[0]).all(0))  # exact, where the variance may be a rounding error
     else:
         given = torch.as_tensor(covariance)
         _check_covariance(given, latents)
-        second = _float64(given)
+        second = float64(given)
         second = (second + second.mT) / 2
         loc = second.new_zeros(len(second))
     # On the correlation scale the fit does not depend on units, and one floor serves every feature.
@@ -175,7 +175,7 @@ def factor_analysis(
     weight = scale.new_zeros(len(scale), latents)
     weight[:, : profile.rank] = profile.signal * (profile.values[: profile.rank] - 1).sqrt()
     total = profile.value + 0.5 * len(scale) * math.log(2 * math.pi) + deviation.log().sum().item()
-    return _result(given, loc, _signed(scale[:, None] * weight), scale, -total)
+    return result(given, loc, signed(scale[:, None] * weight), scale, -total)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     features, loc = x.shape[1], _mean(x)
     covariance = loc.new_zeros(features, features)
     for rows in x.split(_ROWS):
-        rows = _float64(rows) - loc
+        rows = float64(rows) - loc
         # The matrix is symmetric: only the blocks on and below the diagonal are worth a product.
         for i in range(0, features, _COLUMNS):
             covariance[i:, i : i + _COLUMNS].addmm_(rows[:, i:].mT, rows[:, i : i + _COLUMNS])
@@ -191,28 +191,32 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(x: Tensor) -> Tensor:
-    loc = torch.stack([_float64(rows).sum(0) for rows in x.split(_ROWS)]).sum(0) / len(x)
+    loc = torch.stack([float64(rows).sum(0) for rows in x.split(_ROWS)]).sum(0) / len(x)
     if not loc.isfinite().all():  # one bad entry spoils its mean, so x need not be read once more
         raise ValueError("expected finite x, got NaN or infinite values")
     return loc
 
 
-def _signed(weight: Tensor) -> Tensor:
+def signed(weight: Tensor) -> Tensor:
+    """Loadings (D, L) whose entry largest in magnitude is positive in each column."""
     largest = weight.gather(0, weight.abs().argmax(0, keepdim=True))
     return torch.where(largest < 0, -weight, weight)
 
 
-def _float64(x: Tensor) -> Tensor:
+def float64(x: Tensor) -> Tensor:
+    """x in float64, on a device that has it."""
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)  # MPS has no float64
 
 
-def _result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelihood: float) -> Solution:
+def result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelihood: float) -> Solution:
+    """A `Solution` with the dtype and device of the data."""
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     loc, weight, scale = (part.to(dtype).to(like.device) for part in (loc, weight, scale))
     return Solution(loc, weight, scale, log_likelihood)
 
 
-def _check_data(x: Tensor, latents: int) -> None:
+def check_data(x: Tensor, latents: int) -> None:
+    """Raise a ValueError unless x is a matrix with two rows or more, and more columns than there are latents."""
     if x.ndim != 2 or x.shape[0] < 2:
         raise ValueError(f"expected x of shape (N, D) with N >= 2, got {tuple(x.shape)}")
     _check_latents(latents, x.shape[1])
@@ -248,7 +252,7 @@ def _check_covariance(covariance: Tensor, latents: int) -> None:
         raise ValueError("expected a finite covariance, got NaN or infinite values")
     _check_constant(covariance.diagonal() == 0)
     # Judged to the rounding of the dtype it came in, on the correlation scale, where 1 is the unit of every entry.
-    second = _float64(covariance)
+    second = float64(covariance)
     rounding = len(second) * torch.finfo(covariance.dtype if covariance.is_floating_point() else torch.float64).eps
     deviation = second.diagonal().abs().sqrt()
     correlation = second / deviation / deviation[:, None]

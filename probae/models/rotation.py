@@ -11,6 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probae.arguments import flag, one_of, positive, whole
+from probae.batches import as_batch, shapes
+from probae.seeding import checked_seed
+
 __all__ = ["Rotation", "rotate"]
 
 
@@ -105,19 +109,20 @@ def rotate(
                 [0.0000, 0.7000],
                 [0.0000, 0.6000]])
     """
-    weight = torch.as_tensor(weight)
-    if weight.ndim != 2 or not weight.isfinite().all() or not weight.any():
-        raise ValueError(f"expected finite weight of shape (D, L), not all 0, got shape {tuple(weight.shape)}")
-    if method not in _CRITERIA:
-        raise ValueError(f"expected method to be one of {sorted(_CRITERIA)}, got {method!r}")
-    if starts < 1:
-        raise ValueError(f"expected starts >= 1, got {starts}")
-    loadings = weight.to("cpu").to(
-        torch.float64
-    )  # hundreds of steps on small matrices: an accelerator only adds latency
+    given = as_batch(weight)
+    if not isinstance(given, Tensor) or given.ndim != 2:
+        raise ValueError(f"weight: expected loadings of shape (D, L), got shape {shapes(given).removeprefix('x ')}")
+    weight = given
+    one_of("method", method, sorted(_CRITERIA))
+    starts, max_iterations = whole("starts", starts), whole("max_iterations", max_iterations, 0)
+    tolerance, seed = positive("tolerance", tolerance), checked_seed(seed)
+    # hundreds of steps on small matrices: an accelerator only adds latency
+    loadings = weight.to("cpu").to(torch.float64)
+    if not loadings.isfinite().all() or not loadings.any():
+        raise ValueError("weight: expected finite loadings, not all 0")
     criterion, oblique = _CRITERIA[method]
     lengths = loadings.norm(dim=1, keepdim=True)
-    if kaiser:
+    if flag("kaiser", kaiser):
         scaled = torch.where(lengths > 0, loadings / lengths, 0.0)
     else:
         scaled = loadings / lengths.square().mean().sqrt()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probae import likelihoods, priors
+from probae.arguments import one_of, size
 from probae.likelihoods import Head
 from probae.models.amortised import Amortised
 from probae.posteriors import named
@@ -58,7 +59,7 @@ class SparseAutoencoder(Amortised):
         posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head.
         likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
             learned otherwise.
-        activation, encoder, decoder: as for `VAE`.
+        activation, encoder, decoder, missing: as for `VAE`.
 
     Raises:
         ValueError: if a point guide meets a learned scale and at least as many latents as features: data copied without
@@ -86,21 +87,21 @@ class SparseAutoencoder(Amortised):
         activation: str = "relu",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        missing: str | None = None,
     ):
-        if prior not in PRIORS:
-            raise ValueError(f"prior: expected one of {sorted(PRIORS)}, got {prior!r}")
-        point = posterior == "point"
+        one_of("prior", prior, PRIORS)
+        point = isinstance(posterior, str) and posterior == "point"
         likelihood = likelihood if likelihood is not None else likelihoods.Normal(1.0 if point else "shared")
-        if point and latents >= features and getattr(likelihood, "learned", False):
+        if size("latents", latents) >= size("features", features) and point and getattr(likelihood, "learned", False):
             raise ValueError(
                 f"a point guide with a learned scale needs fewer latents than features, got {latents} latents and "
                 f"{features} features: fix the scale, likelihoods.Normal(scale=1.0), or use posterior='laplace'"
             )
-        if decoder is None and likelihood.width == 1:
+        if decoder is None and getattr(likelihood, "width", None) == 1:
             decoder = Dictionary(latents, features)
         code = named(posterior, positive=prior == "exponential")
         p = PRIORS[prior](latents, rate=rate, learned=learned_rate)
-        super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder)
+        super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
 
     def initialise(self, x: Tensor) -> None:
         """As for every autoencoder, but in the data's own scale: λ is per unit of z, and the columns have length 1."""

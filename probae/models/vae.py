@@ -29,6 +29,8 @@ class VAE(Amortised):
         posterior: ``"normal"`` (mean field), ``"laplace"``, or a head.
         activation: of the hidden layers.
         encoder, decoder: networks of one's own instead, (..., D) -> (..., 2 L) and (..., L) -> (..., width · D).
+        missing: ``"mask"`` takes NaN for what is missing at random: its density is left out, and the encoder sees 2 D
+            inputs, values and mask.
 
     References: Kingma & Welling (2014), *Auto-encoding variational Bayes*; Rezende, Mohamed & Wierstra (2014).
 
@@ -50,7 +52,8 @@ class VAE(Amortised):
         activation: str = "relu",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        missing: str | None = None,
     ):
         prior = prior if prior is not None else priors.Normal(latents)
         code = named(posterior)
-        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder)
+        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, as_batch
-from probae.streams.minibatches import Minibatch, Source
+from probae.processes import ALONE, Processes
+from probae.streams.minibatches import Minibatch, Shuffle, Source
 
 _AHEAD = 4  # minibatches read before they are asked for
 _BLOCK = 2**26  # bytes of a block, when all of the data are read once
@@ -27,31 +28,37 @@ class Mapped(Source):
         ValueError: if the array is empty.
     """
 
-    def __init__(self, array: np.memmap, batch_size: int, seed: int, dtype: torch.dtype | None, device: torch.device):
+    def __init__(
+        self,
+        array: np.memmap,
+        batch_size: int,
+        seed: int,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ):
         if array.ndim == 0 or array.size == 0:
             raise ValueError(f"the data: expected N >= 1 rows, got shape {array.shape}")
         self.array, self.size, self.dtype, self.device = array, len(array), dtype, device
-        self.batch_size = min(batch_size, self.size)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.long)
-        self.taken: dict[str, Tensor] = self._now()
+        self.shuffle = Shuffle(self.size, batch_size, seed, processes=processes)
+        self.taken = self.shuffle.state()
         self.read = 0
 
     def __iter__(self) -> Iterator[Minibatch]:
         with ThreadPoolExecutor(1, "probae-reads") as reader:
-            ahead: deque[tuple[Future[Tensor], Tensor, Tensor]] = deque()
+            ahead: deque[tuple[Future[Tensor], dict[str, Tensor]]] = deque()
             while True:
                 while len(ahead) < _AHEAD:
-                    index = self._next().numpy()
-                    ahead.append((reader.submit(self._rows, index), self.order, self.generator.get_state()))
-                rows, order, stream = ahead.popleft()
-                self.taken = {"order": order, "generator": stream}
-                yield Minibatch(rows.result())
+                    index = self.shuffle.next().numpy()
+                    ahead.append((reader.submit(self._rows, index), self.shuffle.state()))
+                rows, self.taken = ahead.popleft()
+                yield Minibatch(rows.result(), share=self.shuffle.share)
 
     def passes(self) -> Iterator[Batch]:
-        """All of the data once, in blocks."""
-        rows = max(1, _BLOCK // max(1, self.array[0].nbytes))
-        for start in range(0, self.size, rows):
+        """The data once, in blocks, each process its part."""
+        rows, own = max(1, _BLOCK // max(1, self.array[0].nbytes)), self.shuffle.processes
+        starts = range(0, self.size, rows)
+        for start in starts[own.rank :: own.count] or starts[:1]:
             yield self._rows(slice(start, start + rows))
 
     def some(self) -> Batch:
@@ -65,18 +72,8 @@ class Mapped(Source):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
-        self.order = state["order"]
-        self.generator.set_state(state["generator"])
-        self.taken = self._now()
-
-    def _now(self) -> dict[str, Tensor]:
-        return {"order": self.order, "generator": self.generator.get_state()}
-
-    def _next(self) -> Tensor:
-        while len(self.order) < self.batch_size:
-            self.order = torch.cat([self.order, torch.randperm(self.size, generator=self.generator)])
-        index, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        return index
+        self.shuffle.restore(state)
+        self.taken = self.shuffle.state()
 
     def _rows(self, index: Any) -> Tensor:
         rows = np.array(self.array[index])

@@ -1,24 +1,27 @@
-"""Where minibatches come from: arrays in memory, or a DataLoader."""
+"""What a stream of minibatches is; the one of arrays in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from probae.batches import Batch, as_batch, leaves, length, rows_at
+from probae.batches import Batch, leaves, length, rows_at
+from probae.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Rows of a batch: those at ``index``, or all of them."""
+    """Rows of a batch: those at ``index``, or all of them.
+
+    With several processes they are this one's, ``share`` of all rows of the step.
+    """
 
     batch: Batch
     index: Tensor | None = None
+    share: float = 1.0
 
     def rows(self) -> Batch:
         """The rows, gathered."""
@@ -26,7 +29,7 @@ class Minibatch:
 
 
 class Source:
-    """An endless stream of minibatches, in an order that follows from a seed."""
+    """An endless stream of minibatches, in an order that follows from a seed; each process gets its rows of each."""
 
     #: the number of data
     size: int
@@ -35,12 +38,12 @@ class Source:
         raise NotImplementedError
 
     def passes(self) -> Iterator[Batch]:
-        """All of the data once, in blocks: what is checked before the first step."""
+        """The data once, in blocks, each process its part: what is checked before the first step."""
         raise NotImplementedError
 
     def some(self) -> Batch:
-        """Enough of the data to take their units from."""
-        return next(iter(self.passes()))
+        """Enough of the data to take their units from, and to know them again; the same in all processes."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """How far the order of the data has come."""
@@ -51,28 +54,47 @@ class Source:
         raise NotImplementedError
 
 
-class InMemory(Source):
-    """Arrays on the device, shuffled there anew in each pass; a last, smaller batch is completed from the next pass."""
+class Shuffle:
+    """The places 0, ..., size − 1 in minibatches, shuffled anew in each pass; a last, smaller one is filled from the next.
 
-    def __init__(self, batch: Batch, batch_size: int, seed: int):
-        self.batch, self.size = batch, length(batch)
-        self.batch_size = min(batch_size, self.size)
+    All processes shuffle alike, and each takes its places of every minibatch: together they take what one would.
+
+    Attributes:
+        whole: whether every minibatch is all of the data, which then keep their own order: programs may have a parameter
+            for each datum.
+        share: how much of each minibatch is this process's.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        processes: Processes = ALONE,
+    ):
+        self.size, self.batch_size, self.device = size, min(batch_size, size), torch.device(device)
+        self.processes, self.whole = processes, batch_size >= size
+        if self.batch_size < processes.count:
+            raise ValueError(
+                f"batch_size: expected at least a row for each of the {processes.count} processes, got {self.batch_size}"
+            )
+        self.share = len(range(processes.rank, self.batch_size, processes.count)) / self.batch_size
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.long)
+        self.order = torch.empty(0, dtype=torch.long, device=self.device)
 
-    def __iter__(self) -> Iterator[Minibatch]:
-        while self.batch_size == self.size:  # in their own order: programs may have a parameter for each datum
-            yield Minibatch(self.batch)
-        device = next(leaves(self.batch))[1].device
-        self.order = self.order.to(device)
-        while True:
+    def next(self) -> Tensor:
+        """The places of the next minibatch."""
+        if self.whole:
+            index = torch.arange(self.size, device=self.device)
+        else:
             while len(self.order) < self.batch_size:
                 fresh = torch.randperm(self.size, generator=self.generator)
-                if device.type == "cuda":  # copied while the GPU works on
+                if self.device.type == "cuda":  # copied while the GPU works on
                     fresh = fresh.pin_memory()
-                self.order = torch.cat([self.order, fresh.to(device, non_blocking=True)])
+                self.order = torch.cat([self.order, fresh.to(self.device, non_blocking=True)])
             index, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-            yield Minibatch(self.batch, index)
+        return index[self.processes.rank :: self.processes.count]
 
     def state(self) -> dict[str, Tensor]:
         """What is left of this pass, and the stream that shuffles."""
@@ -80,62 +102,39 @@ class InMemory(Source):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
-        self.order = state["order"]
+        self.order = state["order"].to(self.device)
         self.generator.set_state(state["generator"])
 
-    def passes(self) -> Iterator[Batch]:
-        """All of the data once, in blocks."""
-        yield self.batch
 
+class InMemory(Source):
+    """Arrays on the device, shuffled there anew in each pass; a last, smaller batch is completed from the next pass."""
 
-class Streamed(Source):
-    """The batches of a DataLoader, again and again."""
-
-    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype | None, device: torch.device):
-        self.loader, self.dtype, self.device = loader, dtype, device
-        try:
-            self.size = len(loader.dataset)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise ValueError(
-                "the data set has no length: training needs N, the number of data, to weigh what all data share"
-            ) from error
-        if self.size == 0:
-            raise ValueError("the data set is empty: expected N >= 1 data")
-        # a loader without a generator of its own draws its order from the process's stream
-        self.generator = loader.generator if loader.generator is not None else torch.default_generator
-        self.start, self.taken = self.generator.get_state(), 0
-        self.resumed: Iterator[Batch] | None = None
+    def __init__(self, batch: Batch, batch_size: int, seed: int, processes: Processes = ALONE):
+        self.batch, self.size = batch, length(batch)
+        device = next(leaves(batch))[1].device
+        self.shuffle = Shuffle(self.size, batch_size, seed, device, processes)
 
     def __iter__(self) -> Iterator[Minibatch]:
+        shuffle = self.shuffle
+        if shuffle.whole:
+            own, share = shuffle.processes.share(self.batch)
+            while True:
+                yield Minibatch(own, share=share)
         while True:
-            if self.resumed is None:
-                self.start, self.taken = self.generator.get_state(), 0
-            batches, self.resumed = self.resumed or self.passes(), None
-            for batch in batches:
-                self.taken += 1
-                yield Minibatch(batch)
+            yield Minibatch(self.batch, shuffle.next(), shuffle.share)
 
     def state(self) -> dict[str, Tensor]:
-        """The stream at the start of this pass, and how many of its batches were taken."""
-        return {"generator": self.start, "taken": torch.tensor(self.taken)}
+        """How far the shuffle has come."""
+        return self.shuffle.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from there: the batches of this pass that were taken are read again, and left."""
-        self.start, self.taken = state["generator"], int(state["taken"])
-        self.generator.set_state(self.start)
-        self.resumed = self.passes()
-        for _ in range(self.taken):
-            next(self.resumed)
+        """Go on from there."""
+        self.shuffle.restore(state)
 
     def passes(self) -> Iterator[Batch]:
         """All of the data once, in blocks."""
-        empty = True
-        for item in self.loader:
-            empty = False
-            if isinstance(
-                item, list | tuple
-            ):  # default_collate gives lists for tuples, and a TensorDataset tuples of one
-                item = item[0] if len(item) == 1 else tuple(item)
-            yield as_batch(item, self.dtype, self.device)
-        if empty:
-            raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
+        yield self.shuffle.processes.share(self.batch)[0]
+
+    def some(self) -> Batch:
+        """All of the data."""
+        return self.batch

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.arguments import positive, whole
+from probae.arguments import whole
 from probae.batches import Batch, call
 from probae.checks import check
 from probae.flat.choice import MODES
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
-from probae.seeding import checked_seed, seeded
-from probae.streams import InMemory, source
+from probae.processes import local_device, processes
+from probae.seeding import checked_seed, reseed, seeded
+from probae.streams import InMemory, fetching, source
 from probae.training.checkpoint import Checkpoints
 from probae.training.loop import Loop
 from probae.training.optimizers import OPTIMIZERS, parameter_groups, rates_of, scheduler_of
+from probae.training.reduction import limits_of
 from probae.training.resume import identity_of, put_back, state_of
 from probae.training.run import Run
 from probae.training.steps import Steps
@@ -38,7 +40,7 @@ def fit(
     lr: float | dict[str, float] = 1e-3,
     optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
     scheduler: str | Callable[[torch.optim.Optimizer], Any] | None = None,
-    clip: float | None = None,
+    clip: float | dict[str, float] | None = None,
     precision: str = "float32",
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -46,6 +48,7 @@ def fit(
     every: int | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
     progress: bool = True,
 ) -> Run:
@@ -54,17 +57,23 @@ def fit(
     Pair and data are checked before the first step. With ``validation``, the bound named in ``run.watched`` is evaluated
     at every record, and the parameters of the best record are the ones kept. Ctrl-C ends training and returns the run.
 
+    Under ``torchrun`` the processes train one model together (gloo on CPUs, NCCL on GPUs): each takes its rows of every
+    minibatch, with noise of its own, and their gradients are averaged; ``batch_size`` counts the rows of all. Each returns
+    the same parameters. Batch normalisation sees the rows of its own process alone. Ctrl-C ends at the next record.
+
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.
         data: a tensor, array, DataFrame, tuple or dict of these, a torch ``Dataset``, a ``DataLoader``, or a
-            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``), which is read as training goes.
+            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``); the last three are read as training goes. A Hugging Face
+            data set counts as a Dataset; its columns are the leaves of a batch.
         validation: data of the same form, for early stopping.
         objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
         steps, batch_size: optimizer steps, and data in each.
         lr: the learning rate, or ``{"model": ..., "objective": ...}`` where the objective has parameters too.
         optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, or a function of parameter groups.
-        scheduler: ``"cosine"`` (from lr to 0 over the steps), or a function optimizer -> scheduler, stepped at each step.
-        clip: the largest norm of the gradient.
+        scheduler: ``"cosine"`` (from lr to 0 over the steps), or a function optimizer -> scheduler, stepped at each step; a
+            `ReduceLROnPlateau` at each record, by the validation value (for ``mode="min"`` its negative), else by the loss.
+        clip: the largest norm of the gradient, or ``{"model": ..., "objective": ...}``, one for each group by itself.
         precision: ``"float32"`` leaves all in the parameters' own dtype; ``"bf16"`` computes matrix products and
             convolutions in bfloat16, and everything else, parameters and densities too, in float32.
         seed: of the order of the data and of every draw. The same seed gives the same bits on the CPU.
@@ -78,6 +87,8 @@ def fit(
         checkpoint: a folder in which all of the run's state is kept, written at every record. The same call with a folder
             that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
             compiled steps take batches of several shapes).
+        workers: processes that fetch a Dataset's rows ahead; by default one where processes are forked (Linux), else none.
+            The rows are the same, whatever their number.
         callbacks: functions of the run, called at every record; one that returns True ends training.
         progress: whether to show a bar with loss, bound and speed.
 
@@ -86,9 +97,10 @@ def fit(
 
     Raises:
         ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
-        FloatingPointError: if the loss is not finite, naming the step and, where they show, the site and the rows; the
-            parameters are then those of the last record.
+        FloatingPointError: if the loss or a gradient is not finite, naming the step and, where they show, the site and the
+            rows; the parameters are then those of the last record. On a GPU this shows at the next record.
         OSError: if a checkpoint cannot be written; the one before still loads.
+        ChildProcessError, ConnectionError: if a process that reads data, or that trains too, has died.
 
     Example:
         >>> import probae
@@ -100,8 +112,8 @@ def fit(
     every = max(1, steps // 50) if every is None else whole("every", every)
     if patience is not None and (whole("patience", patience) and validation is None):
         raise ValueError("patience: early stopping needs validation data")
-    clip = None if clip is None else positive("clip", clip)
-
+    if workers is not None:
+        workers = whole("workers", workers, 0)
     seed = checked_seed(seed)
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"callbacks: expected functions of the run, got {callbacks!r}")
@@ -122,10 +134,17 @@ def fit(
     pair.to(where)
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
-    stream = source(data, batch_size, seed, pair.dtype, where)
-    with seeded(seed, where):
+    team = processes(where)
+    stream = source(data, batch_size, seed, pair.dtype, where, workers, team)
+    with seeded(seed, where), fetching():
         for batch in stream.passes():
-            if check(pair, batch).whole and batch_size < stream.size:
+            layout = check(pair, batch)
+            if layout.whole and team.count > 1:
+                raise ValueError(
+                    "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
+                    f"{team.count} processes cannot share them: train in one"
+                )
+            if layout.whole and batch_size < stream.size:
                 raise ValueError(
                     f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
                     f"a parameter has their size); got {batch_size}"
@@ -134,16 +153,20 @@ def fit(
         watch = None
         if validation is not None:
             options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
-            watch = Watch(pair, _gather(validation, pair, where), goal, **options)
+            watch = Watch(pair, _gather(validation, pair, where), goal, **options, processes=team)
         chosen = maker(parameter_groups(pair, goal, rates))
+        limits = limits_of(clip, chosen.param_groups)
         if pair.has("initialise"):
             with torch.no_grad():
                 call(pair.initialise, stream.some())
+        team.agree([pair, goal])
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
         rate = scheduler_of(scheduler, chosen, steps)
-        options = {"compile": compile, "asked": steps, "precision": precision}
-        take = Steps(pair, goal, chosen, rate, clip, stream.size, **options)
+        options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
+        take = Steps(pair, goal, chosen, rate, limits, stream.size, **options)
         loop = Loop(pair, take, stream, watch, run)
+        if team.rank:
+            reseed(team.noise(seed), where)
         if checkpoint is not None:
             told: dict[str, Any] = {
                 "steps": steps if scheduler is not None else None,
@@ -152,16 +175,31 @@ def fit(
                 "seed": seed,
             }
             told |= {"precision": precision, "compile": compile, "scheduler": _name(scheduler), "every": every}
-            checkpoints = Checkpoints(checkpoint, {**identity_of(loop), **told})
-            if (found := checkpoints.latest()) is not None:
-                put_back(loop, *found)
-            loop.keep = lambda number: checkpoints.save(number, *state_of(loop, number))
+            _keep(loop, Checkpoints(checkpoint, {**identity_of(loop), **told}))
         try:
-            loop.go(steps, every, patience, callbacks, progress)
+            with team.together():
+                loop.go(steps, every, patience, callbacks, progress)
         finally:
             loop.restore_best()
             pair.eval()
     return run
+
+
+def _keep(loop: Loop, checkpoints: Checkpoints) -> None:
+    """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
+    if (found := checkpoints.latest()) is not None:
+        put_back(loop, *found)
+    if len(set(loop.processes.gather(loop.number))) > 1:
+        raise ValueError(
+            f"checkpoint: the processes do not find the same ones in {checkpoints.folder}: expected a folder that all share"
+        )
+
+    def keep(number: int) -> None:
+        state = state_of(loop, number)
+        if loop.processes.first:
+            checkpoints.save(number, *state)
+
+    loop.keep = keep
 
 
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
@@ -178,7 +216,7 @@ def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
 
 def _device(device: Any) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device()
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:

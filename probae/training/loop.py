@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from probae.pair import Pair
 from probae.streams import Minibatch, Source
-from probae.training.blame import blame
+from probae.training.blame import Trouble
+from probae.training.optimizers import heed
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
@@ -34,6 +38,7 @@ class Loop:
         run: Run,
     ):
         self.pair, self.take, self.stream, self.watch, self.run = pair, take, stream, watch, run
+        self.processes = take.processes
         self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
         self.keep: Callable[[int], None] = lambda number: None
         self.number, self.spent = 0, 0.0
@@ -50,7 +55,7 @@ class Loop:
         """Take the steps."""
         start, total, count = time.perf_counter() - self.spent, torch.zeros_like(self.take.step), 0
         self.pair.train()
-        with _bar(steps, progress, self.number) as bar:
+        with _bar(steps, progress and self.processes.first, self.number) as bar, self._asked() as asked:
             try:
                 for number, minibatch in zip(range(self.number + 1, steps + 1), self.stream, strict=False):
                     loss = self.step(minibatch, number)
@@ -64,9 +69,8 @@ class Loop:
                         self.record(number, mean, start)
                         bar.set_postfix(self.shown())
                         total, count = torch.zeros_like(total), 0
-                        asked = [callback(self.run) for callback in callbacks]
-                        if self.ended(patience) or True in asked:
-                            self.run.stopped = "patience" if self.ended(patience) else "callback"
+                        if (reason := self.ends(patience, callbacks, asked)) is not None:
+                            self.run.stopped = reason
                             break
                         self.pair.train()
                         if callbacks or every >= _OFTEN:
@@ -83,14 +87,22 @@ class Loop:
         try:
             return self.take(minibatch)
         except ValueError:  # from a distribution that validates its arguments
-            if all(torch.isfinite(p).all() for p in self.take.parameters):
+            if self.sound():
                 raise
             self.fail(minibatch, math.nan, number)
 
     def fail(self, minibatch: Minibatch, loss: float, number: int) -> NoReturn:
         """Go back to the last good parameters, and say where the trouble lies."""
+        trouble = Trouble(self.take, minibatch)
+        found = (
+            trouble.found() if self.sound() else None
+        )  # a step that was refused has left the parameters as they were
         self.pair.load_state_dict(self.good)
-        raise FloatingPointError(blame(self.pair, minibatch.rows(), minibatch.index, loss, number))
+        raise FloatingPointError(trouble.told(found or trouble.found(), loss, number))
+
+    def sound(self) -> bool:
+        """Whether all parameters are finite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.take.parameters)
 
     def restore_best(self) -> None:
         """Go back to the best parameters, where there were validation data."""
@@ -110,13 +122,32 @@ class Loop:
                 self.best = value, copy.deepcopy(self.pair.state_dict())
                 self.run.best_step = number
         self.good = copy.deepcopy(self.pair.state_dict())
+        heed(self.take.scheduler, -loss if self.watch is None else row["validation"])
         row["seconds"] = time.perf_counter() - start
         self.run.records.append(row)
 
-    def ended(self, patience: int | None) -> bool:
-        """Whether the validation value has not improved for so many records."""
+    def ends(self, patience: int | None, callbacks: Sequence[Callable[[Run], Any]], asked: list[bool]) -> str | None:
+        """Why training ends at this record, for all processes alike: no better value for so long, a callback, Ctrl-C."""
         since = sum(1 for r in self.run.records if r["step"] > (self.run.best_step or 0))
-        return patience is not None and since >= patience
+        stop = True in [callback(self.run) for callback in callbacks]
+        if patience is not None and since >= patience:
+            return "patience"
+        if self.processes.any(stop):
+            return "callback"
+        return "interrupted" if self.processes.any(bool(asked)) else None
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[list[bool]]:
+        """With several processes, Ctrl-C is noted for the next record: all have to stop after the same step."""
+        asked: list[bool] = []
+        if self.processes.count == 1 or threading.current_thread() is not threading.main_thread():
+            yield asked
+            return
+        before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+        try:
+            yield asked
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def shown(self) -> dict[str, str]:
         """What the bar shows."""

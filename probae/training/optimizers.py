@@ -49,3 +49,14 @@ def scheduler_of(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -
     if scheduler == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return scheduler(optimizer) if scheduler is not None else None
+
+
+def by_record(scheduler: Any) -> bool:
+    """Whether a schedule goes by what was recorded, not by the number of the step."""
+    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def heed(scheduler: Any, value: float) -> None:
+    """Tell such a schedule what was recorded, a value that is better the higher it is."""
+    if by_record(scheduler):
+        scheduler.step(value if scheduler.mode == "max" else -value)

@@ -21,7 +21,8 @@ def identity_of(loop: Loop) -> dict[str, Any]:
         "parameters": {name: [list(t.shape), str(t.dtype)] for name, t in loop.pair.state_dict().items()},
         "objective": repr(loop.take.objective),
         "optimizer": [type(optimizer).__name__, json.loads(json.dumps(groups, default=str))],
-        "data": {"size": loop.stream.size, **fingerprint(next(iter(loop.stream.passes())))},
+        "data": {"size": loop.stream.size, **fingerprint(loop.stream.some())},
+        "processes": loop.processes.count,
     }
 
 
@@ -34,7 +35,12 @@ def state_of(loop: Loop, number: int) -> tuple[dict[str, Any], dict[str, Tensor]
         "objective": take.objective.state_dict(),
         "best": loop.best[1],
         "stream": loop.stream.state(),
-        "random": {str(i): state for i, state in enumerate(streams(take.step.device))},
+        # each process draws its own noise
+        "random": {
+            f"{rank}.{i}": state
+            for i, stream in enumerate(streams(take.step.device))
+            for rank, state in enumerate(loop.processes.gather(stream))
+        },
         "step": {"taken": take.step},
     }
     plain = {}
@@ -76,4 +82,5 @@ def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor]) 
     take.restore(described["steps"], parts["step"]["taken"])
     loop.run.compile = take.why
     loop.stream.restore(parts.get("stream", {}))
-    set_streams(device, list(parts["random"].values()))
+    own = [parts["random"][f"{loop.processes.rank}.{i}"] for i in range(len(streams(device)))]
+    set_streams(device, own)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from probae.flat.inductor import compiled, unavailable
 from probae.objectives import Objective
 from probae.pair import Pair
 from probae.precision import products
+from probae.processes import Processes
 from probae.seeding import set_streams, streams
 from probae.streams import Minibatch
 from probae.training import updates
-from probae.training.whole import WholeStep, clip_factor
+from probae.training.optimizers import by_record
+from probae.training.reduction import Limit, reduced
+from probae.training.whole import WholeStep
 
 _PROOFS = 2  # steps after a trace that are taken both ways; at the second, what the first has changed shows
 _SHAPES = 8  # graphs kept for batches of different shapes; beyond it the eager way is taken
@@ -55,15 +60,17 @@ class Steps:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        clip: float | None,
+        limits: list[Limit],
         size: int,
         *,
+        processes: Processes,
         compile: bool | str,
         asked: int,
         precision: str,
     ):
         self.pair, self.objective, self.optimizer, self.scheduler = pair, objective, optimizer, scheduler
-        self.clip, self.size, self.compile, self.asked, self.precision = clip, size, compile, asked, precision
+        self.limits, self.size, self.processes = limits, size, processes
+        self.compile, self.asked, self.precision = compile, asked, precision
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.step = torch.zeros((), device=self.parameters[0].device)
         self.ran, self.why = "eager", "as asked" if compile is False else "the first step"
@@ -89,8 +96,7 @@ class Steps:
             self._prepare(key, minibatch)
         if key in self.graphs and self.graphs[key].proofs:
             self.settle()
-            loss = self._proved(key, minibatch.rows())
-            self._advance()
+            loss = self._advance(self._proved(key, minibatch.rows()), minibatch.share)
             if self.whole is not None:
                 self.optimizer.zero_grad(set_to_none=True)  # whole steps leave none behind either
         elif self.whole is not None and self.whole[0] == key:
@@ -99,8 +105,8 @@ class Steps:
         else:
             self.settle()
             loss = self._flat(key, minibatch.rows()) if key in self.graphs else self._eager(minibatch.rows())
-            self._advance()
-        if self.scheduler is not None:
+            loss = self._advance(loss, minibatch.share)
+        if self.scheduler is not None and not by_record(self.scheduler):
             self._schedule(self.scheduler)
         return loss
 
@@ -174,9 +180,17 @@ class Steps:
             if not loss.requires_grad:
                 raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
             _all_trained(loss, self.parameters)
-            self.first = False
         loss.backward()
+        if self.first:
+            self.first = False
+            self._alike()
         return loss.detach()
+
+    def _alike(self) -> None:
+        """Check once that all processes train the same parameters: their gradients are added up, place by place."""
+        places = [p.grad is not None for p in self.parameters]
+        if any(places != other for other in self.processes.gather(places)):
+            raise ValueError("the processes train different parameters: every one has to run the same programs")
 
     def _flat(self, key: Any, rows: Batch) -> Tensor:
         found = self.graphs[key]
@@ -195,12 +209,16 @@ class Steps:
             if self.whole is not None:
                 self._drop("since the scheduler changes more than the rate")
 
-    def _advance(self) -> None:
-        if self.clip is not None:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, clip_factor(gradients, self.clip))
+    def _advance(self, loss: Tensor, share: float) -> Tensor:
+        """Update the parameters, unless loss or gradients are no numbers; returns the loss over all processes."""
+        trained = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        loss = reduced(loss, gradients, trained, self.limits, self.processes, share)
+        if loss.device.type == "cpu" and not math.isfinite(loss):  # a GPU is not waited for
+            return loss
         self.optimizer.step()
         self.step += 1
+        return loss
 
     # -- what is traced and compiled ---------------------------------------------------------------------------------
 
@@ -233,8 +251,11 @@ class Steps:
         groups = None if self.moving else updates.groups(self.optimizer, {id(p) for p in found.trained})
         if groups is not None:
             self.optimizer.zero_grad(set_to_none=True)
-            arguments = (found.graph, found.trained, self.optimizer, groups, self.clip)
-            self.whole = key, WholeStep(*arguments, minibatch, self.step)
+            reduce = partial(reduced, trained=found.trained, limits=self.limits, processes=self.processes)
+            self.whole = (
+                key,
+                WholeStep(found.graph, found.trained, self.optimizer, groups, reduce, minibatch, self.step),
+            )
         else:
             inputs = [*(leaf for _, leaf in leaves(minibatch.rows())), self.step]
             found.call, found.kind = compiled(found.graph, inputs), "compiled"
@@ -289,7 +310,11 @@ class Steps:
 
 def _key(minibatch: Minibatch) -> tuple[Any, ...]:
     rows = None if minibatch.index is None else length(minibatch.index)
-    return rows, *((name, leaf.shape, leaf.stride(), leaf.dtype) for name, leaf in leaves(minibatch.batch))
+    return (
+        rows,
+        minibatch.share,
+        *((name, leaf.shape, leaf.stride(), leaf.dtype) for name, leaf in leaves(minibatch.batch)),
+    )
 
 
 def _accumulated(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ from probae.evidence.tractable import exact
 from probae.evidence.weights import Weights, no_bound
 from probae.objectives import Objective
 from probae.pair import Pair
+from probae.processes import ALONE, Processes
 from probae.seeding import still
 
 
@@ -33,7 +34,10 @@ class Watch:
         seed: int,
         compile: bool | str,
         times: int,
+        processes: Processes = ALONE,
     ):
+        batch, self.share = processes.share(batch)
+        self.processes = processes
         self.pair, self.batch, self.objective, self.particles, self.seed = pair, batch, objective, particles, seed
         self.layout = check(pair, batch)
         self.weights = Weights(pair, self.layout, "auto" if compile is True else compile, times)
@@ -41,7 +45,13 @@ class Watch:
         self.kind = "log p(x)" if pair.tractable else "elbo" if bounded else "objective"
 
     def __call__(self, step: Tensor) -> float:
-        """Its value now; higher is better."""
+        """Its value now, over the rows of all processes; higher is better."""
+        if self.processes.count == 1:
+            return self._own(step)
+        value = torch.tensor(self.share * self._own(step), dtype=torch.float32, device=step.device)
+        return float(self.processes.sum(value))
+
+    def _own(self, step: Tensor) -> float:
         if self.kind == "log p(x)":
             return exact(self.pair, self.batch, self.layout).mean
         if self.kind == "elbo":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class WholeStep:
         graph: loss and gradients of the parameters, from the leaves of the rows and the number of the step.
         trained: the parameters whose gradients the graph gives, in its order.
         groups: what the update works on.
+        reduce: what happens to loss and gradients before it (see `reduced`).
         step: the number of steps taken, which the graph counts on.
 
     Raises:
@@ -38,7 +40,7 @@ class WholeStep:
         trained: list[Tensor],
         optimizer: torch.optim.Optimizer,
         groups: list[updates.Group],
-        clip: float | None,
+        reduce: Callable[..., Tensor],
         minibatch: Minibatch,
         step: Tensor,
     ):
@@ -52,7 +54,8 @@ class WholeStep:
         self.fixed = [step, self.count, *(p.detach() for p in graph.held), *states, *(group.lr for group in groups)]
         inputs, device = self._inputs(minibatch), step.device.type
         data = len(list(leaves(minibatch.batch)))
-        self.graph = _traced(_whole(graph, trained, groups, clip, data, self.indexed), inputs)
+        reduce = partial(reduce, share=minibatch.share)
+        self.graph = _traced(_whole(graph, trained, groups, reduce, data, self.indexed), inputs)
         # what is captured has no overhead of Python's left, only kernels to fuse
         call: Callable[..., Any] = (
             self.graph if device == "cuda" and unavailable(device) else compiled(self.graph, inputs)
@@ -94,7 +97,12 @@ class WholeStep:
 
 
 def _whole(
-    graph: Graph, trained: list[Tensor], groups: list[updates.Group], clip: float | None, width: int, indexed: bool
+    graph: Graph,
+    trained: list[Tensor],
+    groups: list[updates.Group],
+    reduce: Callable[..., Tensor],
+    width: int,
+    indexed: bool,
 ) -> Callable[..., list[Tensor]]:
     """The step as a function of tensors alone."""
     place = {id(tensor): i for i, tensor in enumerate(graph.held)}
@@ -110,8 +118,7 @@ def _whole(
         step, count = take(2)
         held = take(len(graph.held))
         loss, *gradients = graph.module(*rows, step, *held)
-        if clip is not None:
-            torch._foreach_mul_(gradients, clip_factor(gradients, clip))
+        loss = reduce(loss, gradients)
         count.add_(1)
         step.add_(1)
         states = [{name: take(len(of)) for name, of in group.state.items()} for group in groups]
@@ -122,12 +129,6 @@ def _whole(
         return [loss]
 
     return whole
-
-
-def clip_factor(gradients: list[Tensor], clip: float) -> Tensor:
-    """What the gradients are multiplied by, so that their joint norm is at most ``clip``."""
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-    return (clip / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _traced(whole: Callable[..., list[Tensor]], inputs: list[Tensor]) -> Graph:

@@ -29,6 +29,11 @@ class Around(Pair):
         """Whether the inner pair has one."""
         return self.inner.has_guide
 
+    @property
+    def missing(self) -> str | None:  # type: ignore[override]
+        """How the inner pair takes missing values."""
+        return self.inner.missing
+
     def parameter(self, *args: Any, **kwargs: Any) -> Tensor:
         """Parameters of plain programs stay in the inner pair."""
         return self.inner.parameter(*args, **kwargs)
@@ -52,7 +57,7 @@ class Around(Pair):
     def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
         """Draws of the inner pair, mapped back."""
         if like is not None:
-            like = self._forth(torch.as_tensor(like))
+            like = self._forth(self.as_data(like))
         return self._back(self.inner.sample(n, like=like, seed=seed))
 
     def reconstruct(self, x: Any) -> Tensor:
@@ -62,6 +67,12 @@ class Around(Pair):
     def encode(self, x: Any) -> Any:
         """The inner pair's codes."""
         return self.inner.encode(self._forth(self.as_data(x)))
+
+    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+        """The inner pair's draws of what is missing, mapped back; what was observed is left as it is."""
+        x = self.as_data(x)
+        drawn = self._back(self.inner.impute(self._forth(x), draws, particles=particles, seed=seed))
+        return torch.where(x.isnan(), drawn, x)
 
     def _forth(self, x: Tensor) -> Tensor:
         raise NotImplementedError

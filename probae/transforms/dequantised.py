@@ -47,7 +47,7 @@ class Dequantised(Around):
         """u ~ U[0, 1); x + u under the inner model; x the whole number below it."""
         with self._rows(x):
             y = x + pyro.sample("u", self._noise(x))
-            pyro.sample("counts", Truncation(y.shape[: -self._events(x)], x.shape[1:]), obs=x)
+            pyro.sample("counts", Truncation(y.shape[: -self._events(x)], x.shape[1:]), obs=x.nan_to_num(0.0))
         self.inner.model(y)
 
     def guide(self, x: Tensor) -> None:
@@ -81,6 +81,17 @@ class Dequantised(Around):
 
     def _events(self, x: Tensor) -> int:
         return x.dim() - 1  # counts have no particle axis: noise gives them theirs
+
+    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+        """Refused: counts that were observed say less of the latents than the values at which the inner pair would look.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "impute: a Dequantised pair has no draws of missing counts given observed ones; use a likelihood of counts, such "
+            "as likelihoods.DiscretisedNormal, or impute with the inner pair at the middles of the bins"
+        )
 
     def _forth(self, x: Tensor) -> Tensor:
         return x + 0.5

@@ -35,10 +35,16 @@ class Transformed(Around):
 
     def __init__(self, pair: Any, transform: Transform | Sequence[Transform]):
         super().__init__(pair)
-        steps = [transform] if isinstance(transform, nn.Module) else list(transform)
+        steps = list(transform) if isinstance(transform, Sequence) else [transform]
         if not steps or not all(isinstance(step, Transform) for step in steps):
-            raise TypeError(f"transform: expected transforms of probae.transforms, got {transform!r}")
+            raise TypeError(f"transform: expected transforms of probae.transforms, got {transform!r:.200}")
         self.steps = nn.ModuleList(steps)
+        joint = [type(step).__name__ for step in steps if type(step).log_slopes is Transform.log_slopes]
+        if self.missing is not None and joint:
+            raise ValueError(
+                f"transform: where values are missing each feature must be mapped by itself, and {joint[0]} has no "
+                "log_slopes(x), the log-derivative of each"
+            )
         inner = getattr(self.inner, "measure", None)
         if inner == "mass":
             raise ValueError("a mass of counts has no log-determinant: put Dequantised outside, Transformed inside")
@@ -61,13 +67,14 @@ class Transformed(Around):
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """As for any pair, and that the transform is finite at all of the data."""
         super().validate(*args, **kwargs)
-        if len(args) == 1 and isinstance(args[0], Tensor) and torch.isfinite(args[0]).all():
+        gaps = args[0].isnan() if self.missing is not None and len(args) == 1 and isinstance(args[0], Tensor) else False
+        if len(args) == 1 and isinstance(args[0], Tensor) and (torch.isfinite(args[0]) | gaps).all():
             try:
                 y, log_det = self.apply_to(args[0])
             except RuntimeError as error:
                 shape = tuple(args[0].shape)
                 raise ValueError(f"site 'x': the transform failed on data of shape {shape}: {error}") from error
-            bad = ~(torch.isfinite(y).flatten(1).all(1) & torch.isfinite(log_det))
+            bad = ~((torch.isfinite(y) | gaps).flatten(1).all(1) & torch.isfinite(log_det))
             if bad.any():
                 row = int(bad.nonzero()[0])
                 takes = " then ".join(f"{type(step).__name__} of {step.domain}" for step in self.steps)
@@ -78,7 +85,12 @@ class Transformed(Around):
         """y = T(x) (..., D) and the log-determinant (...)."""
         total = x.new_zeros(x.shape[:-1])
         for step in self.steps:
-            x, log_det = step(x)
+            if self.missing is not None:  # what is missing has no density, and its map no slope
+                slopes = step.log_slopes(x)  # type: ignore[operator]
+                log_det = torch.where(x.isnan(), torch.zeros_like(slopes), slopes).sum(-1)
+                x = step(x)[0]
+            else:
+                x, log_det = step(x)
             total = total + log_det
         return x, total.sum(list(range(1 - self.event_dim, 0))) if self.event_dim > 1 else total
 

@@ -1,0 +1,409 @@
+r"""A Gaussian guide of each datum's own, optimised, and importance sampling from it.
+
+In the coordinates u of `Space`, :math:`q_n(u) = N(m_n, T_n T_n^\top)`, T diagonal or lower-triangular. Each step draws
+:math:`u = m + T \epsilon` and takes the path gradient in the guide's own units, whose noise is zero where q is exact,
+
+.. math:: v = T^\top \nabla \log p(x, u) + \epsilon, \qquad
+          m \leftarrow m + \rho\, T\, \overline{v}, \qquad T \leftarrow T \exp(\rho\, \tfrac12 \operatorname{diag}
+          \overline{v \epsilon}),
+
+which is natural-gradient ascent on the ELBO: invariant to the scales of u, and to its rotations where T is full.
+Weights that are reported come from draws of their own.
+
+References: Roeder, Wu & Duvenaud (2017), *Sticking the landing*; Lin, Nielsen, Khan & Schmidt (2021), *Tractable structured
+natural-gradient descent*; Hesterberg (1995), *Weighted average importance sampling and defensive mixture distributions*;
+Owen & Zhou (2000), *Safe and effective importance sampling*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probae.arguments import one_of, positive, whole
+from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
+from probae.evidence.mixture import SEEN, Mixture, heavy_tails
+from probae.evidence.result import Evidence, as_values
+from probae.evidence.running import Running, believable, shared_error
+from probae.evidence.space import Space
+from probae.evidence.ways import Way, slopes, way
+from probae.evidence.weights import MEMORY, even, padded, weighable
+from probae.flat.graph import unvalidated
+from probae.layout import run_at
+from probae.pair import Pair
+from probae.seeding import derived, seeded, still
+from probae.sites import Layout
+
+_START, _FIT, _WEIGHTS = range(3)  # streams of draws, each of its own
+_STARTING = 64  # draws of the guide, or the prior, by whose moments q starts
+_NARROW = 0.1  # where it starts around a point, in the prior's units
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How the guide is refined: the options of ``method="refined"``.
+
+    Attributes:
+        covariance: ``"diagonal"`` or ``"full"``.
+        steps: of the optimisation; by default 120 from a guide with a density, and 300 from a point or the prior.
+        draws: for each datum and step, in pairs ε and −ε; by default 8, or 16 for a full covariance.
+        defensive: the share of the draws that come from the prior, and where that has heavy tails from a Student-t around q
+            too; by default a twentieth, or four tenths with heavy tails. It bounds the weights by the likelihood over a share.
+        memory: bytes that one chunk may take.
+    """
+
+    covariance: str = "diagonal"
+    steps: int | None = None
+    draws: int | None = None
+    defensive: float | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("covariance", self.covariance, ("diagonal", "full"))
+        if self.steps is not None:
+            whole("steps", self.steps, 0)
+        if self.draws is not None and whole("draws", self.draws, 2) % 2:
+            raise ValueError(f"draws: expected an even number, of pairs ε and −ε, got {self.draws}")
+        if self.defensive is not None and positive("defensive", self.defensive, zero=True) >= 1:
+            raise ValueError(f"defensive: expected a share below 1, got {self.defensive!r}")
+        if self.memory is not None:
+            whole("memory", self.memory)
+
+    @property
+    def together(self) -> int:
+        """Draws for each datum and step."""
+        return self.draws or (16 if self.covariance == "full" else 8)
+
+    @classmethod
+    def of(cls, options: dict[str, Any], what: str) -> Refinement:
+        """The options given by name.
+
+        Raises:
+            ValueError: naming the options that there are, if one is none of them.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in names]:
+            raise ValueError(f"{what} has no option {unknown[0]!r}: its options are {names}")
+        return cls(**options)
+
+
+class Guides(NamedTuple):
+    """A Gaussian for each datum: ``loc`` (N, L), and ``factor``, a scale (N, L) or a lower triangle (N, L, L)."""
+
+    loc: Tensor
+    factor: Tensor
+
+    def at(self, index: Tensor) -> Guides:
+        """Those of some rows."""
+        return Guides(self.loc[index], self.factor[index])
+
+
+class Weighed(NamedTuple):
+    """What fresh draws from guides say of each datum: the estimate of log p(x), and the ELBO of the Gaussians alone."""
+
+    evidence: Evidence
+    elbo: Evidence
+
+
+def refine(
+    pair: Pair,
+    batch: Batch,
+    layout: Layout,
+    particles: int,
+    options: Refinement,
+    seed: int,
+    compile: bool | str = "auto",
+) -> Evidence:
+    """The log of the mean weight of K draws from a guide refined for each datum: a lower bound in expectation.
+
+    The `Evidence` has ``details``, ``ess`` and ``pareto_k``; ``reliable``; and ``elbo``, the refined Gaussian's own.
+    With latents that all data share, q is optimised over draws of them, and each particle has one.
+    """
+    refiner = Refiner(pair, batch, layout, options, seed, compile, particles)
+    return refiner.weighed(batch, refiner.fitted(batch), particles, _WEIGHTS).evidence
+
+
+class Refiner:
+    """Guides refined for any rows of the data, block by block; all blocks are of one shape, so that one graph does for them.
+
+    Raises:
+        ValueError: if the latents have no coordinates (`Space`), or latents that all data share cannot be drawn.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        batch: Batch,
+        layout: Layout,
+        options: Refinement,
+        seed: int,
+        compile: bool | str = "auto",
+        particles: int = 1000,
+    ):
+        self.pair, self.layout, self.options, self.seed, self.compile = pair, layout, options, seed, compile
+        self.space = Space(pair, batch, layout)
+        self.full = options.covariance == "full"
+        near = pair.has_guide and not layout.points and not layout.summed
+        self.steps = options.steps if options.steps is not None else (120 if near else 300)
+        if layout.globals_ and not pair.has_guide:
+            raise ValueError(f"the pair has no guide to draw {list(layout.globals_)} from, which all data share")
+        if layout.globals_ and not layout.vectorised:
+            raise ValueError(
+                f"the programs draw {list(layout.globals_)}, which all data share, and take no particle axis: use 'iwae'"
+            )
+        cells = self._cells(batch)
+        size = length(batch)
+        self.rows = size if layout.whole else even(size, max(1, cells // min(particles, 64)))
+        self.together = even(particles, max(options.together, cells // self.rows))
+        self.blocks = math.ceil(size / self.rows)
+        with still(pair, seed), unvalidated():
+            few = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
+            heavy = heavy_tails(self.space, few, self._given(few, SEEN))
+        share = options.defensive if options.defensive is not None else (0.4 if heavy else 0.05)
+        self.shares = (1 - share, 0.75 * share, 0.25 * share) if heavy else (1 - share, 0.0, share)
+        self.ways: dict[Any, Way] = {}
+
+    # -- optimisation ------------------------------------------------------------------------------------------------
+
+    def fitted(self, batch: Batch, start: Guides | None = None, stream: int = _FIT) -> Guides:
+        """The refined guides of some data, from where they start by themselves or from others."""
+        parts = []
+        with still(self.pair, self.seed), unvalidated():
+            for number, (rows, count, place) in enumerate(self._blocks(batch)):
+                with seeded(derived(self.seed, _START, stream, number), self.pair.device):
+                    guides = self._start(rows) if start is None else Guides(*(padded(t[place], len(t)) for t in start))
+                    guides = Guides(*(padded(t, length(rows)).contiguous() for t in guides))
+                with seeded(derived(self.seed, stream, number), self.pair.device):
+                    for step in range(self.steps):
+                        guides = self._step(guides, rows, step / self.steps)
+                parts.append([t[:count] for t in guides])
+        return Guides(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def _step(self, guides: Guides, rows: Batch, progress: float) -> Guides:
+        half = torch.randn(
+            self.options.together // 2, *guides.loc.shape, dtype=guides.loc.dtype, device=guides.loc.device
+        )
+        noise = torch.cat([half, -half])
+        # large steps come from anywhere to where q belongs, small ones average the noise of the draws
+        rate = noise.new_tensor(0.02 + 0.38 * (1 + math.cos(math.pi * progress)) / 2)
+        inputs = [*guides, noise, rate]
+        given = self._given(rows, self.options.together)
+        return Guides(*self._call("step", self._ascend, inputs, rows, given, self.blocks * self.steps))
+
+    def _ascend(
+        self, rows: Batch, given: dict[str, Tensor], loc: Tensor, factor: Tensor, noise: Tensor, rate: Tensor
+    ) -> list[Tensor]:
+        """One step of natural-gradient ascent for all rows at once."""
+        with torch.enable_grad():
+            u = _moved(loc, factor, noise).detach().requires_grad_()
+            (slope,) = slopes([sum(self.space.terms(u, rows, given))], u)  # type: ignore[list-item]
+        slope = slope if not self.full else (factor.mT @ slope.unsqueeze(-1)).squeeze(-1)
+        slope = slope if self.full else factor * slope
+        # draws far out, where the model overflows or rises without bound, say no more than their direction
+        v = (torch.nan_to_num(slope, 0.0, _FAR, -_FAR) + noise).clamp(-_FAR, _FAR)
+        move = (rate * v.mean(0)).clamp(-1.0, 1.0)
+        if self.full:
+            spread = torch.einsum("snl,snm->nlm", v, noise) / len(noise)
+            # few draws tell a full covariance badly: beyond twice this rate their noise would grow
+            pairs = len(noise) // 2
+            spread = rate.clamp(max=pairs / (pairs + self.space.size + 1)) * (
+                spread.tril(-1) + torch.diag_embed(spread.diagonal(dim1=-2, dim2=-1) / 2)
+            )
+            norm = spread.square().sum((-2, -1), keepdim=True).sqrt()
+            spread = spread * (0.5 / norm.clamp_min(0.5))
+            grown = spread.tril(-1) + torch.diag_embed(spread.diagonal(dim1=-2, dim2=-1).exp())
+            loc = loc + (factor @ move.unsqueeze(-1)).squeeze(-1)
+            return [loc.contiguous(), (factor @ grown).contiguous()]
+        growth = (rate * (v * noise).mean(0) / 2).clamp(-0.5, 0.5)
+        return [loc + factor * move, factor * growth.exp()]
+
+    def _start(self, rows: Batch) -> Guides:
+        """The moments of draws from the guide, or around a point, or those of the prior."""
+        prior = self.space.from_prior(rows, _STARTING, self._given(rows, _STARTING))
+        loc, scale = _moments(prior)
+        if self.pair.has_guide and not self.layout.summed:
+            given = self._given(rows, _STARTING)
+            found, spread = _moments(self.space.from_guide(rows, _STARTING, given), loc, scale)
+            point = spread <= 1e-6 * scale
+            loc, scale = found, torch.where(point, _NARROW * scale, spread)
+        return Guides(loc, torch.diag_embed(scale) if self.full else scale)
+
+    # -- importance sampling -----------------------------------------------------------------------------------------
+
+    def weighed(self, batch: Batch, guides: Guides, particles: int, stream: int) -> Weighed:
+        """Draw K particles from each guide's defensive mixture; each ``stream`` has draws of its own."""
+        found: list[tuple[_Strata, int]] = []
+        together = min(self.together, particles)
+        mixture = Mixture(self.shares, particles, together, self.full)
+        calls = self.blocks * math.ceil(particles / together)
+        with still(self.pair, self.seed), unvalidated():
+            for number, (rows, count, place) in enumerate(self._blocks(batch)):
+                loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
+                strata = _Strata(mixture, bool(self.layout.globals_))
+                with seeded(derived(self.seed, stream, number, 1), self.pair.device):
+                    for first in range(0, particles, together):
+                        given = self._given(rows, together)
+                        u = mixture.draw(self.space, rows, loc, factor, given)
+                        inputs = [u, loc, factor, mixture.log_shares(u)]
+                        log_w, log_ratio = self._call(
+                            ("weigh", together), self._weigh, inputs, rows, given, calls, mixture
+                        )
+                        take = min(together, particles - first)
+                        strata.add(weighable(log_w[:take, :count], first), log_ratio[:take, :count])
+                found.append((strata, count))
+        return _weighed([strata for strata, _ in found], self.layout, length(batch))
+
+    def posterior_draws(self, batch: Batch, guides: Guides, particles: int) -> tuple[Tensor, Tensor]:
+        """K draws u (K, N, L) of each guide's mixture, and their log weights (K, N), on any rows that memory holds."""
+        mixture = Mixture(self.shares, particles, particles, self.full)
+        with still(self.pair, self.seed), unvalidated(), seeded(derived(self.seed, _WEIGHTS), self.pair.device):
+            given = self._given(batch, particles)
+            u = mixture.draw(self.space, batch, *guides, given)
+            log_w, _ = self._weigh(batch, given, mixture, u, *guides, mixture.log_shares(u))
+        return u, weighable(log_w)
+
+    def _weigh(
+        self,
+        rows: Batch,
+        given: dict[str, Tensor],
+        mixture: Mixture,
+        u: Tensor,
+        loc: Tensor,
+        factor: Tensor,
+        shares: Tensor,
+    ) -> list[Tensor]:
+        prior, likelihood = self.space.terms(u, rows, given)
+        log_q, gaussian = mixture.log_prob(u, loc, factor, prior, shares)
+        return [prior + likelihood - log_q, prior + likelihood - gaussian]
+
+    # -- the programs ------------------------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        key: Any,
+        function: Any,
+        inputs: list[Tensor],
+        rows: Batch,
+        given: dict[str, Tensor],
+        calls: int,
+        *more: Any,
+    ) -> Sequence[Any]:
+        data, names = [leaf for _, leaf in leaves(rows)], list(given)
+        tensors = [*inputs, *data, *given.values()]
+        key = key, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+        if key not in self.ways:
+            width = len(inputs)
+
+            def called(*tensors: Tensor) -> list[Tensor]:
+                block = rebuilt(rows, tensors[width : width + len(data)])
+                shared = dict(zip(names, tensors[width + len(data) :], strict=True))
+                return [t.detach() for t in function(block, shared, *more, *tensors[:width])]
+
+            what = "refinement" if function == self._ascend else "importance sampling"
+            self.ways[key] = way(called, tensors, self.pair, self.compile, calls, what)
+        return self.ways[key](*tensors)
+
+    def _blocks(self, batch: Batch) -> Iterator[tuple[Batch, int, slice]]:
+        batch = each(Tensor.contiguous, batch)
+        size = length(batch)
+        rows = size if self.layout.whole else min(self.rows, size)
+        rows = rows if self.layout.whole else even(size, rows)
+        for number, block in enumerate(rows_of(batch, rows)):
+            place = slice(number * rows, min((number + 1) * rows, size))
+            yield each(lambda leaf: padded(leaf, rows), block), length(block), place
+
+    def _given(self, rows: Batch, particles: int) -> dict[str, Tensor]:
+        """A draw from the guide of the latents that all data share, for each particle."""
+        if not (names := self.layout.globals_):
+            return {}
+        guide = run_at(self.pair, self.pair.guide, rows, particles, self.layout, {})
+        values = {name: guide.nodes[name]["value"] for name in names}
+        return {n: (v if particles > 1 else v[None]).contiguous() for n, v in values.items()}
+
+    def _cells(self, batch: Batch) -> int:
+        """How many particles of a datum memory takes at a time."""
+        device = self.pair.device or torch.device("cpu")
+        memory = self.options.memory or MEMORY.get(device.type, MEMORY["cuda"])
+        widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
+        features = sum(leaf[0].numel() for _, leaf in leaves(batch))
+        states = max((len(values) for values in self.space.states.values()), default=1)
+        return max(1, memory // (8 * (8 * self.space.size + states * (4 * features + 2 * widest))))
+
+
+_FAR = 30.0  # of a gradient in the guide's own units
+
+
+def _moved(loc: Tensor, factor: Tensor, noise: Tensor) -> Tensor:
+    if factor.dim() == loc.dim():
+        return loc + factor * noise
+    return loc + torch.einsum("nlm,snm->snl", factor, noise)
+
+
+def _moments(u: Tensor, loc: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and scale (N, L) of draws (K, N, L); those on the edge of a support come inside, within four prior scales."""
+    if loc is not None and scale is not None:
+        near = torch.minimum(torch.maximum(torch.nan_to_num(u, 0.0, 1e30, -1e30), loc - 4 * scale), loc + 4 * scale)
+        u = torch.where(u.isfinite(), u, near)
+    else:
+        finite = torch.where(u.isfinite(), u, torch.nan)
+        u = torch.where(u.isfinite(), u, torch.nan_to_num(finite.nanmedian(0).values))
+    return u.mean(0), u.std(0).clamp_min(1e-12)
+
+
+class _Strata:
+    """The running weights of each component of the mixture, whose sizes are fixed, and the ELBO's terms of the first."""
+
+    def __init__(self, mixture: Mixture, shared: bool):
+        self.mixture, particles = mixture, mixture.particles
+        self.all = Running(particles, shared=shared)
+        self.parts = [Running(max(count, 1)) for count in mixture.counts]
+        self.elbo = Running(mixture.counts[0], logarithms=True, shared=shared)
+
+    def add(self, log_w: Tensor, log_ratio: Tensor) -> None:
+        """Take a chunk (k, n) of log weights, and of log p(x, u) − log q(u) for the Gaussian's draws."""
+        self.all.add(log_w)
+        for component, part in enumerate(self.parts):
+            mine = self.mixture.labels[: len(log_w)] == component
+            if mine.any():
+                part.add(log_w[mine])
+                if component == 0:
+                    self.elbo.add(log_ratio[mine])
+
+    @property
+    def variance(self) -> Tensor:
+        """Of log p̂, by the delta method; strata of one draw count as part of one sample."""
+        counts = [count for count in self.mixture.counts if count]
+        if min(counts) < 2:
+            return self.all.variance
+        total = self.all.value
+        parts = [part for part in self.parts if part.count]
+        shares = [part.count / self.all.count for part in parts]
+        relative = [(2 * (part.value - total)).exp() * part.variance for part in parts]
+        relative = [torch.where(part.mean > 0, r, 0.0) for part, r in zip(parts, relative, strict=True)]
+        # a component that met nothing of weight may have missed one draw's worth of it
+        missed = (len(parts) - 1) / self.all.count**2
+        return sum(share**2 * r for share, r in zip(shares, relative, strict=True)) + missed  # type: ignore[return-value]
+
+
+def _weighed(strata: list[_Strata], layout: Layout, size: int) -> Weighed:
+    def joined(values: Any) -> Tensor:
+        return torch.cat([as_values(values(part)) for part in strata])
+
+    particles, errors = strata[0].mixture.particles, joined(lambda part: part.variance).sqrt()
+    shared: list[float | None] = [None, None]
+    if layout.globals_ and particles > 1:
+        for i, name in enumerate(("all", "elbo")):
+            shared[i] = shared_error(as_values(sum(getattr(part, name).influences for part in strata)), size)
+    gaussian = strata[0].mixture.counts[0]
+    own, own_errors = joined(lambda part: part.elbo.value), joined(lambda part: part.elbo.variance).sqrt()
+    elbo = Evidence(own, own_errors, "lower", "refined elbo", layout.measure, gaussian, shared[1])
+    details = {"ess": joined(lambda part: part.all.ess), "pareto_k": joined(lambda part: part.all.pareto_k)}
+    reliable = believable(errors, **details, particles=particles)
+    values = joined(lambda part: part.all.value)
+    found = Evidence(values, errors, "lower", "refined", layout.measure, particles, shared[0], reliable, details, elbo)
+    return Weighed(found, elbo)

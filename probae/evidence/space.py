@@ -1,0 +1,232 @@
+"""The continuous latents of each datum as one vector without constraints: what refinement and annealing move through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+
+from probae.batches import Batch, each, length
+from probae.evidence.tractable import states
+from probae.evidence.weights import no_bound
+from probae.layout import run_at
+from probae.pair import Pair
+from probae.seeding import still
+from probae.sites import Layout, Site, samples, support_of
+from probae.traces import Traces
+
+
+class Terms(NamedTuple):
+    """log p(u), Jacobian included, and log p(x | u), both (K, N), nats; discrete latents are summed out of both."""
+
+    prior: Tensor
+    likelihood: Tensor
+
+
+@dataclass(frozen=True)
+class _Coordinates:
+    """Where a site lies in u: its transform from the free vector, and the shapes of a datum's value, free and as drawn."""
+
+    transform: Transform
+    free: torch.Size
+    drawn: torch.Size
+    event_dim: int
+
+
+class Space:
+    r"""Coordinates u of all continuous latents of a datum: :math:`z = T(u)`, T of `biject_to` each site's support.
+
+    Small discrete latents are summed out of every density here; latents outside the data plate are held at ``given``.
+
+    Args:
+        pair, layout: as they were checked.
+        batch: some rows of the data; other rows may follow.
+
+    Attributes:
+        size: L, the number of coordinates of a datum.
+
+    Raises:
+        ValueError: if there is no continuous latent, the prior is flat, there are too many discrete states, or the support
+            of a site depends on another latent.
+    """
+
+    def __init__(self, pair: Pair, batch: Batch, layout: Layout):
+        if reason := layout.subsampled or (no_bound(layout) if layout.improper else None):
+            raise ValueError(reason)
+        self.pair, self.layout = pair, layout
+        self.vectorised = layout.vectorised
+        with still(pair):
+            rows = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
+            first, second = (self._prior_trace(rows, 1, {}) for _ in range(2))
+        latent = {s["name"]: s for s in samples(first) if s["name"] in layout.latents}
+        discrete = [name for name, site in latent.items() if support_of(site["fn"]).is_discrete]
+        self.sites: dict[str, _Coordinates] = {}
+        for name, site in latent.items():
+            if name not in discrete:
+                _require_fixed(site, second.nodes[name])
+                self.sites[name] = self._coordinates(site)
+        if not self.sites:
+            raise ValueError(
+                f"there is no continuous latent to move: the latents are {list(layout.latents) or 'none'}; use "
+                "method='enumerate', 'iwae' or 'exact'"
+            )
+        self.size = sum(c.free.numel() for c in self.sites.values())
+        if discrete and layout.nesting > 1:
+            raise ValueError(
+                f"the discrete latents {discrete} lie among plates inside the data plate: use method='iwae'"
+            )
+        self.states = states(pair, batch, layout, discrete) if discrete else {}
+        self.guided = self._drawn_by_guide(rows, discrete) if discrete and pair.has_guide else {}
+
+    # -- densities ---------------------------------------------------------------------------------------------------
+
+    def terms(self, u: Tensor, batch: Batch, given: dict[str, Tensor] | None = None) -> Terms:
+        """The densities at u (K, N, L), differentiable in it."""
+        values, jacobian = self.values(u)
+        particles, size = u.shape[:2]
+        values, count = _at_states({**values, **(given or {})}, self.states, particles, size)
+        traces = self._replay(batch, values, count * particles)
+        prior, likelihood = (
+            part.local.reshape(count, particles, size) for part in (traces.prior(), traces.likelihood())
+        )
+        if count == 1:
+            return Terms(prior[0] + jacobian, likelihood[0])
+        # the sum over states may change both: p(u) is a mixture where continuous latents depend on discrete ones
+        marginal = torch.logsumexp(prior, 0)
+        return Terms(marginal + jacobian, torch.logsumexp(prior + likelihood, 0) - marginal)
+
+    def log_guide(self, u: Tensor, batch: Batch, given: dict[str, Tensor] | None = None) -> Tensor:
+        """log q(u | x) (K, N), Jacobian included, differentiable in u; discrete latents that the guide draws are summed out."""
+        values, jacobian = self.values(u)
+        particles, rows = u.shape[:2]
+        values, count = _at_states({**values, **(given or {})}, self.guided, particles, rows)
+        batch, values, together, size = self._shaped(batch, values, count * particles)
+        guide = run_at(self.pair, self.pair.guide, batch, together, self.layout, values)
+        local = Traces([(guide, guide)], self.layout, together, size).posterior().local
+        log_q = local.reshape(count, particles, rows)
+        return (log_q[0] if count == 1 else torch.logsumexp(log_q, 0)) + jacobian
+
+    # -- coordinates -------------------------------------------------------------------------------------------------
+
+    def values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The latents by site, (K, ..., N, ...) as the programs have them, and log |dz/du| (K, N)."""
+        found, jacobian, at = {}, u.new_zeros(u.shape[:2]), 0
+        for name, site in self.sites.items():
+            part = u[..., at : at + site.free.numel()]
+            at += site.free.numel()
+            free = part.reshape(*u.shape[:2], *site.free)
+            z = site.transform(free)
+            slopes = site.transform.log_abs_det_jacobian(free, z)
+            jacobian = jacobian + slopes.reshape(*u.shape[:2], -1).sum(-1)
+            found[name] = self._as_drawn(z, site)
+        return found, jacobian
+
+    def coordinates(self, values: dict[str, Tensor], particles: int, size: int) -> Tensor:
+        """u (K, N, L) of latents as the programs draw them."""
+        parts = []
+        for name, site in self.sites.items():
+            free = site.transform.inv(self._by_datum(values[name], site, particles, size))
+            parts.append(free.reshape(particles, size, -1))
+        return torch.cat(parts, -1)
+
+    def from_prior(self, batch: Batch, particles: int, given: dict[str, Tensor] | None = None) -> Tensor:
+        """u (K, N, L) drawn from the prior."""
+        trace = self._prior_trace(batch, particles, given or {})
+        return self.coordinates({n: trace.nodes[n]["value"] for n in self.sites}, particles, length(batch))
+
+    def from_guide(self, batch: Batch, particles: int, given: dict[str, Tensor] | None = None) -> Tensor:
+        """u (K, N, L) drawn from the guide."""
+        rows, values, together, _ = self._shaped(batch, given or {}, particles)
+        guide = run_at(self.pair, self.pair.guide, rows, together, self.layout, values)
+        return self.coordinates({n: guide.nodes[n]["value"] for n in self.sites}, particles, length(batch))
+
+    # -- the programs ------------------------------------------------------------------------------------------------
+
+    def _drawn_by_guide(self, rows: Batch, discrete: list[str]) -> dict[str, Tensor]:
+        """The states of the discrete latents that the guide draws too; it may leave some to the model."""
+        with still(self.pair):
+            guide = self.pair.run(self.pair.guide, rows, 1, self.layout)
+        names = [name for name in discrete if name in guide.nodes]
+        return states(self.pair, rows, self.layout, names) if names else {}
+
+    def _prior_trace(self, batch: Batch, particles: int, given: dict[str, Tensor]) -> Any:
+        rows, values, together, _ = self._shaped(batch, given, particles)
+        return run_at(self.pair, self.pair.model, rows, together, self.layout, values)
+
+    def _replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
+        rows, values, together, size = self._shaped(batch, values, particles)
+        model = run_at(self.pair, self.pair.model, rows, together, self.layout, values)
+        return Traces([(poutine.Trace(), model)], self.layout, together, size)
+
+    def _shaped(
+        self, batch: Batch, values: dict[str, Tensor], particles: int
+    ) -> tuple[Batch, dict[str, Tensor], int, int]:
+        """Programs without a particle axis see each particle as further rows of data."""
+        size = length(batch)
+        if particles == 1:
+            return batch, {name: v[0] for name, v in values.items()}, 1, size
+        if self.vectorised:
+            return batch, values, particles, size
+        if self.layout.whole or self.layout.nesting > 1:
+            raise ValueError(
+                "the programs take no particle axis and run on all of the data at once alone: use method='iwae'"
+            )
+        rows = each(lambda leaf: leaf.repeat(particles, *(1 for _ in leaf.shape[1:])), batch)
+        return rows, {name: v.flatten(0, 1) for name, v in values.items()}, 1, particles * size
+
+    def _coordinates(self, site: Site) -> _Coordinates:
+        fn, layout = site["fn"], self.layout
+        value = site["value"]
+        lead = value.dim() - fn.event_dim
+        batch_shape = (1,) * (layout.nesting - lead) + tuple(value.shape[:lead])
+        inner = list(batch_shape)
+        del inner[layout.data_dim]
+        drawn = torch.Size(inner) + value.shape[lead:]
+        transform = biject_to(fn.support)
+        free = transform.inverse_shape(drawn)
+        if len(free) > len(drawn):
+            raise ValueError(
+                f"the support of site {site['name']!r} is given for each datum: it has no fixed coordinates; use method='iwae'"
+            )
+        return _Coordinates(transform, free, drawn, fn.event_dim)
+
+    def _by_datum(self, value: Tensor, site: _Coordinates, particles: int, size: int) -> Tensor:
+        """A site's value with the data axis second: (K, N, other plates, event)."""
+        nesting = self.layout.nesting
+        plates = list(site.drawn[: nesting - 1])
+        plates.insert(nesting + self.layout.data_dim, size)
+        event = site.drawn[nesting - 1 :]
+        value = value.reshape(particles, *plates, *event)
+        return value.movedim(1 + nesting + self.layout.data_dim, 1)
+
+    def _as_drawn(self, z: Tensor, site: _Coordinates) -> Tensor:
+        return z.movedim(1, 1 + self.layout.nesting + self.layout.data_dim)
+
+
+def _at_states(
+    values: dict[str, Tensor], grids: dict[str, Tensor], particles: int, size: int
+) -> tuple[dict[str, Tensor], int]:
+    """The values at every joint state, states outermost, and how many there are."""
+    if not grids:
+        return values, 1
+    count = len(next(iter(grids.values())))
+    found = {name: v.repeat(count, *(1 for _ in v.shape[1:])) for name, v in values.items()}
+    for name, grid in grids.items():
+        found[name] = grid[:, None].expand(count, particles, size, *grid.shape[2:]).flatten(0, 1)
+    return found, count
+
+
+def _require_fixed(site: Site, again: Site) -> None:
+    """Raise a ValueError if a site's support moves with what was drawn before it."""
+    for bound in ("lower_bound", "upper_bound"):
+        a, b = (torch.as_tensor(getattr(support_of(s["fn"]), bound, 0.0)) for s in (site, again))
+        if a.shape != b.shape or not torch.equal(a, b):
+            raise ValueError(
+                f"the support of site {site['name']!r} depends on other latents, so it has no fixed coordinates: use "
+                "method='iwae'"
+            )

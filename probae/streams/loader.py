@@ -1,0 +1,259 @@
+"""Minibatches of a Dataset, fetched by its places, and of a DataLoader, whose own order and batch size hold."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    default_collate,
+    get_worker_info,
+)
+
+from probae.batches import Batch, as_batch
+from probae.processes import ALONE, Processes
+from probae.seeding import seeded
+from probae.streams.minibatches import Minibatch, Shuffle, Source
+
+_BLOCK = 1024  # rows fetched at a time, when all of the data are read once
+_AHEAD = 4  # minibatches that each worker fetches before they are asked for
+
+
+class Fetched(Source):
+    """The rows of a map-style Dataset, shuffled anew in each pass; a last, smaller batch is completed from the next.
+
+    What the Dataset draws by torch follows from the seed and the number of the minibatch, whoever fetches it; in a worker
+    so does what it draws by NumPy and Python.
+
+    Args:
+        data: with ``len(data)`` and ``data[i]``; a Hugging Face data set too.
+        workers: processes that fetch ahead; None takes one where processes are forked, else none.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        seed: int,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        workers: int | None = None,
+        processes: Processes = ALONE,
+    ):
+        self.rows, self.size, self.dtype, self.device = _Rows(data, seed), _length(data), dtype, device
+        self.shuffle = Shuffle(self.size, batch_size, seed, processes=processes)
+        self.number = 0
+        self.taken = self._now()
+        forked = multiprocessing.get_start_method(allow_none=True) in {None, "fork"} and hasattr(os, "fork")
+        self.workers = int(forked) if workers is None else workers
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        ahead: deque[dict[str, Tensor]] = deque()
+
+        def places() -> Iterator[list[int]]:
+            while True:
+                self.number += 1
+                index = self.shuffle.next().tolist()
+                ahead.append(self._now())
+                yield [self.number, *index]
+
+        for item in self._loader(places(), self.workers):
+            self.taken = ahead.popleft()
+            yield Minibatch(self._batch(item), share=self.shuffle.share)
+
+    def passes(self) -> Iterator[Batch]:
+        """The data once, in blocks, each process its part."""
+        own = self.shuffle.processes
+        starts = list(range(0, self.size, _BLOCK))
+        mine = starts[own.rank :: own.count] or starts[:1]
+        places = ([0, *range(start, min(start + _BLOCK, self.size))] for start in mine)
+        for item in self._loader(places, self.workers if len(mine) > 1 else 0):
+            yield self._batch(item)
+
+    def some(self) -> Batch:
+        """Rows from all over the data."""
+        places = np.linspace(0, self.size - 1, min(self.size, _BLOCK)).astype(int).tolist()
+        return self._batch(self.rows.__getitems__([0, *places]))
+
+    def state(self) -> dict[str, Tensor]:
+        """The order after the last minibatch that was asked for; those fetched ahead are fetched again."""
+        return self.taken
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.number = int(state["number"])
+        self.shuffle.restore(state)
+        self.taken = self._now()
+
+    def _now(self) -> dict[str, Tensor]:
+        return {**self.shuffle.state(), "number": torch.tensor(self.number)}
+
+    def _loader(self, places: Iterator[list[int]], workers: int) -> DataLoader[Any]:
+        return DataLoader(
+            self.rows,
+            batch_sampler=places,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else the loader draws from the process's stream
+        )
+
+    def _batch(self, item: Any) -> Batch:
+        return as_batch(_unpacked(item), self.dtype, self.device)
+
+
+class _Rows(Dataset[Any]):
+    """A data set read by lists of places, the first of which is the number of the minibatch."""
+
+    def __init__(self, data: Any, seed: int):
+        # a Hugging Face data set gives tensors, and a batch of them at once
+        self.whole = hasattr(data, "with_format") and hasattr(data, "column_names")
+        self.data, self.seed = data.with_format("torch") if self.whole else data, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, places: list[int]) -> Any:
+        number, *places = places
+        seed = (self.seed * 1_000_003 + number) % 2**63
+        if get_worker_info() is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 -- the stream that a user's data set may draw from
+        with seeded(seed):
+            if self.whole:
+                found = self.data[places]
+                return next(iter(found.values())) if len(found) == 1 else dict(found)
+            several = getattr(self.data, "__getitems__", None)
+            return default_collate(several(places) if several else [self.data[i] for i in places])
+
+
+class Streamed(Source):
+    """The batches of a DataLoader, again and again."""
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ):
+        self.loader, self.dtype, self.device, self.size = loader, dtype, device, _length(loader.dataset)
+        # with a DistributedSampler the loader gives this process's rows; else all have the same batches, and share them
+        self.distributed = isinstance(loader.sampler, DistributedSampler)
+        self.processes = processes
+        ordered = self.distributed or isinstance(loader.sampler, SequentialSampler)
+        if processes.count > 1 and not ordered and loader.generator is None:
+            raise ValueError(
+                "the DataLoader shuffles differently in each process: give it generator=torch.Generator().manual_seed(0), "
+                "or a DistributedSampler"
+            )
+        # a loader without a generator of its own draws its order from the process's stream
+        self.generator = loader.generator if loader.generator is not None else torch.default_generator
+        self.start, self.taken, self.epoch = self.generator.get_state(), 0, 0
+        self.resumed: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        while True:
+            if self.resumed is None:
+                self.start, self.taken = self.generator.get_state(), 0
+            batches, self.resumed = self.resumed or self._all(), None
+            for batch in batches:
+                self.taken += 1
+                own, share = (batch, 1 / self.processes.count) if self.distributed else self.processes.share(batch)
+                yield Minibatch(own, share=share)
+            self.epoch += 1
+
+    def passes(self) -> Iterator[Batch]:
+        """The data once, in blocks, each process its part."""
+        for batch in self._all():
+            yield batch if self.distributed else self.processes.share(batch)[0]
+
+    def some(self) -> Batch:
+        """The first batch, of all processes."""
+        return next(self._all())
+
+    def state(self) -> dict[str, Tensor]:
+        """The stream at the start of this pass, its number, and how many of its batches were taken."""
+        return {"generator": self.start, "taken": torch.tensor(self.taken), "epoch": torch.tensor(self.epoch)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from there: the batches of this pass that were taken are read again, and left."""
+        self.start, self.taken, self.epoch = state["generator"], int(state["taken"]), int(state["epoch"])
+        self.generator.set_state(self.start)
+        self.resumed = self._all()
+        for _ in range(self.taken):
+            next(self.resumed)
+
+    def _all(self) -> Iterator[Batch]:
+        empty = True
+        if isinstance(self.loader.sampler, DistributedSampler):
+            self.loader.sampler.set_epoch(self.epoch)
+        for item in self.loader:
+            empty = False
+            yield as_batch(_unpacked(item), self.dtype, self.device)
+        if empty:
+            raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
+
+
+def _unpacked(item: Any) -> Any:
+    """default_collate gives lists for tuples, and a TensorDataset tuples of one."""
+    if isinstance(item, list | tuple):
+        return item[0] if len(item) == 1 else tuple(item)
+    return item
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _length(data: Any) -> int:
+    try:
+        size = len(data)
+    except TypeError as error:
+        raise ValueError(
+            "the data set has no length: training needs N, the number of data, to weigh what all data share"
+        ) from error
+    if size == 0:
+        raise ValueError("the data set is empty: expected N >= 1 data")
+    return size
+
+
+@contextmanager
+def fetching() -> Iterator[None]:
+    """What torch raises when a worker is gone, said clearly; it may do so at any moment, from a signal's handler.
+
+    Raises:
+        ChildProcessError: in its place.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _of_a_worker_gone(error):
+            raise
+        raise ChildProcessError(
+            "a worker process that reads the data has died (killed, or out of memory); with checkpoint= the same call goes on "
+            f"from the last record. torch says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _of_a_worker_gone(error: BaseException) -> bool:
+    if "Caught" in str(error):  # what a user's data set raised there, passed on
+        return False
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    # a worker that dies while it hands over a tensor leaves a connection without an end
+    modules = {frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)}
+    return "multiprocessing.connection" in modules and "torch.utils.data.dataloader" in modules

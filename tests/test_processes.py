@@ -1,0 +1,199 @@
+"""Several processes that train one model, as torchrun starts them; each test runs two."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import probae
+
+ROOT = Path(probae.__file__).parents[1]
+#: what all scripts begin with: a point guide draws nothing, so one process and two see the same noise
+START = """
+import os, signal, sys
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+import probae
+
+torch.set_num_threads(1)
+RANK, OUT = int(os.environ.get("RANK", 0)), sys.argv[1]
+X = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) + 1
+
+class Rows(Dataset):
+    def __len__(self):
+        return len(X)
+    def __getitem__(self, i):
+        return X[i]
+
+def build(kind="point"):
+    torch.manual_seed(RANK)  # the first one's parameters are taken
+    if kind == "vae":
+        return probae.VAE(6, 3, hidden=(8,))
+    return probae.SparseAutoencoder(6, 3, (8,), posterior="point")
+
+def trained(x=X, kind="point", **options):
+    model = build(kind)
+    settings = dict(steps=30, every=10, batch_size=33, lr=1e-2, compile=False, progress=False, device="cpu") | options
+    run = probae.fit(model, x, **settings)
+    return model, run, {name: value.clone() for name, value in model.state_dict().items()}
+"""
+
+
+def script(tmp_path, body):
+    path = tmp_path / "script.py"
+    path.write_text(START + textwrap.dedent(body))
+    return path
+
+
+def launch(path, count, *arguments, check=True):
+    environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"}}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    command = [sys.executable, *torchrun, str(path), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """The same script by one process and by two."""
+    folder = tmp_path_factory.mktemp("processes")
+    body = """
+    np.save(f"{OUT}/x.{RANK}.npy", X.numpy())
+    mapped = np.load(f"{OUT}/x.{RANK}.npy", mmap_mode="r")
+    found = {}
+    options = {"scheduler": "cosine", "clip": 1.0, "validation": X[:51]}
+    found["eager"] = trained(**options)[2]
+    found["flat"] = trained(**options, compile="flat")[2]
+    found["clipped by group"] = trained(clip={"model": 0.5})[2]
+    found["all data"] = trained(batch_size=500)[2]
+    found["mapped"] = trained(mapped)[2]
+    found["Dataset"] = trained(Rows())[2]
+    found["DataLoader"] = trained(DataLoader(TensorDataset(X), 33, shuffle=True, generator=torch.Generator().manual_seed(3)))[2]
+    found["DataLoader in order"] = trained(DataLoader(TensorDataset(X), 33))[2]
+    _, run, _ = trained(**options)
+    found["history"] = torch.tensor(run.history[["step", "loss", "validation"]].values)
+    found["noisy"] = trained(kind="vae")[2]
+    def keep(run):
+        found["noise"] = torch.get_rng_state()
+    trained(kind="vae", callbacks=[keep])
+    _, run, _ = trained(callbacks=[lambda run: RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1 and len(run.records) == 2])
+    found["stopped by one"] = torch.tensor(run.history["step"].values)
+    torch.manual_seed(5)
+    vae = probae.VAE(6, 3, hidden=(8,))
+    ppca = probae.PPCA(6, 2).maximum_likelihood(X)
+    found["exact"] = probae.log_evidence(ppca, X, shard=True).values
+    found["iwae"] = probae.log_evidence(vae, X, method="iwae", particles=50, shard=True).values
+    found["iwae of a few"] = probae.log_evidence(vae, X[:1], method="iwae", particles=50, shard=True).values
+    found["iwae of mapped"] = probae.log_evidence(vae, mapped, method="iwae", particles=50, shard=True).values
+    torch.save(found, f"{OUT}/{RANK}.pt")
+    """
+    found = {}
+    for count in (1, 2):
+        (out := folder / str(count)).mkdir()
+        launch(script(folder, body), count, out)
+        found[count] = [torch.load(out / f"{rank}.pt") for rank in range(count)]
+    return found
+
+
+FIXED = ["eager", "flat", "clipped by group", "all data", "mapped", "Dataset", "DataLoader", "DataLoader in order"]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_two_processes_with_half_the_batch_train_as_one_with_the_whole(outcomes, name):
+    ((one,), (first, second)) = outcomes[1], outcomes[2]
+    other = one["eager" if name == "all data" else "all data"]  # runs that differ do so in their parameters
+    assert any(not torch.equal(one[name][key], other[key]) for key in other)
+    for key, value in one[name].items():
+        assert torch.equal(first[name][key], second[name][key])
+        torch.testing.assert_close(first[name][key].double(), value.double(), rtol=0, atol=1e-5)
+
+
+def test_the_history_is_that_of_all_rows_in_every_process(outcomes):
+    ((one,), (first, second)) = outcomes[1], outcomes[2]
+    torch.testing.assert_close(first["history"], one["history"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(first["history"], second["history"])
+
+
+def test_each_process_draws_noise_of_its_own(outcomes):
+    first, second = outcomes[2]
+    assert not torch.equal(first["noise"], second["noise"])
+    assert all(torch.equal(first["noisy"][key], value) for key, value in second["noisy"].items())
+
+
+def test_a_callback_of_one_process_ends_all(outcomes):
+    assert all(found["stopped by one"].tolist() == [10, 20] for found in outcomes[2])
+
+
+def test_evidence_is_shared_out(outcomes):
+    ((one,), (first, second)) = outcomes[1], outcomes[2]
+    torch.testing.assert_close(first["exact"], one["exact"], rtol=0, atol=1e-5)
+    for name in ("exact", "iwae", "iwae of a few", "iwae of mapped"):
+        assert torch.equal(first[name], second[name])
+        assert first[name].shape == one[name].shape
+    # a block's draws follow from its number, and these data are one block whoever has it
+    for name in ("iwae of a few", "iwae of mapped"):
+        assert torch.equal(first[name], one[name])
+
+
+def test_a_killed_process_ends_the_run_with_a_message_and_a_restart_goes_on(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        def die(run):
+            if len(sys.argv) > 2 and RANK == 1 and run.records[-1]["step"] == int(sys.argv[2]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        folder = sys.argv[3] if len(sys.argv) > 3 else None
+        found = trained(kind="vae", steps=60, checkpoint=folder, callbacks=[die])[2]
+        torch.save(found, f"{OUT}/{RANK}.pt")
+        """,
+    )
+    (whole := tmp_path / "whole").mkdir()
+    (parts := tmp_path / "parts").mkdir()
+    launch(path, 2, whole)
+    killed = launch(path, 2, parts, 30, tmp_path / "kept", check=False)
+    assert killed.returncode != 0
+    assert "another of the 2 processes has ended" in killed.stderr
+    assert "goes on from the last record" in killed.stderr
+    launch(path, 2, parts, -1, tmp_path / "kept")
+    for rank in range(2):
+        ended, expected = torch.load(parts / f"{rank}.pt"), torch.load(whole / f"{rank}.pt")
+        assert all(torch.equal(ended[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+def test_the_exchange_lies_inside_the_compiled_step(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        model, run, found = trained(compile=True, steps=60, scheduler="cosine", clip=1.0)
+        assert run.records[-1]["ran"] == "compiled", run
+        torch.save(found, f"{OUT}/{RANK}.{os.environ.get('WORLD_SIZE', 1)}.pt")
+        """,
+    )
+    for count in (1, 2):
+        launch(path, count, tmp_path)
+    one, two = torch.load(tmp_path / "0.1.pt"), torch.load(tmp_path / "1.2.pt")
+    for key, value in one.items():
+        torch.testing.assert_close(two[key].double(), value.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("trained(batch_size=1)", "at least a row for each of the 2 processes"),
+        ("trained(DataLoader(TensorDataset(X), 33, shuffle=True))", "shuffles differently in each process"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(tmp_path, call, message):
+    path = script(tmp_path, f"{call}\n")
+    done = launch(path, 2, tmp_path, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
