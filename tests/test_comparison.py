@@ -13,7 +13,8 @@ from scipy import stats
 from torch import nn
 
 import probae
-from probae.comparison import baselines
+from probae.comparison.baselines import fit_baselines
+from probae.comparison.folds import parts
 
 BASELINES = ["independent features", "full Gaussian", "mixture of 10 Gaussians"]
 D = 4
@@ -233,11 +234,20 @@ def test_a_model_without_evidence_has_its_reconstruction_and_no_number(models, c
     assert any("autoencoder" in note and "flat" in note for note in comparison.notes)
 
 
-def test_a_point_guide_under_a_proper_prior_has_no_evidence_either():
-    result = probae.compare({"sparse": probae.SparseAutoencoder(D, 2)}, TEST)
+def test_a_point_guide_under_a_proper_prior_has_no_evidence_by_its_own_weights():
+    model = probae.SparseAutoencoder(D, 2)
+    result = probae.compare({"sparse": model}, TEST, method="iwae")
     assert math.isnan(result.table["log_evidence"]["sparse"])
     assert "point" in result.notes[0]
     assert "–" in repr(result)
+    row = probae.compare({"sparse": model}, TEST, refined={"steps": 60}, rungs=("refined",), particles=100).table.loc[
+        "sparse"
+    ]
+    alone = probae.log_evidence(model, TEST, refined={"steps": 60}, rungs=("refined",), particles=100)
+    assert row["log_evidence"] == alone.mean
+    assert row["bound"] == "lower"
+    assert row["rungs"] == "refined"
+    assert math.isnan(row["pareto_k"])  # a point has no weights
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, x), lambda x: {"x": x, "y": x}])
@@ -307,7 +317,7 @@ def test_the_mixture_is_scikit_learns_with_the_documented_floor(comparison):
 
 def test_the_mixture_is_scikit_learns_at_its_own_fitted_parameters():
     mixture = pytest.importorskip("sklearn.mixture")
-    fitted = baselines(TRAIN, mass=False, seed=1)["mixture of 10 Gaussians"]
+    fitted = fit_baselines(TRAIN, mass=False, seed=1)["mixture of 10 Gaussians"]
     tril = fitted.scale_tril.detach().double().numpy()
     reference = mixture.GaussianMixture(10)
     reference.weights_ = fitted.logits.detach().double().softmax(0).numpy()
@@ -320,7 +330,7 @@ def test_the_mixture_is_scikit_learns_at_its_own_fitted_parameters():
 
 def test_gaussian_baselines_of_counts_are_dequantised_into_masses():
     x = np.random.default_rng(0).binomial(30, 0.4, (300, 1))  # one feature, so that the mass has a closed form
-    fitted = baselines(x[:200], mass=True)
+    fitted = fit_baselines(x[:200], mass=True)
     pair = fitted["full Gaussian"]
     assert isinstance(pair, probae.Dequantised)
     assert isinstance(fitted["mixture of 10 Gaussians"], probae.Dequantised)
@@ -595,3 +605,169 @@ def test_the_plot_has_a_point_for_each_evidence_and_none_for_a_reconstruction(co
     labels = [t.get_text() for t in ax.get_yticklabels()]
     plt.close("all")
     assert labels == comparison.table.index[comparison.table["log_evidence"].notna()].tolist()[::-1]
+
+
+# -- what tells of the weights and the latents -------------------------------------------------------------------------
+
+
+def test_the_table_says_how_far_its_values_can_be_trusted(models):
+    options = {"particles": 200, "seed": 3, "refined": {"steps": 40}, "ais": {"chains": 8, "distributions": 40}}
+    table = probae.compare(models, TEST, **options).table
+    alone = probae.log_evidence(models["vae"], TEST, **options)
+    assert table["pareto_k"]["vae"] == float(alone.details["guide_pareto_k"].median())
+    assert table["reliable"]["vae"] == float(alone.reliable.double().mean())
+    counts = pd.Series(alone.rungs).value_counts()
+    for rung, count in counts.items():
+        assert f"{rung} {count / len(TEST):.0%}" in table["rungs"]["vae"] or (
+            len(counts) == 1 and table["rungs"]["vae"] == rung
+        )
+    assert table["active_units"]["vae"] == probae.diagnose(models["vae"], TEST, particles=100).active_count
+    assert table["rungs"]["ppca"] == "exact"
+    assert table["reliable"]["ppca"] == 1
+    assert table["rungs"]["autoencoder"] == "–"
+
+
+def test_values_whose_error_is_not_to_be_believed_are_noted():
+    torch.manual_seed(0)
+    model = probae.VAE(D, 2, hidden=(8,))  # untrained, far from the data
+    result = probae.compare({"untrained": model}, 50 * TEST, method="iwae", particles=50)
+    assert result.table["reliable"]["untrained"] < 0.95
+    assert any("not to be believed" in note for note in result.notes)
+
+
+def test_differences_have_a_monte_carlo_error_of_their_own(models):
+    table = probae.compare({"vae": models["vae"], "ppca": models["ppca"]}, TEST, method="iwae", particles=20).table
+    worst, best = table.index[-1], table.index[0]
+    expected = math.hypot(table["mc_stderr"][best], table["mc_stderr"][worst])
+    assert table["difference_mc_stderr"][worst] == pytest.approx(expected, rel=1e-12)
+    assert table["difference_mc_stderr"][best] == 0
+    other = [
+        probae.compare({"vae": models["vae"], "ppca": models["ppca"]}, TEST, method="iwae", particles=20, seed=seed)
+        for seed in range(40)
+    ]
+    scatter = np.std([result.table["difference"][worst] for result in other], ddof=1)
+    assert abs(scatter - expected) < 4 * expected / math.sqrt(2 * 39)
+
+
+# -- evidence that was computed before ---------------------------------------------------------------------------------
+
+
+def test_evidence_given_stands_in_the_table_as_its_model_does(models):
+    evidence = {n: probae.log_evidence(models[n], TEST, "iwae", particles=20) for n in ("ppca", "vae")}
+    given = probae.compare(evidence, TEST, train=TRAIN).table
+    whole = probae.compare({n: models[n] for n in evidence}, TEST, train=TRAIN, method="iwae", particles=20).table
+    for column in ("log_evidence", "stderr", "mc_stderr", "difference", "difference_stderr", "over_independent"):
+        assert np.allclose(given[column].astype(float), whole[column].astype(float), rtol=1e-12, equal_nan=True)
+    assert math.isnan(given["parameters"]["vae"])
+    mixed = probae.compare({"vae": evidence["vae"], "ppca": models["ppca"]}, TEST.double()).table
+    assert mixed["log_evidence"]["vae"] == whole["log_evidence"]["vae"]
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (lambda x: x[:10], "is of 10 data, and x has 60"),
+        (lambda x: x.flip(0), "in another order"),
+        (lambda x: x / 16, "another pre-processing of them: 60 of 60 rows differ, the first at row 0"),
+        (lambda x: torch.cat([x[:59], x[:1]]), "1 of 60 rows differ, the first at row 59"),
+    ],
+)
+def test_evidence_of_other_data_is_refused(models, of, message):
+    evidence = probae.log_evidence(models["ppca"], of(TEST))
+    with pytest.raises(ValueError, match=message):
+        probae.compare({"ppca": evidence}, TEST)
+
+
+def test_evidence_of_data_from_disk_is_known_again(models, tmp_path):
+    np.save(tmp_path / "x.npy", TEST.numpy())
+    streamed = probae.log_evidence(models["ppca"], np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert len(probae.compare({"ppca": streamed}, TEST).table) == 1
+
+
+def test_a_mass_given_is_not_ranked_against_a_density(models):
+    counts = torch.randint(0, 5, (60, D)).float()
+    vae = probae.VAE(D, 2, likelihood=probae.likelihoods.Binomial(4))
+    with pytest.raises(ValueError, match="a density cannot be ranked against a mass"):
+        probae.compare({"a": probae.log_evidence(vae, counts, "elbo"), "b": models["ppca"]}, counts)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (TRAIN / 100, "another pre-processing"),
+        (TRAIN[:, :3], r"train: expected data like x, of shape \(N, 4\), got \(200, 3\)"),
+    ],
+)
+def test_training_data_of_another_kind_are_refused(models, train, message):
+    with pytest.raises(ValueError, match=message):
+        probae.compare({"ppca": models["ppca"]}, TEST, train=train)
+
+
+def test_counts_are_not_held_against_fractions():
+    model = probae.Dequantised(probae.PPCA(6, 1)).maximum_likelihood(COUNTS)
+    with pytest.raises(ValueError, match="expected whole numbers as in x"):
+        probae.compare({"ppca": model}, COUNTS_TEST, train=COUNTS + torch.rand(COUNTS.shape), particles=10)
+
+
+# -- folds -------------------------------------------------------------------------------------------------------------
+
+
+def ppca(latents):
+    return lambda x: probae.PPCA(D, latents).maximum_likelihood(x)
+
+
+def test_each_datum_is_held_out_once_from_the_fit_to_the_others():
+    result = probae.compare({"one": ppca(1), "two": ppca(2)}, TEST, folds=7, seed=4)
+    held = parts(len(TEST), 7, 4)
+    assert sorted(torch.cat(held).tolist()) == list(range(len(TEST)))
+    assert {len(part) for part in held} == {8, 9}
+    for name, latents in (("one", 1), ("two", 2)):
+        expected = torch.empty(len(TEST), dtype=torch.float64)
+        for part in held:
+            rest = [i for i in range(len(TEST)) if i not in set(part.tolist())]
+            expected[part] = probae.log_evidence(ppca(latents)(TEST[rest]), TEST[part]).values
+        assert torch.equal(next(e for e in result.entries if e.name == name).values, expected)
+    assert set(BASELINES) < set(result.table.index)
+    assert "each datum was held out once" in result.notes[-1]
+    assert len(result.entries[0].models) == 7
+    assert result.table["fits"]["one"] == 1
+    assert torch.equal(result.entries[0].evidence[0].rows, probae.log_evidence(ppca(1)(TEST), TEST).rows)
+
+
+def test_folds_of_models_that_are_trained_by_steps_and_of_several_fits():
+    def trained(seed):
+        def fit(x):
+            torch.manual_seed(seed)
+            return probae.fit(probae.VAE(D, 1, hidden=(4,)), x, steps=20, seed=seed, progress=False)
+
+        return fit
+
+    fits = {"vae": [trained(0), trained(1)], "autoencoder": lambda x: probae.Autoencoder(D, 1).double()}
+    table = probae.compare(fits, TEST, folds=2, particles=10, method="iwae").table
+    assert table["fits"]["vae"] == 2
+    assert table["fit_stderr"]["vae"] > 0
+    assert math.isnan(table["log_evidence"]["autoencoder"])
+    assert math.isfinite(table["reconstruction"]["autoencoder"])
+
+
+def test_folds_beat_the_evidence_of_the_data_that_were_fitted():
+    """With as many parameters as these, a fit looks better on what it has seen than on what it has not."""
+    few = TEST[:24]
+    held = probae.compare({"two": ppca(2)}, few, folds=6).table["log_evidence"]["two"]
+    assert probae.log_evidence(ppca(2)(few), few).mean > held + 0.05
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        ({"a": ppca(1)}, {"folds": 1}, ValueError, "folds: expected a whole number of at least 2"),
+        ({"a": ppca(1)}, {"folds": 61}, ValueError, "folds: expected a whole number from 2 to 60"),
+        ({"a": ppca(1)}, {"folds": 2, "train": TRAIN}, ValueError, "train: with folds="),
+        ({"a": probae.PPCA(D, 1)}, {"folds": 2}, TypeError, "expected functions from training data to a fitted model"),
+        ({"full Gaussian": ppca(1)}, {"folds": 2}, ValueError, "belongs to a baseline"),
+        ({"a": lambda x: None}, {"folds": 2}, TypeError, "NoneType"),
+    ],
+)
+def test_folds_of_what_cannot_be_folded_are_refused(given, options, error, message):
+    with pytest.raises(error, match=message):
+        probae.compare(given, TEST, **options)

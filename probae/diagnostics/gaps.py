@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def some_rows(size: int, count: int, seed: int) -> Tensor:
 def climb(pair: Pair, batch: Batch, elbo: Evidence, data: Tensor, seed: int, compile: Any, refine: bool) -> Gaps:
     """The rungs above an ELBO for the data at some indices, each from draws of its own."""
     rows = batch if len(data) == length(batch) else rows_at(batch, data)
-    part = replace(elbo, values=elbo.values[data], mc_stderr=elbo.mc_stderr[data], reliable=None, details={})
+    part = elbo.at(data)
     top = _sum(pair, rows)
     refined = None
     if refine and (top is None or top.method == "exact"):

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from probae.arguments import whole
-from probae.batches import rows_of
+from probae.batches import Batch, checksums, rows_of
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.bidirectional import Sandwich, sandwich
 from probae.evidence.importance import elbo, iwae
 from probae.evidence.ladder import Ladder, climb
 from probae.evidence.refined import Refinement, refine
-from probae.evidence.result import Evidence
+from probae.evidence.result import Evidence, joined
 from probae.evidence.tractable import enumerate_states, exact, states
 from probae.evidence.tradeoff import RateDistortion, rate_distortion
 from probae.evidence.weights import Weights, log_weights, no_bound, prepare
-from probae.pair import as_pair
+from probae.pair import Pair, as_pair
 from probae.processes import ALONE, processes
+from probae.sites import Layout
 from probae.streams import fetching, source, streams_from_disk
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "no_bound",
+    "options_of",
     "rate_distortion",
     "sandwich",
 ]
@@ -99,14 +101,26 @@ def log_evidence(
         >>> log_evidence(probae.PPCA(features=4, latents=2), torch.zeros(3, 4)).bound
         'exact'
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {list(METHODS)}, got {method!r}")
-    if particles is not None:
-        particles = whole("particles", particles)
-    settings = _settings(method, particles, options)
+    particles = None if particles is None else whole("particles", particles)
+    settings = options_of(method, particles, options)
     if shard or streams_from_disk(x):
         return _by_blocks(model, x, method, particles, seed, compile, shard, options)
     pair, batch, layout = prepare(model, x)
+    found = _estimated(pair, batch, layout, method, particles, settings, seed, compile)
+    rows = checksums(batch)
+    return replace(found, rows=rows, elbo=None if found.elbo is None else replace(found.elbo, rows=rows))
+
+
+def _estimated(
+    pair: Pair,
+    batch: Batch,
+    layout: Layout,
+    method: str,
+    particles: int | None,
+    settings: Any,
+    seed: int,
+    compile: bool | str,
+) -> Evidence:
     if method == "auto":
         method = _choose(pair, batch, layout)
     if method == "auto":
@@ -123,8 +137,16 @@ def log_evidence(
     return estimator(Weights(pair, layout, compile), batch, particles or default, seed)
 
 
-def _settings(method: str, particles: int | None, options: dict[str, Any]) -> Any:
-    """The options of a method that has some, checked before any work."""
+def options_of(method: str, particles: int | None, options: dict[str, Any]) -> Any:
+    """The options of a method that has some, checked before any work.
+
+    Raises:
+        ValueError: if the method is unknown, or has no such option.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {list(METHODS)}, got {method!r}")
+    if particles is not None:
+        whole("particles", particles)
     if method == "ais" and particles is not None:
         raise ValueError("particles: method='ais' runs chains instead; give chains=")
     kinds: dict[str, Any] = {"ais": Annealing, "refined": Refinement, "auto": Ladder}
@@ -166,24 +188,10 @@ def _by_blocks(
         raise ValueError(
             "latents that all data share need all of the data at once: load them into memory, in one process"
         )
-    return _joined(ordered)
+    return joined(ordered)
 
 
-def _joined(parts: list[Evidence]) -> Evidence:
-    """The evidence of blocks of data, one after another."""
-    first, elbos = parts[0], [part.elbo for part in parts if part.elbo is not None]
-    return replace(
-        first,
-        method=first.method if len({part.method for part in parts}) == 1 else "auto",
-        elbo=_joined(elbos) if elbos else None,
-        values=torch.cat([part.values for part in parts]),
-        mc_stderr=torch.cat([part.mc_stderr for part in parts]),
-        reliable=None if first.reliable is None else torch.cat([part.reliable for part in parts]),  # type: ignore[misc]
-        details={name: torch.cat([part.details[name] for part in parts]) for name in first.details},
-    )
-
-
-def _choose(pair: Any, batch: Any, layout: Any) -> str:
+def _choose(pair: Pair, batch: Batch, layout: Layout) -> str:
     if pair.tractable:
         return "exact"
     if layout.latents and layout.nesting == 1 and layout.vectorised:

@@ -88,6 +88,9 @@ def climb(
     sees only where its draws go: a mode of the posterior that guide and refinement both miss is not noticed, and the value
     is then a bound that is not tight.
 
+    The `Evidence` has ``details``, (N,) each: ``rung``, a place in `RUNGS`; ``guide_pareto_k``, of the guide's own weights in
+    the pilot run; ``ess`` and ``pareto_k`` of those that are reported, as far as the rung has them.
+
     A datum costs at most, in passes through the model: ``pilot`` + K for ``iwae``; with gradients, ``steps`` × ``draws``
     (2,400, twice that for a full covariance), and ``pilot`` + K more, for ``refined``; and 1.5 runs of annealing (some
     66,000 with gradients) for ``ais``, by far the most, which ``rungs=("iwae", "refined")`` leaves out.
@@ -144,6 +147,7 @@ class _Climb:
         self.options, self.seed, self.compile = options, seed, compile
         self.pilot = options.pilot
         self.weights = Weights(pair, layout, compile)
+        self.guide_pareto_k: Tensor | None = None
 
     def choice(self, rungs: tuple[str, ...]) -> tuple[Tensor, Guides | None]:
         """The rung of each datum (N,), and the refined guides of those that have one, by pilot runs."""
@@ -152,6 +156,7 @@ class _Climb:
         left = torch.arange(size)
         if "iwae" in rungs:
             found = iwae(self.weights, self.batch, self.pilot, derived(self.seed, _PILOT_IWAE))
+            self.guide_pareto_k = found.details["pareto_k"]
             left = (~self._light(found)).nonzero().flatten()
         if "refined" in rungs and len(left):
             rows = rows_at(self.batch, left)
@@ -189,6 +194,8 @@ class _Climb:
         used = [RUNGS[number] for number in rung.unique().tolist()]
         method = used[0] if len(used) == 1 else "auto"
         details["rung"] = rung.to(torch.float64)
+        if self.guide_pareto_k is not None:
+            details["guide_pareto_k"] = self.guide_pareto_k
         return Evidence(
             values, errors, "lower", method, self.layout.measure, self.particles, shared, reliable, details, note=note
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import pandas
 
 
+_BY_DATUM = ("values", "mc_stderr", "reliable", "rows")
 #: what ``"auto"`` chooses from, in its order
 RUNGS = ("iwae", "refined", "ais")
 
@@ -33,6 +35,7 @@ class Evidence:
         details: what else the estimator says of each datum, (N,) by name.
         elbo: the ELBO of the guide that ``"refined"`` weighted, else None.
         note: what the reader should know of how it came about, such as why ``"auto"`` had no choice.
+        rows: (N,) a checksum of each datum, by which `probae.compare` knows the data again; None where it cannot.
     """
 
     values: Tensor
@@ -46,6 +49,13 @@ class Evidence:
     details: dict[str, Tensor] = field(default_factory=dict)
     elbo: Evidence | None = None
     note: str = ""
+    rows: Tensor | None = None
+
+    def at(self, index: Tensor) -> Evidence:
+        """That of some of the data."""
+        parts = {name: None if (part := getattr(self, name)) is None else part[index] for name in _BY_DATUM}
+        details = {name: values[index] for name, values in self.details.items()}
+        return replace(self, **parts, details=details, elbo=None if self.elbo is None else self.elbo.at(index))  # type: ignore[arg-type]
 
     @property
     def rungs(self) -> tuple[str, ...] | None:
@@ -105,6 +115,23 @@ class Evidence:
             f"<{what}: {self.mean:.4f} ± {self.mean_stderr:.4f} nats per datum (Monte Carlo {self.mean_mc_stderr:.4f}), "
             f"{len(self)} data, {self.method}{draws}>"
         )
+
+
+def joined(parts: Sequence[Evidence]) -> Evidence:
+    """The evidence of blocks of data that share no draws, one after another."""
+    first, elbos = parts[0], [part.elbo for part in parts if part.elbo is not None]
+    columns = {name: [getattr(part, name) for part in parts] for name in _BY_DATUM}
+    known = {name: None if any(c is None for c in column) else torch.cat(column) for name, column in columns.items()}
+    total = sum(len(part) for part in parts)
+    shared = [len(part) / total * part.shared_mc_stderr for part in parts if part.shared_mc_stderr is not None]
+    return replace(
+        first,
+        **known,  # type: ignore[arg-type]
+        method=first.method if len({part.method for part in parts}) == 1 else "auto",
+        shared_mc_stderr=math.hypot(*shared) if shared else None,
+        elbo=joined(elbos) if elbos else None,
+        details={name: torch.cat([part.details[name] for part in parts]) for name in first.details},
+    )
 
 
 def as_values(values: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""One name of a comparison: its fits, and what they gave."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.batches import as_batch
+from probae.checks import check
+from probae.diagnostics.units import latents
+from probae.evidence import Evidence, log_evidence, no_bound
+from probae.pair import Pair, as_pair
+from probae.sites import Layout
+
+_DRAWS = 8  # of each datum's latents, for reconstruction and activity
+
+
+@dataclass
+class Entry:
+    """One name of a comparison: its fits, and what they gave.
+
+    Attributes:
+        name, models: the name, and the fitted models; empty where evidence was given.
+        evidence: one `Evidence` per fit, or None where there is no log p(x), for the reason in ``why_not``.
+        reconstruction: the mean of E_q log p(x | z), nats per datum; NaN without a guide.
+        active_units: how many latents the data move, see `probae.Diagnosis`; NaN without a guide.
+        measure: ``"mass"`` or ``"density"``.
+        seconds: of evaluation.
+        baseline: whether it came with the comparison.
+    """
+
+    name: str
+    models: list[Any]
+    evidence: list[Evidence] | None
+    why_not: str | None
+    reconstruction: float
+    active_units: float
+    measure: str
+    seconds: float
+    baseline: bool
+
+    @property
+    def values(self) -> Tensor:
+        """log p(x_n), (N,), averaged over the fits."""
+        return torch.stack([e.values for e in self.evidence or []]).mean(0)
+
+    @property
+    def mc_stderr(self) -> float:
+        """The Monte-Carlo error of the mean over data and fits."""
+        errors = [e.mean_mc_stderr for e in self.evidence or []]
+        return math.sqrt(sum(e * e for e in errors)) / max(len(errors), 1)
+
+    @property
+    def shared_mc_stderr(self) -> float:
+        """The Monte-Carlo error of the mean that all data share, of draws of global latents; 0 without any."""
+        errors = [e.shared_mc_stderr or 0.0 for e in self.evidence or []]
+        return math.hypot(*errors) / max(len(errors), 1)
+
+    @property
+    def reliable(self) -> float:
+        """The share of the data whose Monte-Carlo error can be believed; 1 where log p(x) is exact, NaN where none can tell."""
+        shares = [_reliable(e) for e in self.evidence or []]
+        return sum(shares) / len(shares) if shares else math.nan
+
+    @property
+    def pareto_k(self) -> float:
+        """The median k̂ of the guide's own weights; NaN where they do not vary, or were not looked at."""
+        own = [(e, "pareto_k" if e.method == "iwae" else "guide_pareto_k") for e in self.evidence or []]
+        found = [e.details.get("guide_pareto_k", e.details.get(name)) for e, name in own]
+        known = torch.cat([k[~k.isnan()] for k in found if k is not None] or [torch.empty(0)])
+        return float(known.median()) if len(known) else math.nan
+
+    @property
+    def rungs(self) -> str:
+        """The estimators that gave the values, with the share of the data of each where ``"auto"`` chose."""
+        used = [rung for e in self.evidence or [] for rung in (e.rungs or (e.method,) * len(e))]
+        shares = {rung: used.count(rung) / len(used) for rung in dict.fromkeys(used)}
+        return ", ".join(rung if share == 1 else f"{rung} {share:.0%}" for rung, share in shares.items()) or "–"
+
+    @property
+    def parameters(self) -> float:
+        """Trainable numbers of one fit; NaN where evidence was given."""
+        if not self.models:
+            return math.nan
+        return sum(p.numel() for p in as_pair(self.models[0]).parameters() if p.requires_grad)
+
+
+def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: dict[str, Any]) -> Entry:
+    """An entry for fitted models on held-out data x; ``options`` are those of `log_evidence`, with a ``seed``."""
+    start = time.perf_counter()
+    pairs = [as_pair(fit) for fit in fits]
+    layouts = [check(pair, as_batch(x, pair.dtype, pair.device)) for pair in pairs]
+    found = [_evidence(pair, layout, x, options) for pair, layout in zip(pairs, layouts, strict=True)]
+    evidence = [each for each in found if isinstance(each, Evidence)]
+    why_not = next((each for each in found if isinstance(each, str)), None)
+    if why_not is not None and evidence:
+        raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {why_not}")
+    seconds = time.perf_counter() - start
+    reconstruction = active = math.nan
+    if pairs[0].has_guide and layouts[0].latents:
+        batch = as_batch(x, pairs[0].dtype, pairs[0].device)
+        kept = latents(pairs[0], layouts[0], batch, _DRAWS, options["seed"])
+        if kept.reconstruction is not None:
+            reconstruction = float(kept.reconstruction.mean())
+        active = sum(int(unit.active.sum()) for unit in kept.units.values())
+    measure = layouts[0].measure
+    return Entry(name, list(fits), evidence or None, why_not, reconstruction, active, measure, seconds, baseline)
+
+
+def _evidence(pair: Pair, layout: Layout, x: Any, options: dict[str, Any]) -> Evidence | str:
+    """log p(x), or the reason why there is none."""
+    reason = None if pair.tractable else no_bound(layout)
+    if reason is not None and (layout.improper or options["method"] in {"elbo", "iwae"}):
+        return reason
+    try:
+        return log_evidence(pair, x, **options)
+    except ValueError as error:
+        if reason is None:
+            raise
+        return str(error)  # a point guide, and no way around it
+
+
+def given(name: str, evidence: Sequence[Evidence]) -> Entry:
+    """An entry for evidence that was computed before."""
+    return Entry(name, [], list(evidence), None, math.nan, math.nan, evidence[0].measure, 0.0, False)
+
+
+def paired(entry: Entry, other: Entry | None) -> tuple[float, float, float]:
+    """The mean difference of an entry's log p(x) to another's, datum by datum; its standard error over all data, and for these.
+
+    The differences scatter by the Monte-Carlo error too, so that the first error holds the second.
+    """
+    if other is None or entry is other:
+        return 0.0, 0.0, 0.0
+    difference, monte_carlo = entry.values - other.values, math.hypot(entry.mc_stderr, other.mc_stderr)
+    if len(difference) < 2:
+        return float(difference.mean()), math.nan, monte_carlo
+    sampling = float(difference.std()) / math.sqrt(len(difference))
+    return float(difference.mean()), math.hypot(sampling, entry.shared_mc_stderr, other.shared_mc_stderr), monte_carlo
+
+
+def _reliable(evidence: Evidence) -> float:
+    if evidence.bound == "exact":
+        return 1.0
+    return math.nan if evidence.reliable is None else float(evidence.reliable.double().mean())

@@ -1,0 +1,69 @@
+"""K-fold comparison, for data too few to hold some out once and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.batches import Batch, as_batch, length, rows_at
+from probae.comparison.baselines import fit_baselines
+from probae.comparison.comparable import require_one_measure
+from probae.comparison.entry import Entry, evaluated
+from probae.evidence.result import joined
+
+Fit = Callable[[Batch], Any]
+
+
+def parts(size: int, folds: int, seed: int) -> list[Tensor]:
+    """The indices of each fold: a seeded permutation dealt out, so that sizes differ by one at the most."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return [order[fold::folds].sort().values for fold in range(folds)]
+
+
+def held_out(fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dict[str, Any], bar: Any) -> list[Entry]:
+    """An entry for each name and baseline, with the evidence of every datum by the fit that had not seen it."""
+    batch = as_batch(x)
+    if not 2 <= folds <= length(batch):
+        raise ValueError(f"folds: expected a whole number from 2 to {length(batch)}, the number of data, got {folds}")
+    found: dict[str, list[Entry]] = {}
+    held = parts(length(batch), folds, options["seed"])
+    for part in held:
+        seen = torch.ones(length(batch), dtype=torch.bool)
+        seen[part] = False
+        train, test = rows_at(batch, seen.nonzero().flatten()), rows_at(batch, part)
+        entries = []
+        for name, functions in fits.items():
+            entries.append(evaluated(name, [function(train) for function in functions], test, False, options))
+            bar.update()
+        require_one_measure((entry.name, entry.measure) for entry in entries)
+        plain = {name: options[name] for name in ("particles", "seed")} | {"method": "auto"}
+        if isinstance(batch, Tensor) and batch.dim() == 2:
+            for name, model in fit_baselines(train, entries[0].measure == "mass", options["seed"], like=batch).items():
+                if name in fits:
+                    raise ValueError(f"models: the name {name!r} belongs to a baseline")
+                entries.append(evaluated(name, [model], test, True, plain))
+        for entry in entries:
+            found.setdefault(entry.name, []).append(entry)
+    order = torch.cat(held).argsort()
+    return [_over_folds(entries, order) for entries in found.values() if len(entries) == folds]
+
+
+def _over_folds(entries: list[Entry], order: Tensor) -> Entry:
+    first, whole = entries[0], None
+    if all(entry.evidence for entry in entries):
+        by_fit = zip(*(entry.evidence or [] for entry in entries), strict=True)
+        whole = [joined(list(parts)).at(order) for parts in by_fit]
+    known = [entry for entry in entries if entry.why_not]
+    return replace(
+        first,
+        models=[model for entry in entries for model in entry.models],
+        evidence=whole,
+        why_not=known[0].why_not if known else None,
+        reconstruction=sum(entry.reconstruction for entry in entries) / len(entries),
+        active_units=sum(entry.active_units for entry in entries) / len(entries),
+        seconds=sum(entry.seconds for entry in entries),
+    )

@@ -1,0 +1,150 @@
+"""What `probae.compare` returns: the table, and how to read it."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from probae.comparison.baselines import INDEPENDENT
+from probae.comparison.entry import Entry, paired
+from probae.evidence import Evidence
+
+if TYPE_CHECKING:
+    import pandas
+
+_BELIEVED = 0.95  # the share of believable errors below which the reader is told
+
+
+@dataclass(repr=False)
+class Comparison:
+    """What `compare` returns: ``entries``, the ``table``, and ``notes``, sentences on how to read it."""
+
+    entries: list[Entry]
+    data: Tensor
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def table(self) -> pandas.DataFrame:
+        """A row per model, best first; nats per datum, higher is better.
+
+        Columns: ``log_evidence``, its ``bound``; ``stderr``, over all data (sampling and Monte Carlo); ``mc_stderr``, for
+        these data; ``difference`` to the best, paired by datum, with ``difference_stderr`` over all data and
+        ``difference_mc_stderr`` for these; ``over_independent``, the paired difference to independent features, and its
+        error; ``fits`` and ``fit_stderr``, between the fits of one name; ``reconstruction``, E_q log p(x | z);
+        ``active_units``, the latents that the data move; ``pareto_k``, the median k̂ of the guide's own weights; ``rungs``,
+        the estimators that gave the values, and ``reliable``, the share of the data whose Monte-Carlo error can be believed;
+        ``parameters``; ``seconds`` of evaluation; ``method``; ``role``.
+        """
+        import pandas
+
+        ranked = sorted(self.entries, key=lambda e: -float(e.values.mean()) if e.evidence else math.inf)
+        best = next((e for e in ranked if e.evidence), None)
+        independent = next((e for e in ranked if e.name == INDEPENDENT and e.baseline), None)
+        rows = [self._row(entry, best, independent) for entry in ranked]
+        return pandas.DataFrame(rows).set_index("model")
+
+    def _row(self, entry: Entry, best: Entry | None, independent: Entry | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"model": entry.name, "log_evidence": math.nan, "bound": "–"}
+        numbers = "stderr mc_stderr difference difference_stderr difference_mc_stderr"
+        numbers += " over_independent over_independent_stderr fit_stderr"
+        row |= dict.fromkeys(numbers.split(), math.nan)
+        if entry.evidence:
+            fits = torch.tensor([e.mean for e in entry.evidence], dtype=torch.float64)
+            mean = Evidence(entry.values, torch.zeros_like(entry.values), "exact", "", "")
+            row |= {
+                "log_evidence": mean.mean,
+                "bound": entry.evidence[0].bound,
+                "stderr": math.hypot(mean.mean_stderr, entry.shared_mc_stderr),
+                "mc_stderr": entry.mc_stderr,
+                "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,
+            }
+            row["difference"], row["difference_stderr"], row["difference_mc_stderr"] = paired(entry, best)
+            if independent is not None:
+                row["over_independent"], row["over_independent_stderr"], _ = paired(entry, independent)
+        row["fits"] = len(entry.evidence or entry.models)
+        for name in ("reconstruction", "active_units", "pareto_k", "rungs", "reliable"):
+            row[name] = getattr(entry, name)
+        row["parameters"], row["seconds"] = entry.parameters, entry.seconds
+        row["method"] = entry.evidence[0].method if entry.evidence else "–"
+        row["role"] = "baseline" if entry.baseline else "model" if entry.evidence else "no evidence"
+        return row
+
+    def evidence(self) -> pandas.DataFrame:
+        """log p(x_n) by datum (rows) and model (columns), averaged over fits."""
+        import pandas
+
+        columns = {entry.name: entry.values.numpy() for entry in self.entries if entry.evidence}
+        return pandas.DataFrame(columns).rename_axis("datum")
+
+    def plot(self, ax: Any = None) -> Any:
+        """The evidence of each model with intervals of two standard errors; needs ``probae[plots]``."""
+        from probae.figures import evidence_figure
+
+        return evidence_figure(self.table, ax)
+
+    def to_datatree(self) -> Any:
+        """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""
+        from probae.datatree import comparison_tree
+
+        return comparison_tree(self)
+
+    def __repr__(self) -> str:
+        import pandas
+
+        table = self.table
+        shown = table[["log_evidence", "bound", "stderr", "mc_stderr", "difference", "difference_stderr"]].copy()
+        if table["over_independent"].notna().any():
+            shown["over_independent"] = table["over_independent"]
+        for name in ("reconstruction", "active_units", "pareto_k"):
+            if table[name].notna().any():
+                shown[name] = table[name]
+        with pandas.option_context("display.max_colwidth", None, "display.width", None):
+            text = shown.to_string(float_format=lambda v: f"{v:.2f}", na_rep="–")
+        return "\n".join([f"log p(x), nats per datum, {len(self.data)} data", text, *(f"· {n}" for n in self.notes)])
+
+    def _repr_html_(self) -> str:
+        import pandas
+
+        notes = "".join(f"<li>{html.escape(note, quote=False)}</li>" for note in self.notes)
+        with pandas.option_context("display.max_colwidth", None):
+            return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
+
+
+def notes_on(comparison: Comparison) -> list[str]:
+    """How to read the table: what beats what, and where the likelihood is to blame."""
+    table, notes = comparison.table, []
+    if (table["bound"] == "lower").any():
+        notes.append("a lower bound may sit below log p(x) by more than its error; an exact value does not")
+    for entry in comparison.entries:
+        if entry.why_not:
+            notes.append(f"{entry.name}: no log p(x): {entry.why_not.split(':')[0]}; its reconstruction is no evidence")
+    for entry in comparison.entries:
+        if entry.evidence and entry.reliable < _BELIEVED:
+            notes.append(
+                f"{entry.name}: the Monte-Carlo error of {1 - entry.reliable:.0%} of the data is not to be believed, so heavy "
+                "are their weights; the value is a lower bound all the same"
+            )
+    below = table[table["over_independent"] < -2 * table["over_independent_stderr"]].index
+    if len(below):
+        worse = "worse than independent features, which have no latents at all"
+        notes.append(f"{', '.join(below)}: {worse}{_ends(comparison.data)}")
+    return notes
+
+
+def _ends(x: Tensor) -> str:
+    """What is wrong with a Gaussian of counts that pile up, where they do."""
+    if x.numel() == 0 or not bool((x == x.round()).all()):
+        return ""
+    low, high = x.min(), x.max()
+    share = float(((x == low) | (x == high)).double().mean())
+    if share < 0.2 or high - low < 2:
+        return ""
+    return (
+        f": {share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range, where a Gaussian cannot put its "
+        "mass. On such data the likelihood matters more than the latents"
+    )
