@@ -69,6 +69,7 @@ def compare(
         str | None,
         typer.Option(help="'mask' takes rows with missing values, at random.", show_default="they are refused"),
     ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that fit models at the same time.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="probae-compare/DATA")
     ] = None,
@@ -93,10 +94,9 @@ def compare(
 
     fitted: dict[str, Pair] = {}
     seconds: dict[str, float] = {}
-    for name in chosen:
-        fitted[name], seconds[name] = lineup.train(
-            name, loaded, latents, steps, seed, COMPILE[compile], progress=sys.stderr.isatty()
-        )
+    settings = loaded, latents, steps, seed, COMPILE[compile], processes
+    for name, model, took in lineup.train_all(chosen, *settings, progress=sys.stderr.isatty()):
+        fitted[name], seconds[name] = model, took
         console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
     result = comparison.compare(
         fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
@@ -157,6 +157,8 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
             _with_error(a, b, plus=True)
             for a, b in zip(table["over_independent"], table["over_independent_stderr"], strict=True)
         ],
+        "k̂": ["–" if math.isnan(v) else f"{v:.2f}" for v in table["pareto_k"]],
+        "active": ["–" if math.isnan(v) else f"{v:.0f}" for v in table["active_units"]],
         "parameters": [f"{v:,}" for v in table["parameters"]],
         "seconds": [f"{v:.1f}" for v in table["seconds"] + table["fit_seconds"].fillna(0)],
     }

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probae import likelihoods
+from probae import likelihoods, storage
 from probae.datasets import Dataset
 from probae.likelihoods import Head
 from probae.models import PPCA, VAE, Autoencoder, FactorAnalysis, SparseAutoencoder, StochasticAutoencoder
 from probae.pair import Pair
+from probae.seeding import seeded
 from probae.training import Run, fit
 from probae.transforms import Dequantised
 
@@ -173,8 +180,6 @@ def train(
 
     Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
     """
-    from probae.seeding import seeded
-
     with seeded(seed):
         pair = CANDIDATES[name].build(data, latents)
     start = time.perf_counter()
@@ -195,6 +200,62 @@ def train(
     if run.stopped == "interrupted":
         raise KeyboardInterrupt
     return pair.cpu(), run.seconds
+
+
+def train_all(
+    names: Sequence[str],
+    data: Dataset,
+    latents: int,
+    steps: int,
+    seed: int = 0,
+    compile: bool | str = "auto",
+    processes: int = 1,
+    progress: bool = True,
+) -> Iterator[tuple[str, Pair, float]]:
+    """Each name with its fitted model and the seconds that took, in their order; the fits are spread over processes.
+
+    They are the same, however many processes there are, while each has as many threads. On GPUs, each process takes the
+    next one.
+
+    Raises:
+        ChildProcessError: if a process dies.
+    """
+    if processes == 1:
+        for name in names:
+            yield name, *train(name, data, latents, steps, seed, compile, progress)
+        return
+    context = multiprocessing.get_context("spawn")
+    count = min(processes, len(names))
+    start = context.Value("i", 0), max(1, torch.get_num_threads() // count)
+    with tempfile.TemporaryDirectory(prefix="probae-") as folder:
+        pool = ProcessPoolExecutor(count, context, _start, start)
+        try:
+            jobs = [pool.submit(_train_into, folder, name, data, latents, steps, seed, compile) for name in names]
+            for name, job in zip(names, jobs, strict=True):
+                seconds = job.result()
+                yield name, storage.load(Path(folder) / name), seconds
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process that fits a model has died (killed, or out of memory): ask for fewer processes"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(started: Any, threads: int) -> None:
+    """What a worker takes of the machine: its share of the cores, and a GPU by its number."""
+    torch.set_num_threads(threads)
+    with started.get_lock():
+        os.environ["LOCAL_RANK"] = str(started.value)
+        started.value += 1
+
+
+def _train_into(
+    folder: str, name: str, data: Dataset, latents: int, steps: int, seed: int, compile: bool | str
+) -> float:
+    pair, seconds = train(name, data, latents, steps, seed, compile, progress=False)
+    storage.save(pair, Path(folder) / name)
+    return seconds
 
 
 def images(values: Tensor | Any, data: Dataset) -> Tensor:

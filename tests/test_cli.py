@@ -27,7 +27,18 @@ pytest.importorskip("matplotlib").use("Agg")
 
 ROOT = Path(__file__).parent.parent
 BASELINES = ["independent features", "full Gaussian", "mixture of 10 Gaussians"]
-OPTIONS = ["--data", "--models", "--latents", "--steps", "--test-rows", "--particles", "--seed", "--out", "--help"]
+OPTIONS = [
+    "--data",
+    "--models",
+    "--latents",
+    "--steps",
+    "--test-rows",
+    "--particles",
+    "--seed",
+    "--processes",
+    "--out",
+    "--help",
+]
 QUICK = ["--steps", "20", "--particles", "10", "--latents", "2"]
 
 
@@ -513,3 +524,33 @@ def test_brackets_in_names_are_printed_as_they_are(tmp_path):
     assert code == 0
     assert "scores[final]" in out
     assert f"{tmp_path}/a[b]" in "".join(out.split())
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_fits_spread_over_processes_are_the_same(tmp_path):
+    file = write(tmp_path, "counts")
+    tables = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        code, _, err = command("compare", "--data", file, *QUICK, "--processes", count, "--out", out)
+        assert (code, err) == (0, "")
+        tables.append(pd.read_csv(out / "table.csv").drop(columns=["seconds", "fit_seconds"]))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
+    from probae import lineup
+
+    monkeypatch.setattr(lineup, "_start", _dying)
+    file = write(tmp_path, "real")
+    code, _, err = command("compare", "--data", file, *QUICK, "--processes", 2, "--out", tmp_path / "out")
+    assert code == 2
+    assert err.strip() == (
+        "probae: a process that fits a model has died (killed, or out of memory): ask for fewer processes"
+    )
+
+
+def _dying(*_):
+    os._exit(9)

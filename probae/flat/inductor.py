@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., list[Tenso
         options["cpp_wrapper"] = not replaced
     held = [tensor.detach() for tensor in graph.held]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch
             call = compile_graph(module, [*inputs, *held], options=options)
     except Exception as error:
         lines = str(error).strip().splitlines()
