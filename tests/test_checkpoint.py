@@ -38,6 +38,21 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_run_that_ended_early_has_ended_when_it_is_asked_for_again(tmp_path):
+    options = {"steps": 200, "every": 5, "lr": 0.01, "validation": -data(20), "patience": 2, "progress": False}
+    runs = []
+    for _ in range(2):
+        model = build()
+        runs.append(probae.fit(model, data(), checkpoint=tmp_path / "kept", compile=False, **options))
+    first, again = runs
+    assert first.stopped == again.stopped == "patience"
+    assert len(first.history) < 40
+    assert first.history.equals(again.history)
+    assert same(state(first.model), state(again.model))
+    longer = probae.fit(build(), data(), checkpoint=tmp_path / "kept", compile=False, **{**options, "patience": 4})
+    assert len(longer.history) > len(first.history)
+
+
 def stop_at(step):
     def callback(run):
         if run.records[-1]["step"] == step:

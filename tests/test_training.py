@@ -109,8 +109,8 @@ def test_the_best_parameters_are_kept(objective):
     assert 0 < best < len(run.history) - 1
     assert run.best_step == run.history["step"][best]
     kept = run.history["validation"][best]
-    assert run.watched == "elbo"
-    assert probae.log_evidence(model, held, "elbo", particles=8, seed=0).mean == pytest.approx(kept, rel=1e-12)
+    assert run.watched == ("elbo" if objective is None else "iwae")
+    assert probae.log_evidence(model, held, run.watched, particles=8, seed=0).mean == pytest.approx(kept, rel=1e-12)
 
 
 def test_without_validation_the_last_parameters_are_kept():
@@ -152,6 +152,14 @@ def test_a_run_says_what_it_watches(model, watched):
     unwatched = quick(seeded(model, D, L), x, steps=2)
     assert unwatched.watched is None
     assert unwatched.history["validation"].isna().all()
+
+
+def test_an_importance_weighted_bound_is_watched_with_the_particles_that_it_is_trained_by():
+    x, held = data(60), data(40, seed=1)
+    model = seeded(probae.VAE, D, L).double()
+    run = quick(model, x, validation=held, steps=2, every=2, objective=IWAE(30) + 0.0 * probae.objectives.ELBO())
+    expected = probae.log_evidence(model, held, "iwae", particles=30, seed=0).mean
+    assert run.history["validation"].iloc[-1] == pytest.approx(expected, rel=1e-12)
 
 
 def test_what_is_watched_is_log_p_where_it_is_known():

@@ -53,6 +53,9 @@ class Loop:
         progress: bool,
     ) -> None:
         """Take the steps."""
+        if self.run.records and self.out_of(patience):
+            self.run.stopped = "patience"  # a run that had ended is asked for again
+            return
         start, total, count = time.perf_counter() - self.spent, torch.zeros_like(self.take.step), 0
         self.pair.train()
         with _bar(steps, progress and self.processes.first, self.number) as bar, self._asked() as asked:
@@ -71,6 +74,7 @@ class Loop:
                         total, count = torch.zeros_like(total), 0
                         if (reason := self.ends(patience, callbacks, asked)) is not None:
                             self.run.stopped = reason
+                            self.keep(number)
                             break
                         self.pair.train()
                         if callbacks or every >= _OFTEN:
@@ -128,13 +132,17 @@ class Loop:
 
     def ends(self, patience: int | None, callbacks: Sequence[Callable[[Run], Any]], asked: list[bool]) -> str | None:
         """Why training ends at this record, for all processes alike: no better value for so long, a callback, Ctrl-C."""
-        since = sum(1 for r in self.run.records if r["step"] > (self.run.best_step or 0))
         stop = True in [callback(self.run) for callback in callbacks]
-        if patience is not None and since >= patience:
+        if self.out_of(patience):
             return "patience"
         if self.processes.any(stop):
             return "callback"
         return "interrupted" if self.processes.any(bool(asked)) else None
+
+    def out_of(self, patience: int | None) -> bool:
+        """Whether so many records have passed without a better value."""
+        since = sum(1 for r in self.run.records if r["step"] > (self.run.best_step or 0))
+        return patience is not None and since >= patience
 
     @contextlib.contextmanager
     def _asked(self) -> Iterator[list[bool]]:

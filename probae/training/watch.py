@@ -9,17 +9,19 @@ from torch import Tensor
 
 from probae.batches import Batch, length
 from probae.checks import check
-from probae.evidence.importance import elbo
+from probae.evidence.importance import elbo, iwae
 from probae.evidence.tractable import exact
 from probae.evidence.weights import Weights, no_bound
-from probae.objectives import Objective
+from probae.objectives import IWAE, Objective
 from probae.pair import Pair
 from probae.processes import ALONE, Processes
 from probae.seeding import still
 
 
 class Watch:
-    """The mean over validation data of ``kind``: ``"log p(x)"``, ``"elbo"`` or ``"objective"`` (minus the loss). Nats.
+    """The mean over validation data of ``kind``: ``"log p(x)"``, ``"elbo"``, ``"iwae"`` or ``"objective"`` (minus the loss).
+
+    Nats. A pair trained by the importance-weighted bound is watched by it, with as many particles.
 
     The draws follow from a seed that stays the same, so that two steps differ by their parameters alone.
     """
@@ -38,11 +40,14 @@ class Watch:
     ):
         batch, self.share = processes.share(batch)
         self.processes = processes
-        self.pair, self.batch, self.objective, self.particles, self.seed = pair, batch, objective, particles, seed
+        self.pair, self.batch, self.objective, self.seed = pair, batch, objective, seed
         self.layout = check(pair, batch)
         self.weights = Weights(pair, self.layout, "auto" if compile is True else compile, times)
         bounded = no_bound(self.layout) is None and (pair.has_guide or not self.layout.latents)
-        self.kind = "log p(x)" if pair.tractable else "elbo" if bounded else "objective"
+        weighted = [part.particles for part in objective.modules() if isinstance(part, IWAE)]
+        bound = "iwae" if weighted else "elbo"
+        self.particles = max([particles, *weighted])
+        self.kind = "log p(x)" if pair.tractable else bound if bounded else "objective"
 
     def __call__(self, step: Tensor) -> float:
         """Its value now, over the rows of all processes; higher is better."""
@@ -54,8 +59,9 @@ class Watch:
     def _own(self, step: Tensor) -> float:
         if self.kind == "log p(x)":
             return exact(self.pair, self.batch, self.layout).mean
-        if self.kind == "elbo":
-            return elbo(self.weights, self.batch, self.particles, self.seed).mean
+        if self.kind in {"elbo", "iwae"}:
+            estimator = elbo if self.kind == "elbo" else iwae
+            return estimator(self.weights, self.batch, self.particles, self.seed).mean
         with still(self.pair, self.seed), torch.no_grad():
             value: Any = self.objective(self.pair, self.batch, length(self.batch), step)
         return -float(value)
