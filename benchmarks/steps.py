@@ -19,6 +19,7 @@ import torch
 from peers import CASES, DEVICE, GPU, LR, WARM_UP, WAYS, Case, Way, built, cold, evaluated, synchronise
 
 from probae.pair import as_pair
+from probae.processes import ALONE
 from probae.seeding import seeded
 from probae.streams import InMemory
 from probae.training.optimizers import OPTIMIZERS
@@ -38,7 +39,7 @@ def probae_steps(case: Case, compile: bool | str) -> Way:
         started = time.perf_counter()
         adam = OPTIMIZERS["adam"](list(pair.parameters()), LR)
         options = {"compile": compile, "asked": 10**6, "precision": "float32"}
-        step = Steps(pair, objective, adam, None, None, len(data), **options)
+        step = Steps(pair, objective, adam, None, [], len(data), processes=ALONE, **options)
         stream = iter(InMemory(data, case.batch, 0))
 
         def steps(n: int) -> None:

@@ -45,6 +45,7 @@ class Mapped(Source):
         self.read = 0
 
     def __iter__(self) -> Iterator[Minibatch]:
+        self._advise("MADV_RANDOM")  # else each row brings its neighbours along, megabytes of them
         with ThreadPoolExecutor(1, "probae-reads") as reader:
             ahead: deque[tuple[Future[Tensor], dict[str, Tensor]]] = deque()
             while True:
@@ -56,6 +57,7 @@ class Mapped(Source):
 
     def passes(self) -> Iterator[Batch]:
         """The data once, in blocks, each process its part."""
+        self._advise("MADV_NORMAL")
         rows, own = max(1, _BLOCK // max(1, self.array[0].nbytes)), self.shuffle.processes
         starts = range(0, self.size, rows)
         for start in starts[own.rank :: own.count] or starts[:1]:
@@ -78,8 +80,13 @@ class Mapped(Source):
     def _rows(self, index: Any) -> Tensor:
         rows = np.array(self.array[index])
         self.read += max(rows.nbytes, len(rows) * 2**16)  # the system maps some pages around each row that is read
-        if self.read >= _RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+        if self.read >= _RESIDENT:
             self.read = 0
-            self.array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+            self._advise("MADV_DONTNEED")
         batch = as_batch(rows, self.dtype, self.device)
         return batch  # type: ignore[return-value]
+
+    def _advise(self, how: str) -> None:
+        """Tell the system how the file is read, where it listens."""
+        if hasattr(mmap, how) and self.array._mmap is not None:  # type: ignore[attr-defined]
+            self.array._mmap.madvise(getattr(mmap, how))  # type: ignore[attr-defined]
