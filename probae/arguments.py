@@ -49,16 +49,17 @@ def real(name: str, value: Any) -> float:
     return number
 
 
-def positive(name: str, value: Any, zero: bool = False) -> float:
-    """A positive, finite number, as a float; zero too, where that is allowed.
+def positive(name: str, value: Any, zero: bool = False, below: float = math.inf) -> float:
+    """A positive number below a limit, and finite, as a float; zero too, where that is allowed.
 
     Raises:
         ValueError: if it is none.
     """
     number = _float(value)
-    if not (number > 0 or (zero and number == 0)) or number == math.inf:
+    if not (number > 0 or (zero and number == 0)) or not number < below:
         expected = "number of at least 0" if zero else "positive number"
-        raise ValueError(f"{name}: expected a {expected}, got {_shown(value)}")
+        limit = f" below {below:g}" if below < math.inf else ""
+        raise ValueError(f"{name}: expected a {expected}{limit}, got {_shown(value)}")
     return number
 
 

@@ -42,6 +42,19 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, device: torch.device |
     return batch
 
 
+def as_matrix(name: str, data: Any, axes: str) -> Tensor:
+    """One array with two axes as a tensor of its own dtype.
+
+    Raises:
+        TypeError: if it is no array of real numbers.
+        ValueError: if it is empty, or has another number of axes.
+    """
+    matrix = _as_leaf(data, name, None, None, False)
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: expected an array of shape {axes}, got {tuple(matrix.shape)}")
+    return matrix
+
+
 def _as_leaf(data: Any, what: str, dtype: torch.dtype | None, device: Any, whole_to_float: bool) -> Tensor:
     tensor = data.detach() if isinstance(data, Tensor) else _from_array(data, what)
     if tensor.is_complex() or tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:

@@ -284,9 +284,17 @@ class Pair(Passes, nn.Module):
         elif isinstance(found, nn.Parameter) and all(found is not known for known in self.parameters()):
             self.stored[name] = found
 
+    def require_values(self) -> None:
+        """Raise a ValueError if a parameter or buffer is on the meta device, where tensors have no values."""
+        if any(tensor.is_meta for tensor in self._tensors()):
+            raise ValueError("expected a model with parameters, and they are on the meta device, which keeps no values")
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
+
     def _reference(self) -> Tensor | None:
-        tensors = [*self.parameters(), *self.buffers()]
-        return next((t for t in tensors if t.is_floating_point()), None)
+        return next((t for t in self._tensors() if t.is_floating_point()), None)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -301,9 +309,8 @@ class Pair(Passes, nn.Module):
         Raises:
             ValueError: if they lie on the meta device, where tensors have no values.
         """
+        self.require_values()
         reference = self._reference()
-        if reference is not None and reference.is_meta:
-            raise ValueError("expected a model with parameters, and they are on the meta device, which keeps no values")
         return None if reference is None else reference.device
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# what torch says of tensors that do not fit, on one device or another
+_TOO_LARGE = re.compile("allocate|out of memory|(calculation|multiplication) overflow")
 
 T = TypeVar("T", bound=type)
 _BUILDERS: dict[str, type] = {}
@@ -16,7 +20,10 @@ _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16
 
 
 def recorded(cls: T) -> T:
-    """Class decorator: its instances remember their constructor's arguments, and its name can be rebuilt from a recipe."""
+    """Class decorator: its instances remember their constructor's arguments, and its name can be rebuilt from a recipe.
+
+    A constructor whose tensors do not fit into memory raises a ValueError that says so.
+    """
     init = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
 
@@ -26,7 +33,12 @@ def recorded(cls: T) -> T:
             bound = signature.bind(self, *args, **kwargs)
             arguments = {k: _frozen(v) for k, v in list(bound.arguments.items())[1:]}
             object.__setattr__(self, "_arguments", arguments)
-        init(self, *args, **kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except RuntimeError as error:
+            if not _TOO_LARGE.search(str(error)):
+                raise
+            raise ValueError(f"{cls.__name__}: expected sizes that fit into memory; {error}") from error
 
     cls.__init__ = __init__  # type: ignore[misc]
     known = _BUILDERS.setdefault(_key(cls), cls)

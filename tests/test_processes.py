@@ -1,6 +1,7 @@
 """Several processes that train one model, as torchrun starts them; each test runs two."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -55,7 +56,13 @@ def launch(path, count, *arguments, check=True):
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *torchrun, str(path), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    started = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    try:
+        out, err = started.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # with what it has started
+        raise
+    done = subprocess.CompletedProcess(command, started.returncode, out, err)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done

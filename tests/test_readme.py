@@ -9,11 +9,16 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"(?:<!-- (.*?) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
-def test_the_first_steps_print_evidence_and_a_table(capsys):
+def test_the_first_steps_print_evidence_a_table_and_a_diagnosis(capsys):
     pytest.importorskip("sklearn")
-    (code,) = [code for name, code in BLOCKS if not name]
-    exec(compile(code, "README.md", "exec"), {})
+    pytest.importorskip("xarray")
+    scope: dict = {}
+    for name, code in BLOCKS:
+        if not name:
+            exec(compile(code, "README.md", "exec"), scope)
     out = capsys.readouterr().out
+    assert "Diagnosis of 397 data" in out
+    assert "posterior" in scope["tree"].children
     assert "lower bound on log p(x)" in out
     assert "independent features" in out
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from probae.arguments import whole
+from probae.arguments import one_of, whole
 from probae.batches import Batch, checksums, rows_of
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.bidirectional import Sandwich, sandwich
@@ -143,8 +143,7 @@ def options_of(method: str, particles: int | None, options: dict[str, Any]) -> A
     Raises:
         ValueError: if the method is unknown, or has no such option.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {list(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     if particles is not None:
         whole("particles", particles)
     if method == "ais" and particles is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from torch import Tensor
 from probae.arguments import flag, one_of, positive, size, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
 from probae.evidence.hmc import Chains, Point
+from probae.evidence.options import Options
 from probae.evidence.result import Evidence, as_values
 from probae.evidence.schedules import SCHEDULES, Tuned, tuned
 from probae.evidence.space import Space
 from probae.evidence.weights import MEMORY, even, padded
 from probae.flat.graph import unvalidated
-from probae.layout import run_at
 from probae.pair import Pair
 from probae.seeding import checked_seed, seeded, still
 from probae.sites import Layout, samples
@@ -29,7 +29,7 @@ _BLOCK_PILOT, _BLOCK_RUN, _BLOCK_BACK, _SHARED = range(4)  # streams of draws, e
 
 
 @dataclass(frozen=True)
-class Annealing:
+class Annealing(Options):
     r"""How annealed importance sampling is done: the options of ``method="ais"``, `sandwich` and `rate_distortion`.
 
     Attributes:
@@ -67,18 +67,6 @@ class Annealing:
         one_of("start", self.start, STARTS)
         one_of("schedule", self.schedule, SCHEDULES)
         flag("progress", self.progress)
-
-    @classmethod
-    def of(cls, options: dict[str, Any], what: str) -> Annealing:
-        """The options given by name.
-
-        Raises:
-            ValueError: naming the options that there are, if one is none of them.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in options if name not in names]:
-            raise ValueError(f"{what} has no option {unknown[0]!r}: its options are {names}")
-        return cls(**options)
 
     @property
     def pilots(self) -> int:
@@ -239,20 +227,9 @@ class Annealer:
 
     def _shared_latents(self) -> dict[str, Tensor]:
         """A draw from the guide of the latents outside the data plate, for each chain."""
-        if not (names := self.layout.globals_):
-            return {}
-        pair, layout = self.pair, self.layout
-        if not pair.has_guide:
-            raise ValueError(f"the pair has no guide to draw {list(names)} from, which all data share")
-        if not layout.vectorised:
-            raise ValueError(
-                f"the programs draw {list(names)}, which all data share, and take no particle axis: use 'iwae'"
-            )
-        rows = self.batch if layout.whole else each(lambda leaf: leaf[:2], self.batch)
-        with still(pair, self.seed), self.draws(0, _SHARED):
-            guide = run_at(pair, pair.guide, rows, self.options.chains, layout, {})
-            values = {name: guide.nodes[name]["value"] for name in names}
-        return {n: (v if self.options.chains > 1 else v[None]).contiguous() for n, v in values.items()}
+        rows = self.batch if self.layout.whole else each(lambda leaf: leaf[:2], self.batch)
+        with still(self.pair, self.seed), self.draws(0, _SHARED):
+            return self.space.shared(rows, self.options.chains)
 
     def _unguided(self) -> str | None:
         """Why a path cannot start at the guide, or None."""
@@ -276,11 +253,7 @@ class Annealer:
         """Rows of a block: what memory takes of all chains of them."""
         device, options = self.pair.device or torch.device("cpu"), self.options
         memory = options.memory or MEMORY.get(device.type, MEMORY["cuda"])
-        widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
-        features = sum(leaf[0].numel() for _, leaf in leaves(self.batch))
-        states = max((len(values) for values in self.space.states.values()), default=1)
-        floats = 8 * self.space.size + states * (4 * features + 2 * widest)
-        return even(length(self.batch), max(1, memory // (8 * floats * options.chains)))
+        return even(length(self.batch), max(1, memory // (8 * self.space.floats(self.batch) * options.chains)))
 
 
 class Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from probae.arguments import whole
 from probae.batches import Batch, leaves, length, rows_at
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.importance import iwae
+from probae.evidence.options import Options
 from probae.evidence.refined import Guides, Refinement, Refiner
 from probae.evidence.result import RUNGS, Evidence
 from probae.evidence.running import believable
@@ -30,7 +31,7 @@ _PILOT_IWAE, _PILOT_REFINED, _PILOT_AIS, _IWAE, _REFINED, _AIS = range(20, 26)
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Ladder(Options):
     """How ``method="auto"`` chooses where log p(x) cannot be computed: its options.
 
     Attributes:
@@ -51,18 +52,6 @@ class Ladder:
         if isinstance(self.rungs, str) or not self.rungs or set(self.rungs) - set(RUNGS):
             raise ValueError(f"rungs: expected some of {list(RUNGS)}, got {self.rungs!r}")
         self.refinement(1), self.annealing(1.0)  # bad options are told before any work
-
-    @classmethod
-    def of(cls, options: dict[str, Any], what: str) -> Ladder:
-        """The options given by name.
-
-        Raises:
-            ValueError: naming the options that there are, if one is none of them.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in options if name not in names]:
-            raise ValueError(f"{what} has no option {unknown[0]!r}: its options are {names}")
-        return cls(**options)
 
     def refinement(self, latents: int) -> Refinement:
         """How guides of so many latents are refined."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +28,13 @@ from torch import Tensor
 from probae.arguments import one_of, positive, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
 from probae.evidence.mixture import SEEN, Mixture, heavy_tails
-from probae.evidence.result import Evidence, as_values
-from probae.evidence.running import Running, believable, shared_error
+from probae.evidence.options import Options
+from probae.evidence.result import Evidence
 from probae.evidence.space import Space
+from probae.evidence.strata import Strata, Weighed, weighed
 from probae.evidence.ways import Way, slopes, way
 from probae.evidence.weights import MEMORY, even, padded, weighable
 from probae.flat.graph import unvalidated
-from probae.layout import run_at
 from probae.pair import Pair
 from probae.seeding import derived, seeded, still
 from probae.sites import Layout
@@ -45,7 +45,7 @@ _NARROW = 0.1  # where it starts around a point, in the prior's units
 
 
 @dataclass(frozen=True)
-class Refinement:
+class Refinement(Options):
     """How the guide is refined: the options of ``method="refined"``.
 
     Attributes:
@@ -79,18 +79,6 @@ class Refinement:
         """Draws for each datum and step."""
         return self.draws or (16 if self.covariance == "full" else 8)
 
-    @classmethod
-    def of(cls, options: dict[str, Any], what: str) -> Refinement:
-        """The options given by name.
-
-        Raises:
-            ValueError: naming the options that there are, if one is none of them.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in options if name not in names]:
-            raise ValueError(f"{what} has no option {unknown[0]!r}: its options are {names}")
-        return cls(**options)
-
 
 class Guides(NamedTuple):
     """A Gaussian for each datum: ``loc`` (N, L), and ``factor``, a scale (N, L) or a lower triangle (N, L, L)."""
@@ -101,13 +89,6 @@ class Guides(NamedTuple):
     def at(self, index: Tensor) -> Guides:
         """Those of some rows."""
         return Guides(self.loc[index], self.factor[index])
-
-
-class Weighed(NamedTuple):
-    """What fresh draws from guides say of each datum: the estimate of log p(x), and the ELBO of the Gaussians alone."""
-
-    evidence: Evidence
-    elbo: Evidence
 
 
 def refine(
@@ -150,12 +131,6 @@ class Refiner:
         self.full = options.covariance == "full"
         near = pair.has_guide and not layout.points and not layout.summed
         self.steps = options.steps if options.steps is not None else (120 if near else 300)
-        if layout.globals_ and not pair.has_guide:
-            raise ValueError(f"the pair has no guide to draw {list(layout.globals_)} from, which all data share")
-        if layout.globals_ and not layout.vectorised:
-            raise ValueError(
-                f"the programs draw {list(layout.globals_)}, which all data share, and take no particle axis: use 'iwae'"
-            )
         cells = self._cells(batch)
         size = length(batch)
         self.rows = size if layout.whole else even(size, max(1, cells // min(particles, 64)))
@@ -163,7 +138,7 @@ class Refiner:
         self.blocks = math.ceil(size / self.rows)
         with still(pair, seed), unvalidated():
             few = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
-            heavy = heavy_tails(self.space, few, self._given(few, SEEN))
+            heavy = heavy_tails(self.space, few, self.space.shared(few, SEEN))
         share = options.defensive if options.defensive is not None else (0.4 if heavy else 0.05)
         self.shares = (1 - share, 0.75 * share, 0.25 * share) if heavy else (1 - share, 0.0, share)
         self.ways: dict[Any, Way] = {}
@@ -192,7 +167,7 @@ class Refiner:
         # large steps come from anywhere to where q belongs, small ones average the noise of the draws
         rate = noise.new_tensor(0.02 + 0.38 * (1 + math.cos(math.pi * progress)) / 2)
         inputs = [*guides, noise, rate]
-        given = self._given(rows, self.options.together)
+        given = self.space.shared(rows, self.options.together)
         return Guides(*self._call("step", self._ascend, inputs, rows, given, self.blocks * self.steps))
 
     def _ascend(
@@ -224,10 +199,10 @@ class Refiner:
 
     def _start(self, rows: Batch) -> Guides:
         """The moments of draws from the guide, or around a point, or those of the prior."""
-        prior = self.space.from_prior(rows, _STARTING, self._given(rows, _STARTING))
+        prior = self.space.from_prior(rows, _STARTING, self.space.shared(rows, _STARTING))
         loc, scale = _moments(prior)
         if self.pair.has_guide and not self.layout.summed:
-            given = self._given(rows, _STARTING)
+            given = self.space.shared(rows, _STARTING)
             found, spread = _moments(self.space.from_guide(rows, _STARTING, given), loc, scale)
             point = spread <= 1e-6 * scale
             loc, scale = found, torch.where(point, _NARROW * scale, spread)
@@ -237,17 +212,17 @@ class Refiner:
 
     def weighed(self, batch: Batch, guides: Guides, particles: int, stream: int) -> Weighed:
         """Draw K particles from each guide's defensive mixture; each ``stream`` has draws of its own."""
-        found: list[tuple[_Strata, int]] = []
+        found: list[tuple[Strata, int]] = []
         together = min(self.together, particles)
         mixture = Mixture(self.shares, particles, together, self.full)
         calls = self.blocks * math.ceil(particles / together)
         with still(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
-                strata = _Strata(mixture, bool(self.layout.globals_))
+                strata = Strata(mixture, bool(self.layout.globals_))
                 with seeded(derived(self.seed, stream, number, 1), self.pair.device):
                     for first in range(0, particles, together):
-                        given = self._given(rows, together)
+                        given = self.space.shared(rows, together)
                         u = mixture.draw(self.space, rows, loc, factor, given)
                         inputs = [u, loc, factor, mixture.log_shares(u)]
                         log_w, log_ratio = self._call(
@@ -256,13 +231,13 @@ class Refiner:
                         take = min(together, particles - first)
                         strata.add(weighable(log_w[:take, :count], first), log_ratio[:take, :count])
                 found.append((strata, count))
-        return _weighed([strata for strata, _ in found], self.layout, length(batch))
+        return weighed([strata for strata, _ in found], self.layout, length(batch))
 
     def posterior_draws(self, batch: Batch, guides: Guides, particles: int) -> tuple[Tensor, Tensor]:
         """K draws u (K, N, L) of each guide's mixture, and their log weights (K, N), on any rows that memory holds."""
         mixture = Mixture(self.shares, particles, particles, self.full)
         with still(self.pair, self.seed), unvalidated(), seeded(derived(self.seed, _WEIGHTS), self.pair.device):
-            given = self._given(batch, particles)
+            given = self.space.shared(batch, particles)
             u = mixture.draw(self.space, batch, *guides, given)
             log_w, _ = self._weigh(batch, given, mixture, u, *guides, mixture.log_shares(u))
         return u, weighable(log_w)
@@ -317,22 +292,11 @@ class Refiner:
             place = slice(number * rows, min((number + 1) * rows, size))
             yield each(lambda leaf: padded(leaf, rows), block), length(block), place
 
-    def _given(self, rows: Batch, particles: int) -> dict[str, Tensor]:
-        """A draw from the guide of the latents that all data share, for each particle."""
-        if not (names := self.layout.globals_):
-            return {}
-        guide = run_at(self.pair, self.pair.guide, rows, particles, self.layout, {})
-        values = {name: guide.nodes[name]["value"] for name in names}
-        return {n: (v if particles > 1 else v[None]).contiguous() for n, v in values.items()}
-
     def _cells(self, batch: Batch) -> int:
         """How many particles of a datum memory takes at a time."""
         device = self.pair.device or torch.device("cpu")
         memory = self.options.memory or MEMORY.get(device.type, MEMORY["cuda"])
-        widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
-        features = sum(leaf[0].numel() for _, leaf in leaves(batch))
-        states = max((len(values) for values in self.space.states.values()), default=1)
-        return max(1, memory // (8 * (8 * self.space.size + states * (4 * features + 2 * widest))))
+        return max(1, memory // (8 * self.space.floats(batch)))
 
 
 _FAR = 30.0  # of a gradient in the guide's own units
@@ -353,57 +317,3 @@ def _moments(u: Tensor, loc: Tensor | None = None, scale: Tensor | None = None) 
         finite = torch.where(u.isfinite(), u, torch.nan)
         u = torch.where(u.isfinite(), u, torch.nan_to_num(finite.nanmedian(0).values))
     return u.mean(0), u.std(0).clamp_min(1e-12)
-
-
-class _Strata:
-    """The running weights of each component of the mixture, whose sizes are fixed, and the ELBO's terms of the first."""
-
-    def __init__(self, mixture: Mixture, shared: bool):
-        self.mixture, particles = mixture, mixture.particles
-        self.all = Running(particles, shared=shared)
-        self.parts = [Running(max(count, 1)) for count in mixture.counts]
-        self.elbo = Running(mixture.counts[0], logarithms=True, shared=shared)
-
-    def add(self, log_w: Tensor, log_ratio: Tensor) -> None:
-        """Take a chunk (k, n) of log weights, and of log p(x, u) − log q(u) for the Gaussian's draws."""
-        self.all.add(log_w)
-        for component, part in enumerate(self.parts):
-            mine = self.mixture.labels[: len(log_w)] == component
-            if mine.any():
-                part.add(log_w[mine])
-                if component == 0:
-                    self.elbo.add(log_ratio[mine])
-
-    @property
-    def variance(self) -> Tensor:
-        """Of log p̂, by the delta method; strata of one draw count as part of one sample."""
-        counts = [count for count in self.mixture.counts if count]
-        if min(counts) < 2:
-            return self.all.variance
-        total = self.all.value
-        parts = [part for part in self.parts if part.count]
-        shares = [part.count / self.all.count for part in parts]
-        relative = [(2 * (part.value - total)).exp() * part.variance for part in parts]
-        relative = [torch.where(part.mean > 0, r, 0.0) for part, r in zip(parts, relative, strict=True)]
-        # a component that met nothing of weight may have missed one draw's worth of it
-        missed = (len(parts) - 1) / self.all.count**2
-        return sum(share**2 * r for share, r in zip(shares, relative, strict=True)) + missed  # type: ignore[return-value]
-
-
-def _weighed(strata: list[_Strata], layout: Layout, size: int) -> Weighed:
-    def joined(values: Any) -> Tensor:
-        return torch.cat([as_values(values(part)) for part in strata])
-
-    particles, errors = strata[0].mixture.particles, joined(lambda part: part.variance).sqrt()
-    shared: list[float | None] = [None, None]
-    if layout.globals_ and particles > 1:
-        for i, name in enumerate(("all", "elbo")):
-            shared[i] = shared_error(as_values(sum(getattr(part, name).influences for part in strata)), size)
-    gaussian = strata[0].mixture.counts[0]
-    own, own_errors = joined(lambda part: part.elbo.value), joined(lambda part: part.elbo.variance).sqrt()
-    elbo = Evidence(own, own_errors, "lower", "refined elbo", layout.measure, gaussian, shared[1])
-    details = {"ess": joined(lambda part: part.all.ess), "pareto_k": joined(lambda part: part.all.pareto_k)}
-    reliable = believable(errors, **details, particles=particles)
-    values = joined(lambda part: part.all.value)
-    found = Evidence(values, errors, "lower", "refined", layout.measure, particles, shared[0], reliable, details, elbo)
-    return Weighed(found, elbo)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
-from probae.batches import Batch, each, length
+from probae.batches import Batch, each, leaves, length
 from probae.evidence.tractable import states
 from probae.evidence.weights import no_bound
 from probae.layout import run_at
@@ -51,13 +51,19 @@ class Space:
         size: L, the number of coordinates of a datum.
 
     Raises:
-        ValueError: if there is no continuous latent, the prior is flat, there are too many discrete states, or the support
-            of a site depends on another latent.
+        ValueError: if there is no continuous latent, the prior is flat, there are too many discrete states, the support of a
+            site depends on another latent, or latents that all data share cannot be drawn.
     """
 
     def __init__(self, pair: Pair, batch: Batch, layout: Layout):
         if reason := layout.subsampled or (no_bound(layout) if layout.improper else None):
             raise ValueError(reason)
+        if layout.globals_ and not pair.has_guide:
+            raise ValueError(f"the pair has no guide to draw {list(layout.globals_)} from, which all data share")
+        if layout.globals_ and not layout.vectorised:
+            raise ValueError(
+                f"the programs draw {list(layout.globals_)}, which all data share, and take no particle axis: use 'iwae'"
+            )
         self.pair, self.layout = pair, layout
         self.vectorised = layout.vectorised
         with still(pair):
@@ -82,6 +88,21 @@ class Space:
             )
         self.states = states(pair, batch, layout, discrete) if discrete else {}
         self.guided = self._drawn_by_guide(rows, discrete) if discrete and pair.has_guide else {}
+
+    def shared(self, rows: Batch, particles: int) -> dict[str, Tensor]:
+        """A draw from the guide, for each particle, of the latents that all data share; none where there are none."""
+        if not (names := self.layout.globals_):
+            return {}
+        guide = run_at(self.pair, self.pair.guide, rows, particles, self.layout, {})
+        values = {name: guide.nodes[name]["value"] for name in names}
+        return {n: (v if particles > 1 else v[None]).contiguous() for n, v in values.items()}
+
+    def floats(self, batch: Batch) -> int:
+        """About how many numbers one particle of a datum takes: coordinates, data, and the widest layers between them."""
+        widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
+        features = sum(leaf[0].numel() for _, leaf in leaves(batch))
+        states = max((len(values) for values in self.states.values()), default=1)
+        return 8 * self.size + states * (4 * features + 2 * widest)
 
     # -- densities ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.arguments import whole
+from probae.arguments import one_of, whole
 from probae.batches import Batch, as_batch, each, leaves, length, rebuilt, rows_of
 from probae.checks import check
 from probae.enumeration import log_joint
@@ -110,8 +110,7 @@ class Weights:
     """
 
     def __init__(self, pair: Pair, layout: Layout, compile: bool | str = "auto", times: int = 1):
-        if compile not in MODES:
-            raise ValueError(f"compile: expected one of {list(MODES)}, got {compile!r}")
+        one_of("compile", compile, MODES)
         self.pair, self.layout, self.compile, self.times = pair, layout, compile, times
         self.ways: dict[Any, Callable[..., list[Tensor | None]]] = {}
         self.taken_as_fixed: dict[str, Any] = {}

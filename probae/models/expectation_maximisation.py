@@ -15,9 +15,11 @@ import warnings
 import torch
 from torch import Tensor
 
+from probae.arguments import positive, whole
 from probae.missing import require_numbers, require_observed
-from probae.models.maximum_likelihood import Solution, check_data, factor_analysis, float64, result, signed
+from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, float64, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
+from probae.seeding import checked_seed
 
 __all__ = ["expectation_maximisation"]
 
@@ -65,8 +67,10 @@ def expectation_maximisation(
         mean log-likelihood of what is observed, in nats per datum.
 
     Raises:
-        ValueError: If ``x`` is not a matrix of numbers and gaps with N >= 2, if ``latents`` is out of range, if nothing is
-            observed of a feature, or if a feature does not vary or shared noise vanishes: the density is then unbounded.
+        TypeError: If ``x`` is no array of real numbers, or the seed no whole number.
+        ValueError: If ``x`` is not a matrix of numbers and gaps with N >= 2, if ``latents`` or an option is out of range, if
+            nothing is observed of a feature, or if a feature does not vary or shared noise vanishes: the density is then
+            unbounded.
 
     Warns:
         RuntimeWarning: If the best start has not converged; the message holds the residual.
@@ -83,15 +87,12 @@ def expectation_maximisation(
         >>> expectation_maximisation(x, latents=1).weight.shape
         torch.Size([5, 1])
     """
-    given = torch.as_tensor(x)
-    check_data(given, latents)
+    given, latents = checked_data(x, latents)
     require_numbers(given, "x", "mask")
     require_observed(given)
-    if not (0 < floor < 1 and starts >= 1 and max_iterations >= 1):
-        raise ValueError(
-            f"expected 0 < floor < 1, starts >= 1 and max_iterations >= 1, got floor={floor}, starts={starts}, "
-            f"max_iterations={max_iterations}"
-        )
+    floor, tolerance = positive("floor", floor, below=1), positive("tolerance", tolerance)
+    starts, seed = whole("starts", starts), checked_seed(seed)
+    max_iterations = whole("max_iterations", max_iterations)
     data, loc, unit = standardised(float64(given), shared)
     fits = [
         _ascend(data, start, latents, math.log(floor), tolerance, max_iterations)

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import whole
+from probae.arguments import size, whole
 from probae.missing import known, moments, observed, require_observed
 from probae.models import maximum_likelihood
 from probae.models.expectation_maximisation import expectation_maximisation
@@ -37,7 +37,7 @@ class LinearGaussian(Pair):
     def __init__(self, features: int, latents: int, missing: str | None):
         super().__init__()
         self.missing = known(missing)
-        self.features = whole("features", features)
+        self.features = size("features", features)
         self.latents = whole("latents", latents, most=self.features)
         self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
         self.loc = nn.Parameter(torch.zeros(features))
@@ -139,7 +139,7 @@ class PPCA(LinearGaussian):
         missing: ``"mask"`` takes NaN for what is missing at random; posterior and log p(x_observed) stay exact.
 
     Raises:
-        ValueError: if there are not 1 <= latents <= features.
+        ValueError: if there are not 1 <= latents <= features, or so many do not fit into memory.
 
     Reference: Tipping & Bishop (1999), *J. R. Statist. Soc. B* 61.
 
@@ -183,7 +183,7 @@ class FactorAnalysis(LinearGaussian):
         missing: ``"mask"`` takes NaN for what is missing at random; posterior and log p(x_observed) stay exact.
 
     Raises:
-        ValueError: if there are not 1 <= latents <= features.
+        ValueError: if there are not 1 <= latents <= features, or so many do not fit into memory.
 
     Reference: Rubin & Thayer (1982), *Psychometrika* 47.
 

@@ -8,12 +8,15 @@ profile likelihood. Both read the data once: after the mean and the covariance, 
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from probae.arguments import positive, whole
+from probae.batches import as_matrix
 from probae.models.profile_likelihood import descending_eigh, newton, starting_points
+from probae.seeding import checked_seed
 
 __all__ = ["Solution", "factor_analysis", "ppca"]
 
@@ -49,6 +52,7 @@ def ppca(x: Tensor, latents: int) -> Solution:
         log-likelihood in nats per datum.
 
     Raises:
+        TypeError: If ``x`` is no array of real numbers.
         ValueError: If ``x`` is not a finite matrix with N >= 2, if ``latents`` is out of range, or if the covariance
             has rank L or less: the density is then unbounded.
 
@@ -61,13 +65,12 @@ def ppca(x: Tensor, latents: int) -> Solution:
         >>> fit.weight.shape, fit.scale.shape
         (torch.Size([8, 2]), torch.Size([]))
     """
-    x = torch.as_tensor(x)
-    check_data(x, latents)
+    x, latents = checked_data(x, latents)
     size, features = x.shape
     if size < features:
         loc = _mean(x)
         centred = float64(x) - loc
-        values, vectors = descending_eigh(centred @ centred.mT / size)
+        values, vectors = descending_eigh(_bounded(centred @ centred.mT / size))
         # Xᵀv has length √(Nλ), but only up to the rounding of λ: dividing by its own length keeps the columns unit.
         vectors = torch.nn.functional.normalize(centred.mT @ vectors[:, :latents], dim=0)
     else:
@@ -123,9 +126,10 @@ def factor_analysis(
         log-likelihood in nats per datum.
 
     Raises:
+        TypeError: If the input is no array of real numbers, or the seed no whole number.
         ValueError: If the input is not a finite matrix (data with N >= 2; a symmetric positive semi-definite
-            covariance), if ``latents`` is out of range, or if a feature is constant or the covariance has rank L or
-            less: the density is then unbounded.
+            covariance), if ``latents`` or an option is out of range, or if a feature is constant or the covariance
+            has rank L or less: the density is then unbounded.
 
     Warns:
         RuntimeWarning: If the best start has not converged; the message holds the residual.
@@ -142,16 +146,18 @@ def factor_analysis(
     """
     if (x is None) == (covariance is None):
         raise ValueError(f"expected either x or covariance, got {'neither' if x is None else 'both'}")
-    if not (0 < floor < 1 and starts >= 1):
-        raise ValueError(f"expected 0 < floor < 1 and starts >= 1, got floor={floor}, starts={starts}")
+    floor, tolerance = positive("floor", floor, below=1), positive("tolerance", tolerance)
+    starts, seed = whole("starts", starts), checked_seed(seed)
+    max_iterations = whole("max_iterations", max_iterations, 0)
     if x is not None:
-        given = torch.as_tensor(x)
-        check_data(given, latents)
+        given, latents = checked_data(x, latents)
         loc, second = _moments(given)
-        _check_constant((given == given[0]).all(0))  # exact, where the variance may be a rounding error
+        # the first is exact, where the variance may be a rounding error; small squares vanish
+        _check_constant((given == given[0]).all(0) | (second.diagonal() == 0))
     else:
-        given = torch.as_tensor(covariance)
-        _check_covariance(given, latents)
+        given = as_matrix("covariance", covariance, "(D, D)")
+        latents = _checked_latents(latents, given.shape[1])
+        _check_covariance(given)
         second = float64(given)
         second = (second + second.mT) / 2
         loc = second.new_zeros(len(second))
@@ -187,7 +193,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
         # The matrix is symmetric: only the blocks on and below the diagonal are worth a product.
         for i in range(0, features, _COLUMNS):
             covariance[i:, i : i + _COLUMNS].addmm_(rows[:, i:].mT, rows[:, i : i + _COLUMNS])
-    return loc, (covariance.tril() + covariance.tril(-1).mT) / len(x)
+    return loc, _bounded((covariance.tril() + covariance.tril(-1).mT) / len(x))
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -195,6 +201,13 @@ def _mean(x: Tensor) -> Tensor:
     if not loc.isfinite().all():  # one bad entry spoils its mean, so x need not be read once more
         raise ValueError("expected finite x, got NaN or infinite values")
     return loc
+
+
+def _bounded(products: Tensor) -> Tensor:
+    """Mean products of data as they are, unless they overflow."""
+    if not products.isfinite().all():
+        raise ValueError("expected x whose squares are finite, got values too large for that: rescale the data")
+    return products
 
 
 def signed(weight: Tensor) -> Tensor:
@@ -215,16 +228,23 @@ def result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelih
     return Solution(loc, weight, scale, log_likelihood)
 
 
-def check_data(x: Tensor, latents: int) -> None:
-    """Raise a ValueError unless x is a matrix with two rows or more, and more columns than there are latents."""
-    if x.ndim != 2 or x.shape[0] < 2:
-        raise ValueError(f"expected x of shape (N, D) with N >= 2, got {tuple(x.shape)}")
-    _check_latents(latents, x.shape[1])
+def checked_data(x: Any, latents: Any) -> tuple[Tensor, int]:
+    """Data (N, D) as a tensor of their own dtype, and the number of latents.
+
+    Raises:
+        TypeError: if the data are no array of real numbers.
+        ValueError: unless they are a matrix with two rows or more, and more columns than there are latents.
+    """
+    x = as_matrix("x", x, "(N, D)")
+    if len(x) < 2:
+        raise ValueError(f"x: expected data of shape (N, D) with N >= 2, got {tuple(x.shape)}")
+    return x, _checked_latents(latents, x.shape[1])
 
 
-def _check_latents(latents: int, features: int) -> None:
-    if not 1 <= latents < features:
-        raise ValueError(f"expected 1 <= latents < {features} (the number of features), got latents={latents}")
+def _checked_latents(latents: Any, features: int) -> int:
+    if features < 2:
+        raise ValueError(f"latents: expected fewer than there are features, got {features} feature")
+    return whole("latents", latents, most=features - 1)
 
 
 def _check_rank(values: Tensor, latents: int, dimension: int) -> None:
@@ -244,10 +264,9 @@ def _check_constant(constant: Tensor) -> None:
         )
 
 
-def _check_covariance(covariance: Tensor, latents: int) -> None:
-    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+def _check_covariance(covariance: Tensor) -> None:
+    if covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"expected a covariance of shape (D, D), got {tuple(covariance.shape)}")
-    _check_latents(latents, len(covariance))
     if not covariance.isfinite().all():
         raise ValueError("expected a finite covariance, got NaN or infinite values")
     _check_constant(covariance.diagonal() == 0)

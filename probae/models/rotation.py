@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import flag, one_of, positive, whole
-from probae.batches import as_batch, shapes
+from probae.batches import as_matrix
 from probae.seeding import checked_seed
 
 __all__ = ["Rotation", "rotate"]
@@ -109,10 +109,7 @@ def rotate(
                 [0.0000, 0.7000],
                 [0.0000, 0.6000]])
     """
-    given = as_batch(weight)
-    if not isinstance(given, Tensor) or given.ndim != 2:
-        raise ValueError(f"weight: expected loadings of shape (D, L), got shape {shapes(given).removeprefix('x ')}")
-    weight = given
+    weight = as_matrix("weight", weight, "(D, L)")
     one_of("method", method, sorted(_CRITERIA))
     starts, max_iterations = whole("starts", starts), whole("max_iterations", max_iterations, 0)
     tolerance, seed = positive("tolerance", tolerance), checked_seed(seed)

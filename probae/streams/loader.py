@@ -40,7 +40,7 @@ class Fetched(Source):
 
     Args:
         data: with ``len(data)`` and ``data[i]``; a Hugging Face data set too.
-        workers: processes that fetch ahead; None takes one where processes are forked, else none.
+        workers: processes that fetch ahead; None takes one where processes are forked and there are no others, else none.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class Fetched(Source):
         self.number = 0
         self.taken = self._now()
         forked = multiprocessing.get_start_method(allow_none=True) in {None, "fork"} and hasattr(os, "fork")
-        self.workers = int(forked) if workers is None else workers
+        # a child that is forked while a thread of the exchange takes the interpreter's lock waits for it for ever
+        alone = processes.count == 1
+        self.workers = int(forked and alone) if workers is None else workers
 
     def __iter__(self) -> Iterator[Minibatch]:
         ahead: deque[dict[str, Tensor]] = deque()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.arguments import whole
+from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.checks import check
 from probae.flat.choice import MODES
@@ -21,8 +21,8 @@ from probae.seeding import checked_seed, reseed, seeded
 from probae.streams import InMemory, fetching, source
 from probae.training.checkpoint import Checkpoints
 from probae.training.loop import Loop
-from probae.training.optimizers import OPTIMIZERS, parameter_groups, rates_of, scheduler_of
-from probae.training.reduction import limits_of
+from probae.training.optimizers import optimizer_of, parameter_groups, rates_of, scheduler_of
+from probae.training.reduction import limits_of, norms_of
 from probae.training.resume import identity_of, put_back, state_of
 from probae.training.run import Run
 from probae.training.steps import Steps
@@ -87,8 +87,8 @@ def fit(
         checkpoint: a folder in which all of the run's state is kept, written at every record. The same call with a folder
             that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
             compiled steps take batches of several shapes).
-        workers: processes that fetch a Dataset's rows ahead; by default one where processes are forked (Linux), else none.
-            The rows are the same, whatever their number.
+        workers: processes that fetch a Dataset's rows ahead; by default one where processes are forked (Linux), and none
+            elsewhere or under ``torchrun``. The rows are the same, whatever their number.
         callbacks: functions of the run, called at every record; one that returns True ends training.
         progress: whether to show a bar with loss, bound and speed.
 
@@ -117,17 +117,13 @@ def fit(
     seed = checked_seed(seed)
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"callbacks: expected functions of the run, got {callbacks!r}")
-    maker = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
-    if not callable(maker):
-        raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
-    if scheduler not in (None, "cosine") and not callable(scheduler):
-        raise ValueError(f"scheduler: expected None, 'cosine' or a function of the optimizer, got {scheduler!r}")
-    if compile not in MODES:
-        raise ValueError(f"compile: expected one of {list(MODES)}, got {compile!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {list(PRECISIONS)}, got {precision!r}")
-    rates = rates_of(lr)
+    make_optimizer, make_scheduler = optimizer_of(optimizer), scheduler_of(scheduler, steps)
+    one_of("compile", compile, MODES)
+    one_of("precision", precision, PRECISIONS)
+    rates, norms = rates_of(lr), norms_of(clip)
+    folder = None if checkpoint is None else as_path("checkpoint", checkpoint)
     pair = as_pair(model)
+    pair.require_values()
     goal = named(objective, pair)
     where = _device(device)
 
@@ -154,28 +150,30 @@ def fit(
         if validation is not None:
             options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
             watch = Watch(pair, _gather(validation, pair, where), goal, **options, processes=team)
-        chosen = maker(parameter_groups(pair, goal, rates))
-        limits = limits_of(clip, chosen.param_groups)
+        chosen = make_optimizer(parameter_groups(pair, goal, rates))
+        limits = limits_of(norms, chosen.param_groups)
         if pair.has("initialise"):
             with torch.no_grad():
                 call(pair.initialise, stream.some())
         team.agree([pair, goal])
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
-        rate = scheduler_of(scheduler, chosen, steps)
+        rate = make_scheduler(chosen)
+        if folder is not None and rate is not None and not hasattr(rate, "state_dict"):
+            raise TypeError(f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}")
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
         take = Steps(pair, goal, chosen, rate, limits, stream.size, **options)
         loop = Loop(pair, take, stream, watch, run)
         if team.rank:
             reseed(team.noise(seed), where)
-        if checkpoint is not None:
+        if folder is not None:
             told: dict[str, Any] = {
                 "steps": steps if scheduler is not None else None,
                 "batch_size": batch_size,
-                "clip": clip,
+                "clip": norms,
                 "seed": seed,
             }
             told |= {"precision": precision, "compile": compile, "scheduler": _name(scheduler), "every": every}
-            _keep(loop, Checkpoints(checkpoint, {**identity_of(loop), **told}))
+            _keep(loop, Checkpoints(folder, {**identity_of(loop), **told}))
         try:
             with team.together():
                 loop.go(steps, every, patience, callbacks, progress)
@@ -214,13 +212,17 @@ def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
     return joined if isinstance(blocks[0], dict) else tuple(joined.values())
 
 
-def _device(device: Any) -> torch.device:
-    if device == "auto":
+def _device(given: Any) -> torch.device:
+    if isinstance(given, str) and given == "auto":
         return local_device()
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected 'auto' or a device of torch, got {device!r}") from error
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch has a kind for each kind of device that is not there
+        raise ValueError(f"device: expected 'auto' or a device that is here, got {given!r}; {error}") from error
+    if device.type == "meta":
+        raise ValueError("device: expected one on which tensors have values, got the meta device")
+    return device
 
 
 def _name(scheduler: Any) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from probae.arguments import positive
+from probae.layout import PROGRAM_ERRORS
 from probae.objectives import Objective
 from probae.pair import Pair
 
@@ -17,6 +18,50 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "sgd": torch.optim.SGD,
 }
+
+
+def optimizer_of(given: Any) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """The function of parameter groups that makes the optimizer: ours, by its name, or the user's own.
+
+    Raises:
+        ValueError: if it is neither; and, when it is called, if it fails.
+        TypeError: when it is called, if what it makes is no optimizer of torch.
+    """
+    return _maker("optimizer", given, OPTIMIZERS, lambda made: isinstance(made, torch.optim.Optimizer))
+
+
+def scheduler_of(given: Any, steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """The function of the optimizer that makes a schedule of the learning rate, or None where none was asked for.
+
+    Raises:
+        ValueError: if it is neither a name nor a function; and, when it is called, if it fails.
+        TypeError: when it is called, if what it makes has no ``step()``.
+    """
+    if given is None:
+        return lambda optimizer: None
+    known = {"cosine": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)}
+    return _maker("scheduler", given, known, lambda made: callable(getattr(made, "step", None)))
+
+
+def _maker(
+    name: str, given: Any, known: Mapping[str, Callable[..., Any]], fits: Callable[[Any], bool]
+) -> Callable[[Any], Any]:
+    """The function with a name that we know, or one of the user's own, whose failures and results are checked."""
+    if isinstance(given, str) and given in known:
+        return known[given]
+    if not callable(given):
+        raise ValueError(f"{name}: expected one of {sorted(known)} or a function that makes one, got {given!r}")
+
+    def make(argument: Any) -> Any:
+        try:
+            made = given(argument)
+        except PROGRAM_ERRORS as error:
+            raise ValueError(f"{name}: expected a function that makes one, and {given!r} failed: {error}") from error
+        if not fits(made):
+            raise TypeError(f"{name}: expected a function that makes one, and {given!r} makes {made!r:.200}")
+        return made
+
+    return make
 
 
 def rates_of(lr: Any) -> dict[str, float]:
@@ -42,13 +87,6 @@ def parameter_groups(pair: Pair, objective: Objective, rates: dict[str, float]) 
             "pyro.param('name', value)"
         )
     return groups
-
-
-def scheduler_of(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """A schedule of the learning rate, or None."""
-    if scheduler == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return scheduler(optimizer) if scheduler is not None else None
 
 
 def by_record(scheduler: Any) -> bool:

@@ -16,22 +16,37 @@ from probae.processes import Processes
 Limit = tuple[list[Tensor], float]
 
 
-def limits_of(clip: Any, groups: Sequence[dict[str, Any]]) -> list[Limit]:
-    """A largest norm for the gradient of all parameters together, or for those of each named group.
+def norms_of(clip: Any) -> float | dict[str, float] | None:
+    """The largest norm of the gradient of all parameters together, or of those of each named group, in plain numbers.
 
     Raises:
-        ValueError: if it is no positive number, or a group is not there.
+        ValueError: if it is no positive number, or no group is named.
     """
     if clip is None:
-        return []
+        return None
     if not isinstance(clip, dict):
-        return [([p for group in groups for p in group["params"]], positive("clip", clip))]
+        return positive("clip", clip)
+    if not clip:
+        raise ValueError("clip: expected a number or the groups that it is for, got an empty dict")
+    return {name: positive(f"clip of the {name}", norm) for name, norm in clip.items()}
+
+
+def limits_of(norms: float | dict[str, float] | None, groups: Sequence[dict[str, Any]]) -> list[Limit]:
+    """The parameters that each largest norm is for.
+
+    Raises:
+        ValueError: if a group is not there.
+    """
+    if norms is None:
+        return []
+    if not isinstance(norms, dict):
+        return [([p for group in groups for p in group["params"]], norms)]
     named = {group.get("name"): group["params"] for group in groups}
-    if unknown := set(clip) - set(named):
+    if unknown := set(norms) - set(named):
         raise ValueError(
             f"clip: expected a number or the groups {sorted(map(str, named))}, got {sorted(map(str, unknown))}"
         )
-    return [(list(named[name]), positive(f"clip of the {name}", value)) for name, value in clip.items()]
+    return [(list(named[name]), norm) for name, norm in norms.items()]
 
 
 def reduced(
