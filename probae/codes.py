@@ -114,6 +114,8 @@ def _mixture(components: int, codes: Tensor, seed: int) -> Any:
         from sklearn.mixture import GaussianMixture
     except ImportError as error:
         raise ImportError("a mixture is fitted by scikit-learn: pip install 'probae[compare]'") from error
+    if components > len(codes):
+        raise ValueError(f"components: expected at most {len(codes)}, the number of codes, got {components}")
     ridge = max(1e-3 * float(codes.var(0, unbiased=False).mean()), 1e-12)
     mixture = GaussianMixture(components, covariance_type="full", reg_covar=ridge, random_state=seed % 2**32)
     with warnings.catch_warnings():

@@ -1,7 +1,8 @@
 """Results as ``xarray.DataTree``s, for ArviZ's modular packages to summarise and plot; needs ``probae[arviz]``.
 
 Dimensions are named: ``datum``, ``latent``, ``model``, ``fit``, and ArviZ's own ``chain`` and ``draw``. Of a group without
-chains, ArviZ is told what to take the mean over: ``arviz_stats.summary(tree, group="evidence", sample_dims=["datum"])``.
+chains, ArviZ is told what to take the mean over: ``arviz_stats.summary(tree, group="evidence", sample_dims=["datum"],
+kind="stats")``.
 
 A group ``log_likelihood`` holds the *marginal* log p(x_n | θ), the latents integrated out, at the one θ that was fitted. With
 log p(x_n | z_n) in its place, leave-one-out scores would reward memorising (Merkle, Furr & Rabe-Hesketh 2019).
@@ -54,6 +55,7 @@ def comparison_tree(comparison: Comparison) -> Any:
     groups: dict[str, Any] = {"comparison": xarray.Dataset(columns, {"model": list(table.index)})}
     for entry in comparison.entries:
         name = entry.name.replace("/", "_")
+        name = f"'{name}'" if name in {"", ".", ".."} else name  # these are other nodes of a tree
         while name in groups:
             name += "_"
         groups[name] = _entry(entry)

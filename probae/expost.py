@@ -15,6 +15,7 @@ from probae.checks import check
 from probae.codes import Codes, fitted
 from probae.distributions import DiscretisedNormal
 from probae.evidence.refined import Guides, Refinement, Refiner
+from probae.missing import masked
 from probae.pair import Pair, as_pair
 from probae.recipe import recorded
 from probae.seeding import derived, seeded, still
@@ -113,7 +114,8 @@ def expost_prior(
         kind: of the prior.
         scale: ``"evidence"``, ``"codes"``, or None to keep the scale.
         components: of a mixture, instead of a choice by held-out codes.
-        rows: of the data, at random, by whose evidence the scale is refitted; its relative error is about 1 / √(2 D rows).
+        rows: of the data, at random, by whose evidence the scale is refitted; its relative error is about
+            1 / √(2 (D − L) rows).
         seed: of all draws.
 
     Returns:
@@ -136,6 +138,8 @@ def expost_prior(
     one_of("scale", scale, SCALES)
     if components is not None:
         whole("components", components)
+        if kind != "mixture":
+            raise ValueError(f"components: they are of kind='mixture', got kind={kind!r}")
     inner = copy.deepcopy(as_pair(model)).eval()
     inner.need("likelihood", "posterior")
     x = inner.as_data(x_train)
@@ -175,7 +179,10 @@ def _most_likely(pair: ExPost, x: Tensor, z: Tensor, weights: Tensor) -> float:
 
     def loss() -> Tensor:
         search.zero_grad()
-        value = -(weights * _rescaled(fn, factor.exp()).log_prob(x)).sum() / total
+        likelihood, seen = _rescaled(fn, factor.exp()), x
+        if pair.missing is not None:
+            likelihood, seen = masked(likelihood, x)
+        value = -(weights * likelihood.log_prob(seen)).sum() / total
         value.backward()
         return value
 

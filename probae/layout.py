@@ -19,6 +19,7 @@ from probae.sites import (
     Site,
     base,
     describe_support,
+    free_of,
     hides,
     inside,
     is_enumerated,
@@ -60,18 +61,17 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
         check_sites(guide, model, pair.has_guide)
         local = Layout(frozenset({plate.name, *getattr(pair, "data_plates", ())}), plate.dim, _nesting(guide, model))
         drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}
-        auxiliary = any(s["infer"].get("is_auxiliary") for s in drawn.values())
         latents = [s for s in samples(model) if not s["is_observed"] and local.is_local(s)]
+        shared = [s for s in samples(model) if not s["is_observed"] and not local.is_local(s)]
         observed = [s for s in samples(model) if s["is_observed"] and not is_factor(s["fn"])]
         layout = replace(
             local,
             latents=tuple(s["name"] for s in latents),
-            globals_=tuple(s["name"] for s in samples(model) if not s["is_observed"] and not local.is_local(s)),
+            globals_=tuple(s["name"] for s in shared),
             observed=tuple(s["name"] for s in observed),
             improper=tuple(s["name"] for s in latents if is_flat(s["fn"]) or hides(s, drawn.get(s["name"]))),
-            points=tuple(
-                s["name"] for s in latents if s["name"] in drawn and not auxiliary and is_point(drawn[s["name"]]["fn"])
-            ),
+            points=tuple(s["name"] for s in latents if _is_point(s["name"], drawn)),
+            blind=_blind(drawn, {s["name"]: s for s in (*latents, *shared)}),
             measure=getattr(pair, "measure", None) or _measure(observed),
             subsampled=_subsampled(plate, count),
             summed=tuple(s["name"] for s in samples(model) if _summed(s, drawn)),
@@ -126,7 +126,7 @@ def check_sites(guide: Any, model: Any, has_guide: bool) -> None:
     if extra := [name for name in drawn if name not in latent]:
         raise ValueError(
             f"the guide has a site {extra[0]!r} that is no latent site of the model: expected {sorted(latent)}, got "
-            f"{sorted(drawn)} (a site of the guide alone, such as noise, needs infer={{'is_auxiliary': True}})"
+            f"{sorted(drawn)} (noise of the guide's own is drawn by torch, not at a site)"
         )
     for name in drawn:
         q, p = drawn[name], latent[name]
@@ -164,6 +164,35 @@ def _covers(p: Any, q: Any) -> bool:
         return True
     bounded = type(wide).__name__ != "_Real"
     return wide.is_discrete == narrow.is_discrete and not (bounded and type(narrow).__name__ == "_Real")
+
+
+def _auxiliary(drawn: dict[str, Site]) -> list[Site]:
+    return [site for site in drawn.values() if site["infer"].get("is_auxiliary")]
+
+
+def _is_point(name: str, drawn: dict[str, Site]) -> bool:
+    """Whether the guide has no density for a latent: not where an autoguide has drawn the very value at an auxiliary site."""
+    if name not in drawn or not is_point(drawn[name]["fn"]):
+        return False
+    elsewhere = [site["value"].flatten() for site in _auxiliary(drawn)]
+    return not elsewhere or not bool(torch.isin(drawn[name]["value"], torch.cat(elsewhere)).all())
+
+
+def _blind(drawn: dict[str, Site], latent: dict[str, Site]) -> str | None:
+    """Why auxiliary sites hide the guide's density at the latents, if they do.
+
+    Autoguides draw at them what latents are made of, one to one; anything else would have to be integrated out.
+    """
+    if not (own := _auxiliary(drawn)):
+        return None
+    made = [latent[s["name"]] for s in drawn.values() if s["name"] in latent and isinstance(base(s["fn"]), Delta)]
+    numbers = sum(free_of(site).inverse_shape(site["value"].shape).numel() for site in made)
+    if sum(site["value"].numel() for site in own) == numbers:
+        return None
+    return (
+        f"the guide's site {own[0]['name']!r} is auxiliary, and its latents are not made of it one to one: its density at "
+        "them needs that site integrated out. Noise of the guide's own is drawn by torch, not at a site"
+    )
 
 
 def _summed(site: Site, drawn: dict[str, Site]) -> bool:

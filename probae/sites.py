@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform
-from torch.distributions import TransformedDistribution, constraints
+from pyro.distributions import Delta, ImproperUniform, MixtureSameFamily, SineBivariateVonMises, VonMises
+from torch.distributions import TransformedDistribution, biject_to, constraints
+from torch.distributions.transforms import Transform
 
 from probae.batches import Batch, length
 
@@ -32,6 +34,7 @@ class Layout:
         subsampled: why what is computed is not about all of the data, where the programs take a part of them, or None.
         summed: latents that the guide leaves to the model, which are summed out.
         enumerated: whether the programs ask for the sum over a discrete latent.
+        blind: why the guide's density at its latents is not known, or None.
         whole: whether the programs run on all of the data at once alone.
         vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
     """
@@ -48,6 +51,7 @@ class Layout:
     subsampled: str | None = None
     summed: tuple[str, ...] = ()
     enumerated: bool = False
+    blind: str | None = None
     whole: bool = False
     vectorised: bool = True
 
@@ -137,6 +141,30 @@ def support_of(fn: Any) -> Any:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
+
+
+def free_of(site: Site) -> Transform:
+    """The transform from numbers without constraints to the values of a site: of angles, to one turn.
+
+    Raises:
+        ValueError: if none is known for its support.
+    """
+    fn = site["fn"]
+    support: Any = fn.support
+    events = 0
+    while isinstance(support, constraints.independent):
+        support, events = support.base_constraint, events + support.reinterpreted_batch_ndims
+    if isinstance(base(fn), VonMises | SineBivariateVonMises):
+        support = constraints.interval(-math.pi, math.pi)
+        events = fn.event_dim
+    elif isinstance(base(fn), MixtureSameFamily):  # its support is said in a way that no transform is known for
+        support = getattr(support, "base_constraint", support)
+    try:
+        return biject_to(constraints.independent(support, events) if events else support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the support of site {site['name']!r} ({type(base(fn)).__name__}) has no coordinates: use method='iwae'"
+        ) from error
 
 
 def rows_in_plate(model: Any, layout: Layout, batch: Batch) -> int:

@@ -44,9 +44,9 @@ def compare(
         models: name -> a fitted model, pair or `Run`; or an `Evidence` of x that was computed before; or a list of several
             fits of one kind, whose scatter gives the error between fits. With ``folds``, name -> a function from training
             data to a fitted model, or a list of such functions.
-        x: N held-out data, the same for all; with ``folds`` all of the data.
-        train: training data: with them come baselines (independent features, a full-covariance Gaussian, and a mixture of
-            ten Gaussians where scikit-learn is installed), dequantised where the models are of counts.
+        x: N held-out data in memory, the same for all; with ``folds`` all of the data.
+        train: training data, one array (N, D): with them come baselines (independent features, a full-covariance Gaussian,
+            and a mixture of ten Gaussians where scikit-learn is installed), dequantised where the models are of counts.
         folds: K, for data too few to hold some out: each datum is held out once, from the fits to the other folds, models
             and baselines alike.
         method, particles, seed, options: as for `log_evidence`; ``seed`` deals out the folds too.

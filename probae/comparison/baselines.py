@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, as_batch, leaves
+from probae.batches import Batch, as_batch, leaves, shapes
 from probae.models.baselines import GaussianMixture, Independent
 from probae.pair import Pair
 from probae.transforms import Dequantised
@@ -28,8 +28,8 @@ def fit_baselines(train: Any, mass: bool, seed: int = 0, like: Batch | None = No
             them, whole numbers have independent features alone for a baseline.
     """
     x = as_batch(train, torch.get_default_dtype())
-    if not isinstance(x, Tensor) or x.dim() != 2:
-        raise ValueError("train: baselines take one array (N, D)")
+    if not isinstance(x, Tensor) or x.dim() != 2 or len(x) < 2:
+        raise ValueError(f"train: baselines take one array (N, D) of at least two rows, got {shapes(x)}")
     all_of_them = [x] if like is None else [x, *(leaf for _, leaf in leaves(like))]
     features, missing = x.shape[1], "mask" if any(part.isnan().any() for part in all_of_them) else None
     largest = max(float(part.nan_to_num(0.0).max()) for part in all_of_them)

@@ -51,6 +51,11 @@ class Entry:
         return torch.stack([e.values for e in self.evidence or []]).mean(0)
 
     @property
+    def bound(self) -> str:
+        """``"exact"`` if all fits have the exact value, else ``"lower"``."""
+        return "exact" if all(e.bound == "exact" for e in self.evidence or []) else "lower"
+
+    @property
     def mc_stderr(self) -> float:
         """The Monte-Carlo error of the mean over data and fits."""
         errors = [e.mean_mc_stderr for e in self.evidence or []]

@@ -58,7 +58,7 @@ class Comparison:
             mean = Evidence(entry.values, torch.zeros_like(entry.values), "exact", "", "")
             row |= {
                 "log_evidence": mean.mean,
-                "bound": entry.evidence[0].bound,
+                "bound": entry.bound,
                 "stderr": math.hypot(mean.mean_stderr, entry.shared_mc_stderr),
                 "mc_stderr": entry.mc_stderr,
                 "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,

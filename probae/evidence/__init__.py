@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, SequentialSampler
 
 from probae.arguments import one_of, whole
 from probae.batches import Batch, checksums, rows_of
@@ -21,6 +22,7 @@ from probae.evidence.tradeoff import RateDistortion, rate_distortion
 from probae.evidence.weights import Weights, log_weights, no_bound, prepare
 from probae.pair import Pair, as_pair
 from probae.processes import ALONE, processes
+from probae.seeding import seeded
 from probae.sites import Layout
 from probae.streams import fetching, source, streams_from_disk
 
@@ -74,7 +76,7 @@ def log_evidence(
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.
-        x: N data; a ``numpy.memmap``, Dataset or DataLoader is read block by block.
+        x: N data; a ``numpy.memmap``, a Dataset or a DataLoader that does not shuffle is read block by block.
         particles: K for ``"elbo"`` (64 by default), and ``"iwae"``, ``"refined"`` and ``"auto"`` (1,000).
         seed: of the draws; the caller's own random stream is left as it was.
         compile: how the programs are run, as for `log_weights`.
@@ -170,10 +172,12 @@ def _by_blocks(
     pair = as_pair(model)
     device = pair.device or torch.device("cpu")
     team = processes(device) if shard else ALONE
+    if isinstance(x, DataLoader) and not isinstance(x.sampler, SequentialSampler):
+        raise ValueError("x: expected a DataLoader that keeps the order of its data, got one that shuffles")
     stream = source(x, _ROWS, seed, pair.dtype, device)
     blocks = stream.passes() if streams_from_disk(x) else rows_of(stream.some(), math.ceil(stream.size / team.count))
     parts: dict[int, Evidence] = {}
-    with fetching():
+    with seeded(seed, device), fetching():  # a DataLoader draws from the process's stream
         for number, block in enumerate(blocks):
             if number % team.count == team.rank:
                 at = seed + number

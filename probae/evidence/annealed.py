@@ -20,9 +20,11 @@ from probae.evidence.schedules import SCHEDULES, Tuned, tuned
 from probae.evidence.space import Space
 from probae.evidence.weights import MEMORY, even, padded
 from probae.flat.graph import unvalidated
+from probae.layout import run_at
 from probae.pair import Pair
 from probae.seeding import checked_seed, seeded, still
 from probae.sites import Layout, samples
+from probae.traces import log_prob
 
 STARTS = ("prior", "guide", "auto")
 _BLOCK_PILOT, _BLOCK_RUN, _BLOCK_BACK, _SHARED = range(4)  # streams of draws, each of its own
@@ -238,15 +240,22 @@ class Annealer:
             return "start='guide': the pair has no guide; start at the prior"
         if layout.points:
             return f"start='guide': the guide is a point at site {layout.points[0]!r} and has no density; start at the prior"
-        with still(pair):
-            guide = pair.run(
-                pair.guide, each(lambda leaf: leaf[:2], self.batch) if not layout.whole else self.batch, 1, layout
-            )
-        own = [s["name"] for s in samples(guide) if not s["is_observed"] and s["infer"].get("is_auxiliary")]
-        if own:
+        rows = self.batch if layout.whole else each(lambda leaf: leaf[:2], self.batch)
+        with still(pair, 0):
+            guide = pair.run(pair.guide, rows, 1, layout)
+        drawn = [s for s in samples(guide) if not s["is_observed"]]
+        if own := [s["name"] for s in drawn if s["infer"].get("is_auxiliary")]:
             return (
                 f"start='guide': the guide's density needs its own site {own[0]!r} integrated out; start at the prior"
             )
+        with still(pair, 1):
+            again = run_at(pair, pair.guide, rows, 1, layout, {s["name"]: s["value"] for s in drawn})
+        for site in drawn:
+            if not torch.equal(log_prob(site), log_prob(again.nodes[site["name"]])):
+                return (
+                    f"start='guide': the guide draws noise of its own, by torch, that its density at site {site['name']!r} "
+                    "depends on; start at the prior"
+                )
         return None
 
     def _rows(self) -> int:

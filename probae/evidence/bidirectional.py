@@ -11,14 +11,16 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.arguments import size
-from probae.batches import Batch, as_batch, leaves, length, rebuilt, rows_at
+from probae.batches import Batch, as_batch, checksums, leaves, length, rebuilt, rows_at
 from probae.checks import check
 from probae.evidence.annealed import Annealer, Annealing, Block, evidence
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
+from probae.layout import run_at
 from probae.pair import Pair, as_pair
 from probae.seeding import checked_seed, still
 from probae.sites import is_factor, samples
+from probae.traces import log_prob
 
 if TYPE_CHECKING:
     import pandas
@@ -128,7 +130,8 @@ def sandwich(
     below, accepted, above, accepted_above = annealer.gathered(both)
     lower = evidence(below, accepted, "lower", "ais", layout.measure)
     upper = evidence(above, accepted_above, "upper", "reverse ais", layout.measure)
-    return Sandwich(lower, replace(upper, reliable=torch.zeros(n, dtype=torch.bool)), batch)
+    rows, unknown = checksums(batch), torch.zeros(n, dtype=torch.bool)
+    return Sandwich(replace(lower, rows=rows), replace(upper, rows=rows, reliable=unknown), batch)
 
 
 def _drawn(pair: Pair, batch: Batch, seed: int) -> tuple[Batch, dict[str, Tensor]]:
@@ -141,20 +144,37 @@ def _drawn(pair: Pair, batch: Batch, seed: int) -> tuple[Batch, dict[str, Tensor
         )
     with still(pair, seed):
         given = pair.run(pair.model, batch, 1, layout)
-        trace = pair.run(poutine.uncondition(pair.model), batch, 1, layout)
+        try:
+            trace = pair.run(poutine.uncondition(pair.model), batch, 1, layout)
+        except NotImplementedError as error:
+            raise ValueError(
+                "the model's data cannot be drawn with their latents (those of a Dequantised pair have noise for a latent, "
+                "which the data decide): take the inner pair"
+            ) from error
     tensors = [leaf for _, leaf in leaves(batch)]
     for site in samples(given):
         if not site["is_observed"]:
             continue
-        places = [i for i, leaf in enumerate(tensors) if _same_place(site["value"], leaf)]
+        places = [i for i, leaf in enumerate(tensors) if _same_place(site["value"], leaf, pair.missing is not None)]
         if is_factor(site["fn"]) or not places:
             raise ValueError(
                 f"site {site['name']!r} does not observe an array of the batch as it is, so the model's draws cannot take its "
                 "place"
             )
         tensors[places[0]] = trace.nodes[site["name"]]["value"].to(tensors[places[0]].dtype).clone()
-    return rebuilt(batch, tensors), {name: trace.nodes[name]["value"][None] for name in layout.latents}
+    drawn, values = rebuilt(batch, tensors), {name: trace.nodes[name]["value"] for name in layout.latents}
+    with still(pair):
+        again = run_at(pair, pair.model, drawn, 1, layout, values)
+    for site in samples(again):
+        if site["is_observed"] and not torch.allclose(log_prob(site), log_prob(trace.nodes[site["name"]]), 1e-4, 1e-4):
+            raise ValueError(
+                f"site {site['name']!r}: its density depends on the data that the model is given, as that of an autoregressive "
+                "decoder does: one run of the model draws no data from it"
+            )
+    return drawn, {name: value[None] for name, value in values.items()}
 
 
-def _same_place(a: Any, b: Tensor) -> bool:
-    return isinstance(a, Tensor) and a.shape == b.shape and a.data_ptr() == b.data_ptr()
+def _same_place(a: Any, b: Tensor, copied: bool) -> bool:
+    if not isinstance(a, Tensor) or a.shape != b.shape:
+        return False
+    return a.data_ptr() == b.data_ptr() or (copied and torch.equal(a, b))  # gaps are filled in a copy

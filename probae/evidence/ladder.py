@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,12 @@ class Ladder(Options):
 
     def __post_init__(self) -> None:
         whole("pilot", self.pilot, 50)
-        if isinstance(self.rungs, str) or not self.rungs or set(self.rungs) - set(RUNGS):
+        known = isinstance(self.rungs, list | tuple) and all(isinstance(rung, str) for rung in self.rungs)
+        if not known or not self.rungs or set(self.rungs) - set(RUNGS):
             raise ValueError(f"rungs: expected some of {list(RUNGS)}, got {self.rungs!r}")
+        for name in ("refined", "ais"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}: expected a dictionary of its options, got {getattr(self, name)!r}")
         self.refinement(1), self.annealing(1.0)  # bad options are told before any work
 
     def refinement(self, latents: int) -> Refinement:
@@ -62,7 +66,8 @@ class Ladder(Options):
     def annealing(self, share: float) -> Annealing:
         """How chains are annealed, with a share of them."""
         options = {"chains": 8, "distributions": 500, **self.ais}
-        return Annealing.of({**options, "chains": math.ceil(options["chains"] * share)}, "ais=")
+        whole_run = Annealing.of(options, "ais=")
+        return replace(whole_run, chains=math.ceil(whole_run.chains * share))
 
 
 def climb(
@@ -120,7 +125,7 @@ def _applicable(pair: Pair, batch: Batch, layout: Layout, options: Ladder) -> tu
             why = f"only 'iwae' applies: {error}"
     if why is not None:
         if weighable is not None:
-            raise ValueError(weighable)
+            raise ValueError(f"{weighable}; and {why}")
         return ("iwae",), why
     rungs = tuple(rung for rung in RUNGS if rung in options.rungs and (rung != "iwae" or weighable is None))
     if not rungs:

@@ -215,6 +215,11 @@ class Refiner:
         found: list[tuple[Strata, int]] = []
         together = min(self.together, particles)
         mixture = Mixture(self.shares, particles, together, self.full)
+        if mixture.counts[0] == 0:
+            raise ValueError(
+                f"defensive: expected a share of {particles} particles that leaves one for the guide, got "
+                f"{self.options.defensive}"
+            )
         calls = self.blocks * math.ceil(particles / together)
         with still(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):

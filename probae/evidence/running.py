@@ -9,6 +9,7 @@ from torch import Tensor
 
 from probae.evidence.pareto import FEWEST, k_of_largest, reliable_below, tail_size
 
+_ENOUGH = 50  # particles from which intervals cover as they should where weights look light
 _GROUPS = 1024  # of particles, by which the error that all data share is told
 
 
@@ -108,7 +109,9 @@ def believable(stderr: Tensor, ess: Tensor, pareto_k: Tensor, particles: int) ->
     """Whether delta-method intervals of log p̂ cover nearly as often as they should.
 
     They do where p̂ itself is known to a tenth, and the fitted tail has a variance to speak of; weights that do not vary have
-    no tail, and from few particles none can be fitted.
+    no tail. A few particles look alike by chance. None of this sees a mode of the posterior that no draw has met.
     """
+    if particles < _ENOUGH:
+        return ess >= particles * (1 - 1e-6)
     light = (pareto_k <= reliable_below(particles)) | (pareto_k.isnan() & (ess >= particles / 2))
     return light & (stderr <= 0.1) & (ess > 0)

@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
 from probae.batches import Batch, each, leaves, length
 from probae.evidence.tractable import states
-from probae.evidence.weights import no_bound
+from probae.evidence.weights import no_bound, require_unscaled
 from probae.layout import run_at
 from probae.pair import Pair
 from probae.seeding import still
-from probae.sites import Layout, Site, samples, support_of
+from probae.sites import Layout, Site, free_of, samples, support_of
 from probae.traces import Traces
+
+#: draws of the prior, for two data, that are looked at; and how many of a draw's numbers may lie at an edge, about the
+#: nats by which a bound may be off
+_EDGE_DRAWS, _EDGE_SHARE = 256, 0.02
 
 
 class Terms(NamedTuple):
@@ -69,6 +72,7 @@ class Space:
         with still(pair):
             rows = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
             first, second = (self._prior_trace(rows, 1, {}) for _ in range(2))
+            require_unscaled(Traces([(poutine.Trace(), first)], layout, 1, length(rows)))
         latent = {s["name"]: s for s in samples(first) if s["name"] in layout.latents}
         discrete = [name for name, site in latent.items() if support_of(site["fn"]).is_discrete]
         self.sites: dict[str, _Coordinates] = {}
@@ -86,8 +90,9 @@ class Space:
             raise ValueError(
                 f"the discrete latents {discrete} lie among plates inside the data plate: use method='iwae'"
             )
-        self.states = states(pair, batch, layout, discrete) if discrete else {}
+        self.states = self._states(batch, discrete) if discrete else {}
         self.guided = self._drawn_by_guide(rows, discrete) if discrete and pair.has_guide else {}
+        self._require_resolution(rows)
 
     def shared(self, rows: Batch, particles: int) -> dict[str, Tensor]:
         """A draw from the guide, for each particle, of the latents that all data share; none where there are none."""
@@ -168,6 +173,29 @@ class Space:
 
     # -- the programs ------------------------------------------------------------------------------------------------
 
+    def _states(self, batch: Batch, discrete: list[str]) -> dict[str, Tensor]:
+        try:
+            return states(self.pair, batch, self.layout, discrete)
+        except ValueError as error:
+            raise ValueError(f"the discrete latents {discrete} cannot be summed out: {error}") from error
+
+    def _require_resolution(self, rows: Batch) -> None:
+        """Raise a ValueError if the prior puts more than a little of its mass where numbers cannot tell it from the edge.
+
+        There neither the density that is computed nor the coordinates are those of the draws.
+        """
+        with still(self.pair):
+            trace = self._prior_trace(rows, _EDGE_DRAWS, self.shared(rows, _EDGE_DRAWS))
+        for name, site in self.sites.items():
+            z = self._by_datum(trace.nodes[name]["value"], site, _EDGE_DRAWS, length(rows))
+            lost = float(_at_the_edge(z, site.transform).sum()) / (_EDGE_DRAWS * length(rows))
+            if lost > _EDGE_SHARE:
+                raise ValueError(
+                    f"site {name!r}: {lost:.2g} numbers of a draw from the prior lie at the edge of their support, where "
+                    f"{z.dtype} does not tell them from it, so that their density there is not known: use float64, numbers of "
+                    "another scale (their logarithm, say), or method='iwae'"
+                )
+
     def _drawn_by_guide(self, rows: Batch, discrete: list[str]) -> dict[str, Tensor]:
         """The states of the discrete latents that the guide draws too; it may leave some to the model."""
         with still(self.pair):
@@ -208,7 +236,7 @@ class Space:
         inner = list(batch_shape)
         del inner[layout.data_dim]
         drawn = torch.Size(inner) + value.shape[lead:]
-        transform = biject_to(fn.support)
+        transform = free_of(site)
         free = transform.inverse_shape(drawn)
         if len(free) > len(drawn):
             raise ValueError(
@@ -227,6 +255,24 @@ class Space:
 
     def _as_drawn(self, z: Tensor, site: _Coordinates) -> Tensor:
         return z.movedim(1, 1 + self.layout.nesting + self.layout.data_dim)
+
+
+def _at_the_edge(z: Tensor, transform: Transform) -> Tensor:
+    """Which numbers of z the dtype cannot tell from the edge of the support: moving u by one does not move them, or the way
+    there and back does."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    free = transform.inv(z)
+    back = transform(free)
+    info = torch.finfo(z.dtype)
+    lost = ~z.isfinite() | ((back - z).abs() > torch.maximum(back.abs(), z.abs()) / 2)
+    if free.shape == z.shape and transform.domain.event_dim == 0:
+        slope = transform.log_abs_det_jacobian(free, z).exp()
+        return lost | ~free.isfinite() | (slope <= 2 * info.eps * z.abs()) | (slope <= 2 * info.tiny)
+    if isinstance(transform, StickBreakingTransform):  # what is left of the stick is one less the sum of what is gone
+        left = z.flip(-1).cumsum(-1).flip(-1)
+        lost = lost | (z <= 2 * info.tiny) | ((left <= 2 * info.eps) & (z < 1))
+    return lost
 
 
 def _at_states(

@@ -21,7 +21,7 @@ from probae.flat.inductor import compiled, unavailable
 from probae.pair import Pair, as_pair
 from probae.seeding import set_streams, still, streams
 from probae.sites import Layout, samples
-from probae.traces import scaled_sites
+from probae.traces import Traces, scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities: what stays near the cores, and on a GPU
 #: what keeps them busy
@@ -84,6 +84,8 @@ def no_bound(layout: Layout) -> str | None:
             f"the prior of site {layout.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
             "estimator has a bound on it. Give the model a proper prior; probae.expost_prior fits one to its codes"
         )
+    if layout.blind is not None:
+        return layout.blind
     if layout.points:
         return (
             f"the guide is a point at site {layout.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
@@ -98,6 +100,15 @@ def require_weights(pair: Pair, layout: Layout) -> None:
         raise ValueError(reason)
     if not pair.has_guide and (layout.latents or layout.globals_):
         raise ValueError(f"the pair has no guide to draw {list(layout.latents + layout.globals_)} from")
+
+
+def require_unscaled(traces: Traces) -> None:
+    """Raise a ValueError if the programs scale a density: then their weights are no ratio of densities."""
+    if names := scaled_sites(traces):
+        raise ValueError(
+            f"the programs scale the density of site {names[0]!r} (poutine.scale, or a subsampled plate): its weights are no "
+            "ratio of densities. Evaluate the pair without the scale"
+        )
 
 
 class Weights:
@@ -129,11 +140,7 @@ class Weights:
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
         with still(pair, seed):
             first = pair.traces(batch if self.layout.whole else each(lambda leaf: leaf[:2], batch))
-            if names := scaled_sites(first):
-                raise ValueError(
-                    f"the programs scale the density of site {names[0]!r} (poutine.scale, or a subsampled plate): its weights "
-                    "are no ratio of densities. Evaluate the pair without the scale"
-                )
+            require_unscaled(first)
             rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
             if self.layout.whole:
                 rows, together = length(batch), even(particles, max(1, rows * together // length(batch)))
