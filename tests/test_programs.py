@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -1122,3 +1123,45 @@ def test_padding_beyond_a_sequences_end_counts_for_nothing():
     assert not torch.equal(padded, chords)
     found = probae.log_weights(pair, (padded, backwards, mask, lengths), 3)
     assert torch.equal(found, probae.log_weights(pair, program.batch, 3))
+
+
+# -- every evaluator ---------------------------------------------------------------------------------------------------
+
+FEW = {"chains": 2, "distributions": 3, "pilot": 2, "leapfrog": 2}
+EVALUATORS = {
+    "elbo": lambda pair, x: probae.log_evidence(pair, x, "elbo", particles=3).values,
+    "iwae": lambda pair, x: probae.log_evidence(pair, x, "iwae", particles=3).values,
+    "refined": lambda pair, x: probae.log_evidence(pair, x, "refined", particles=8, steps=4).values,
+    "ais": lambda pair, x: probae.log_evidence(pair, x, "ais", **FEW).values,
+    "sandwich": lambda pair, x: probae.sandwich(pair, n=N, like=x, **FEW).gap,
+    "rate_distortion": lambda pair, x: probae.rate_distortion(pair, x, **FEW).rate,
+    "diagnose": lambda pair, x: probae.diagnose(pair, x, particles=25).iwae.values,
+    "compare": lambda pair, x: probae.compare({"it": pair}, x, method="iwae", particles=3).evidence()["it"],
+    "expost_prior": lambda pair, x: probae.log_evidence(probae.expost_prior(pair, x), x, "refined", particles=8).values,
+    "impute": lambda pair, x: probae.impute(pair, x, draws=2),
+}
+#: what each refusal has to say: what is missing, or what would do
+SAYS = r"needs|expected|no guide|use |there is no|there are no|share the latents|shared by all|draw no|draws no|take the inner"
+
+
+@cases()
+@pytest.mark.filterwarnings("ignore:log weights are computed eagerly", "ignore:.* is run eagerly")
+def test_every_evaluator_answers_or_says_what_is_missing(name):
+    answered = []
+    for evaluator, run in EVALUATORS.items():
+        program = make(name)
+        pair = program.pair()
+        probae.fit(pair, program.batch, steps=2, batch_size=N, lr=0.02, progress=False, compile=False)
+        try:
+            found = torch.as_tensor(run(pair, program.batch))
+        except ValueError as error:
+            assert re.search(SAYS, str(error)), f"{evaluator}: {error}"
+            continue
+        except AttributeError:
+            assert evaluator == "diagnose", evaluator  # without weights it has no bounds, and says why_not
+            assert probae.diagnose(pair, program.batch, particles=25).why_not
+            continue
+        assert bool(torch.isfinite(found).all()), f"{evaluator}: {found}"
+        answered.append(evaluator)
+    if "logistic" not in name and "AutoDelta" not in name and "mixture of parameters" not in name:
+        assert {"elbo", "iwae", "diagnose", "compare"} <= set(answered), answered
