@@ -605,3 +605,33 @@ def test_the_rate_distortion_curve_of_a_linear_gaussian_model(largest):
     assert list(curve.to_frame())[:3] == ["beta", "rate", "distortion"]
     with pytest.raises(ValueError, match="starts at the prior"):
         probae.rate_distortion(model, x, start="guide")
+
+
+def test_a_prior_of_uneven_scales_is_walked_in_its_own_units(monkeypatch):
+    """One step size serves all directions: in coordinates as they come, chains hardly leave where they began."""
+    scales = torch.tensor([100.0, 30.0, 10.0, 1.0, 0.3, 0.1], **float64)
+    factor = torch.linalg.qr(normal(6, 6, seed=3))[0] * scales  # of the prior's covariance
+    weight = normal(8, 6, seed=4)
+
+    def model(x):
+        z = pyro.sample("z", dist.MultivariateNormal(vector(0, 6), factor @ factor.mT))
+        pyro.sample("x", dist.Normal(z @ weight.mT, 50.0).to_event(1), obs=x)
+
+    x = copies(normal(2, 6, seed=5) @ factor.mT @ weight.mT + 50 * normal(2, 8, seed=6), 50)
+    truth = oracles.linear_gaussian(x, (weight @ factor).numpy(), np.zeros(8), 50.0)
+    options = {"chains": 8, "distributions": 100, "leapfrog": 10}
+    evidence = probae.log_evidence(Plain(model), x, "ais", **options)
+    assert_near(evidence, truth)
+    bounds = probae.sandwich(Plain(model), n=60, like=x, **options)
+    exact = oracles.linear_gaussian(bounds.x, (weight @ factor).numpy(), np.zeros(8), 50.0)
+    for bound, sign in ((bounds.lower, 1), (bounds.upper, -1)):
+        apart = sign * (exact - bound.values.numpy())
+        assert -4 * apart.std() / math.sqrt(60) < apart.mean() < 0.5
+    monkeypatch.setattr(Annealer, "_units", lambda self: None)
+    as_they_come = probae.log_evidence(Plain(model), x[:20], "ais", **options)
+    assert as_they_come.mean < truth[:20].mean() - 1
+
+
+def test_an_even_prior_keeps_its_coordinates():
+    model = linear_gaussian()
+    assert Annealer(*prepare(model, probae.sample(model, 3)), Annealing(chains=4), 0, "flat").units is None

@@ -27,7 +27,8 @@ from probae.sites import Layout, samples
 from probae.traces import log_prob
 
 STARTS = ("prior", "guide", "auto")
-_BLOCK_PILOT, _BLOCK_RUN, _BLOCK_BACK, _SHARED = range(4)  # streams of draws, each of its own
+_BLOCK_PILOT, _BLOCK_RUN, _BLOCK_BACK, _SHARED, _UNITS = range(5)  # streams of draws, each of its own
+_SEEN, _UNEVEN = 512, 5.0  # draws of the prior, and the ratio of its scales from which they are evened out
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Annealer:
         self.batch = each(Tensor.contiguous, batch)
         self.space, self.compile, self.largest = Space(pair, batch, layout), compile, largest
         self.given = self._shared_latents()
+        self.units = self._units()
         self.rows = length(batch) if layout.whole else self._rows()
         self.blocks = math.ceil(length(batch) / self.rows)
         self.starts = ["prior", "guide"] if options.start == "auto" else [options.start]
@@ -204,27 +206,35 @@ class Annealer:
     def start(self, start: str, rows: Batch) -> Tensor:
         """u (C, N, L) where the path starts."""
         draw = self.space.from_prior if start == "prior" else self.space.from_guide
-        return draw(rows, self.options.chains, self.given or None).contiguous()
+        return self.inside(draw(rows, self.options.chains, self.given or None)).contiguous()
+
+    def inside(self, u: Tensor) -> Tensor:
+        """Coordinates as the chains move through them: in the prior's own units, where those are uneven."""
+        if self.units is None:
+            return u
+        return torch.linalg.solve_triangular(self.units, u.flatten(0, -2).mT, upper=False).mT.reshape(u.shape)
 
     def on(self, start: str, u: Tensor, rows: Batch) -> Chains:
         """The chains of a path, on a block of data."""
         data = [leaf for _, leaf in leaves(rows)]
+        units = [] if self.units is None else [self.units]
+        inputs = [*data, *self.given.values(), *units]
         if start not in self.chains:
             names, width = list(self.given), len(data)
 
             def energy(u: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+                u = u @ tensors[-1].mT if units else u
                 block = rebuilt(rows, tensors[:width])
-                given = dict(zip(names, tensors[width:], strict=True))
+                given = dict(zip(names, tensors[width:], strict=False))
                 prior, likelihood = self.space.terms(u, block, given)
                 if start == "prior":
                     return prior, likelihood if self.largest == 1 else self.largest * likelihood
                 log_q = self.space.log_guide(u, block, given)
                 return log_q, prior + likelihood - log_q
 
-            inputs = [*data, *self.given.values()]
             moves = math.ceil(self.moves / len(self.starts))
             self.chains[start] = Chains(self.pair, energy, u, inputs, self.options.leapfrog, self.compile, moves)
-        self.chains[start].data = [*data, *self.given.values()]
+        self.chains[start].data = inputs
         return self.chains[start]
 
     def _shared_latents(self) -> dict[str, Tensor]:
@@ -232,6 +242,26 @@ class Annealer:
         rows = self.batch if self.layout.whole else each(lambda leaf: leaf[:2], self.batch)
         with still(self.pair, self.seed), self.draws(0, _SHARED):
             return self.space.shared(rows, self.options.chains)
+
+    def _units(self) -> Tensor | None:
+        """A factor of the prior's covariance, by draws of it, where the scales of its directions differ much.
+
+        One step size serves all directions: it would be that of the narrowest. Found once and then held, it changes no
+        expectation.
+        """
+        rows = self.batch if self.layout.whole else each(lambda leaf: leaf[:2], self.batch)
+        with still(self.pair), self.draws(0, _UNITS):
+            number = self.options.chains if self.given else max(_SEEN, 4 * self.space.size)
+            if number < 4 * self.space.size:
+                return None
+            u = self.space.from_prior(rows, number, self.given or None).flatten(0, 1)
+        # what lies far out tells of tails, not of scales
+        ends = u.double().nan_to_num().quantile(u.new_tensor([0.025, 0.975]).double(), 0)
+        spread = torch.cov(u.double().nan_to_num().clamp(*ends).mT).reshape(self.space.size, self.space.size)
+        scales = torch.linalg.eigvalsh(spread)
+        if scales[0] <= 0 or scales[-1] < _UNEVEN**2 * scales[0]:
+            return None
+        return torch.linalg.cholesky(spread).to(u.dtype)
 
     def _unguided(self) -> str | None:
         """Why a path cannot start at the guide, or None."""

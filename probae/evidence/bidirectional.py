@@ -120,7 +120,7 @@ def sandwich(
     batch, values = _drawn(pair, rows_at(rows, torch.arange(n) % length(rows)), seed)
     layout = check(pair, batch)
     annealer = Annealer(pair, batch, layout, annealing, seed, compile, runs=2)
-    exact = annealer.space.coordinates(values, 1, n)[0]
+    exact = annealer.inside(annealer.space.coordinates(values, 1, n))[0]
 
     def both(block: Block) -> tuple[Tensor, ...]:
         start = annealer.rows * block.number

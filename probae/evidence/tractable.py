@@ -96,7 +96,9 @@ def _support_of(site: Any) -> Tensor:
             "support: use method='iwae'"
         )
     if fn.event_shape.numel() > 1:
-        raise ValueError(f"method='enumerate' cannot list the states of site {site['name']!r} ({type(fn).__name__})")
+        raise ValueError(
+            f"method='enumerate' cannot list the states of site {site['name']!r} ({type(fn).__name__}): use method='iwae'"
+        )
     try:
         return fn.enumerate_support(expand=False).flatten()
     except NotImplementedError as error:
