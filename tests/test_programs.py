@@ -1141,7 +1141,10 @@ EVALUATORS = {
     "impute": lambda pair, x: probae.impute(pair, x, draws=2),
 }
 #: what each refusal has to say: what is missing, or what would do
-SAYS = r"needs|expected|no guide|use |there is no|there are no|share the latents|shared by all|draw no|draws no|take the inner|Evaluate|as it is"
+SAYS = (
+    r"needs|expected|no guide|use |there is no|there are no|share the latents|shared by all|draws? no|take the inner|"
+    r"Evaluate programs|as it is"
+)
 
 
 @cases()
