@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import probae
 from probae.streams import source
+from probae.streams.mapped import _Rows
 
 D = 6
 
@@ -90,3 +91,34 @@ def test_evidence_of_streamed_data(mapped, kind):
     torch.testing.assert_close(streamed.values, exact.values, rtol=1e-6, atol=1e-6)  # float32
     bound = probae.log_evidence(vae(), x, "elbo", particles=3)
     assert len(bound) == 500
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda path: np.load(path, mmap_mode="r"),
+        lambda path: np.load(path, mmap_mode="r")[7:90],
+        lambda path: np.load(path, mmap_mode="r")[::2],
+        lambda path: np.load(path, mmap_mode="r")[:, 1:4],
+        lambda path: np.load(path, mmap_mode="c"),
+        lambda path: np.memmap(path, np.float32, "r", offset=128 + 4 * 6 * 20, shape=(60, 6)),
+    ],
+    ids=["whole", "rows", "every second", "columns", "private", "offset"],
+)
+def test_rows_are_those_of_the_array_whichever_way_they_are_read(tmp_path, view):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32))
+    array = view(tmp_path / "x.npy")
+    if array.mode == "c":
+        array[3] = 5.0  # which the file does not know
+    rows = _Rows(array)
+    assert (rows.file >= 0) == (array.flags.c_contiguous and array.mode != "c")
+    for places in (np.array([3, 0, len(array) - 1, 3]), slice(2, 2 * len(array))):
+        assert np.array_equal(rows.at(places), np.array(array[places]))
+
+
+def test_a_file_that_was_replaced_is_not_read(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((50, 6), np.float32))
+    array = np.load(tmp_path / "x.npy", mmap_mode="r")
+    (tmp_path / "x.npy").unlink()
+    np.save(tmp_path / "x.npy", np.zeros((50, 6), np.float32))
+    assert (_Rows(array).at(np.arange(50)) == 1).all()

@@ -142,7 +142,8 @@ class _Rows:
         parts = []
         for few in np.array_split(places, max(1, len(places) * _HUGE // _RESIDENT)):
             parts.append(np.array(self.array[few]))
-            if hasattr(mmap, "MADV_DONTNEED") and self.array._mmap is not None:
+            # private changes would go with their pages
+            if hasattr(mmap, "MADV_DONTNEED") and self.array._mmap is not None and self.array.mode != "c":
                 self.array._mmap.madvise(mmap.MADV_DONTNEED)
         return np.concatenate(parts)
 
