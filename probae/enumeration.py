@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
+from opt_einsum import get_symbol, shared_intermediates
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.packed import pack
+from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from probae.batches import Batch, call, length
-from probae.pair import Pair
+from probae.masks import inner_mask, log_density, unmasked
+from probae.pair import PARTICLES, Pair
 from probae.sites import Layout, samples
-from probae.traces import Traces
+from probae.traces import Traces, log_prob
 
 
 def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int) -> Tensor:
@@ -28,8 +35,15 @@ def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int) -> Tens
     )
     weigh = _Weigh(layout, size, length(batch))
 
+    if (shared := [n for n in layout.globals_ if n in layout.summed]) and size != length(batch):
+        raise ValueError(
+            f"the discrete site {shared[0]!r} is shared by all data and summed out, which needs all of the data at once: "
+            f"expected batch_size={size}, got {length(batch)}"
+        )
+
     def model() -> None:
-        call(pair.model, batch)
+        with _Parallel(layout):
+            call(pair.model, batch)
 
     def guide() -> None:
         if pair.has_guide:
@@ -40,33 +54,59 @@ def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int) -> Tens
 
 
 def log_joint(pair: Pair, batch: Batch, traces: Traces) -> Tensor:
-    """log p(x, z) (K, N) of the local sites at the guide's draws; sites that it leaves to the model are summed out.
+    r"""log p(x, z) (K, N) of the local sites at the guide's draws; sites that it leaves to the model are summed out.
 
-    Raises:
-        ValueError: if a summed site lies in a plate of its own inside the data plate.
+    The sum is Pyro's tensor contraction: `pyro.markov` chains of any length, and plates inside the plate over the data. A
+    latent under a mask keeps its own law, which sums to one.
     """
-    layout, totals = pair.layout(batch), []
-    if layout.nesting > 1:
-        raise ValueError(
-            f"the sites {list(layout.summed)} are summed out, with plates inside the data plate: this is not implemented; "
-            "write the sum in the model, or give the guide these sites"
-        )
+    totals = []
     for guide, _ in traces.runs:
         particles = traces.particles if len(traces.runs) == 1 else 1
-        with EnumMessenger(first_available_dim=-2 - layout.nesting):
-            model = pair.run(pair.model, batch, particles, layout, poutine.replay, trace=guide)
-        total: Any = torch.zeros(particles, traces.size, dtype=pair.dtype, device=pair.device)
-        for site in samples(model):
-            if layout.is_local(site):
-                value = site["fn"].log_prob(site["value"])
-                if site["mask"] is not None:
-                    kept = torch.as_tensor(site["mask"]).bool()
-                    value = torch.where(kept, value, torch.zeros_like(value))
-                total = total + value
-        while total.dim() > 2:  # each enumerated site has a dimension of its own, to the left of the particles
-            total = torch.logsumexp(total, 0)
-        totals.append(total)
+        with EnumMessenger(first_available_dim=-2 - traces.layout.nesting), _Parallel(traces.layout):
+            model = pair.run(pair.model, batch, particles, traces.layout, poutine.replay, trace=guide)
+        totals.append(_contracted(model, traces.layout, particles, traces.size))
     return torch.cat(totals)
+
+
+def _contracted(model: Any, layout: Layout, particles: int, size: int) -> Tensor:
+    """The sum over enumerated values of the density of each particle and datum (K, N)."""
+    data, one = get_symbol(0), get_symbol(2)
+    model.symbolize_dims({**dict.fromkeys(layout.data_dims, data), PARTICLES: one})
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    sums, sizes = set(), {data: size, one: particles}
+    for site in samples(model):
+        if not layout.is_local(site):
+            continue
+        if "_enumerate_symbol" in site["infer"]:
+            sums.add(site["infer"]["_enumerate_symbol"])
+            term = log_density(site)
+        else:
+            term = scale_and_mask(log_prob(site), mask=site["mask"])
+        term = pack(term, site["infer"]["_dim_to_symbol"])
+        sizes.update(zip(term._pyro_dims, term.shape, strict=True))
+        plates = frozenset(model.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+        factors.setdefault(plates, []).append(term)
+    sizes.update({data: size, one: particles})
+    with shared_intermediates() as cache:
+        ring = LogRing(cache=cache, dim_to_size=sizes)
+        total = contract_to_tensor(factors, sums, target_ordinal=frozenset({data, one}), ring=ring)
+    return total.permute([total._pyro_dims.index(one), total._pyro_dims.index(data)])
+
+
+class _Parallel(Messenger):
+    """Discrete sites that the guide leaves to the model are summed in parallel, however they are marked; a mask inside their
+    distribution becomes one of the site, which leaves a law that sums to one."""
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        self.layout = layout
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.layout.summed:
+            msg["infer"]["enumerate"] = "parallel"
+            if (fn := unmasked(msg["fn"])) is not msg["fn"]:
+                msg["mask"] = inner_mask(msg["fn"]) if msg["mask"] is None else msg["mask"] & inner_mask(msg["fn"])
+                msg["fn"] = fn
 
 
 class _Weigh(Messenger):
@@ -78,6 +118,6 @@ class _Weigh(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:
-            if frame.name in self.layout.plates:
+            if frame.name in self.layout.data_dims:
                 full = frame.full_size if frame.full_size and frame.full_size > 0 else self.rows
                 msg["scale"] = msg["scale"] * self.size / full

@@ -20,10 +20,10 @@ from probae.traces import Part, Traces
 
 
 class Gate:
-    """Multiplies the gradient that flows back into a draw by weights that are known only after the forward pass."""
+    """Multiplies the gradient that flows back into a draw at a site by weights that are known only after the forward pass."""
 
-    def __init__(self, event_dim: int):
-        self.event_dim, self.weights = event_dim, torch.ones(())
+    def __init__(self, site: Site):
+        self.site, self.event_dim, self.weights = site, site["fn"].event_dim, torch.ones(())
 
     def __call__(self, gradient: Tensor) -> Tensor:
         weights = self.weights.reshape(self.weights.shape + (1,) * self.event_dim)
@@ -32,11 +32,11 @@ class Gate:
         return gradient * weights
 
 
-def beside_draws(weights: Tensor, traces: Traces, run: int) -> Tensor:
-    """Weights (K, N) with axes where the draws of a run have theirs: particles, if it has several, plates, data."""
+def beside_draws(weights: Tensor, site: Site, traces: Traces, run: int) -> Tensor:
+    """Weights (K, N) with axes where the draws of a run at a site have theirs: particles, if it has several, plates, data."""
     alone = len(traces.runs) > 1 or traces.particles == 1
     shape = [*([] if alone else [weights.shape[0]]), *[1] * traces.layout.nesting]
-    shape[traces.layout.data_dim] = weights.shape[1]
+    shape[traces.layout.data_plate(site).dim] = weights.shape[1]
     return (weights[run] if alone else weights).reshape(shape)
 
 
@@ -49,6 +49,11 @@ def path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
     parts: list[Any] = []
     for guide, _ in traces.runs:
         sites = [s for s in samples(guide) if not s["is_observed"]]
+        if len(sites) < len(list(samples(guide))):
+            raise ValueError(
+                "gradient='stl' and 'dreg' need a guide that is a density of its draws, and this one observes a site or adds "
+                "pyro.factor: use gradient='standard'"
+            )
         particles = traces.particles if len(traces.runs) == 1 else 1
         if len(sites) == 1:
             (site,) = sites
@@ -73,7 +78,7 @@ def path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
 
 def gated(site: Site, gates: list[Gate]) -> Tensor:
     """A draw whose gradient passes a new gate, which joins the list."""
-    gate = Gate(site["fn"].event_dim)
+    gate = Gate(site)
     gates.append(gate)
     z = site["value"].view_as(site["value"])
     z.register_hook(gate)
@@ -85,6 +90,14 @@ def score_term(score: Part, local: Tensor, global_: Tensor) -> Tensor:
     local, global_ = local.detach(), global_.detach()
     total = local.mean(1) + global_
     surrogate = (score.local * (local - _others(local))).mean() + (score.global_ * (total - _others(total))).mean()
+    return surrogate - surrogate.detach()
+
+
+def factor_term(score: Part, local: Tensor, global_: Tensor) -> Tensor:
+    """The same for what a guide observes or adds by `pyro.factor` without a path: as in Pyro, against no baseline."""
+    local, global_ = local.detach(), global_.detach()
+    surrogate = (score.local * (local + global_.unsqueeze(1))).mean()
+    surrogate = surrogate + (score.global_ * (local.sum(1) + global_)).mean() / local.shape[1]
     return surrogate - surrogate.detach()
 
 

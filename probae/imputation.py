@@ -32,7 +32,7 @@ def _block(pair: Any, x: Tensor, layout: Layout, draws: int, particles: int) -> 
     values: dict[str, Tensor] = {}
     if layout.latents:
         traces = pair.traces(x, particles)
-        chosen = _resampled((traces.likelihood() + traces.prior() - traces.posterior()).local, draws)
+        chosen = _resampled(traces.log_weights(), draws)
         for name in layout.latents:
             drawn = torch.stack([_particles_first(run[0].nodes[name]["value"], layout) for run in traces.runs])
             drawn = drawn.flatten(0, 1)  # (K, N, ...)

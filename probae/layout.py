@@ -11,21 +11,21 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
-from probae.batches import Batch, each, leaves, length, shapes
+from probae import data_axis, guides
+from probae.batches import Batch, leaves, length, rebuilt, rows_at, shapes
+from probae.data_axis import frames
+from probae.masks import Site, is_masked
 from probae.seeding import seeded, still
 from probae.sites import (
     Layout,
-    Site,
     base,
     describe_support,
-    free_of,
-    hides,
     inside,
     is_enumerated,
     is_factor,
     is_flat,
-    is_point,
     rows_in_plate,
     samples,
     support_of,
@@ -33,54 +33,103 @@ from probae.sites import (
 from probae.traces import Traces
 
 _ROWS = 4096  # of the data that a first run sees
+_DRAWS = 16  # of the guide, by which its support is judged
 
 #: what a user's program may raise on data that it was not written for
 PROGRAM_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, ArithmeticError)
 
 
-def lay_out(pair: Any, batch: Batch) -> Layout:
+def lay_out(pair: Any, batch: Batch, seed: int = 0) -> Layout:
     """Run the programs of a `Pair` on a few rows, check guide against model, and say where the sites lie.
+
+    The programs are tried on two numbers of rows that are not N. What they make there is dropped, and programs that fail there
+    (a plate of a fixed size, a parameter for each datum) are run on all rows. Parameters are made by the first run after that,
+    from the seed.
 
     Raises:
         ValueError: naming the site, if the guide misses a latent, has one that the model has not, or draws another shape
             or outside the prior's support; if a site has an axis that no plate declares; if there is no data plate.
     """
-    # a number of rows that no other axis has: a plate over a wrong axis then shows itself
-    taken = {size for _, leaf in leaves(batch) for size in leaf.shape[1:]}
-    free = [n for n in range(5, 7 + len(taken)) if n not in taken]
-    with still(pair):
-        # what programs make at their first run, such as a parameter for each datum, takes its size from the data
-        rows = _few(batch, min(length(batch), _ROWS))
-        guide, model = run_both(pair, rows, None)
-        few = _few(batch, min(length(batch), free[0]))
-        with contextlib.suppress(ValueError):  # programs of a fixed size run on all of the data alone
-            guide, model = run_both(pair, few, None)
-            rows = few
-        count = length(rows)
-        plate = _data_plate([*samples(guide), *samples(model)], count, rows)
+    if guides.sets_up_from_data(pair):
+        with still(pair, seed):
+            run_both(pair, _few(batch, length(batch)), None)
+    with still(pair, seed):
+        counts = _counts(batch)
+        trials = _trials(pair, batch, counts)
+    with still(pair, seed):
+        rows = _few(batch, length(batch) if trials is None else min(length(batch), _ROWS))
+        guide, model = run_both(pair, rows, None)  # this run's parameters stay
+        if trials is None:
+            sites = data_axis.sites_of(guide, model)
+            data_axis.require_shapes(sites)
+            plates = data_axis.of_one_run(
+                data_axis.sites_of(model), rows, lambda values: _likelihood(pair, rows, values)
+            )
+        else:
+            rows, guide, model = trials[0]
+            sites = data_axis.sites_of(guide, model)
+            plates = data_axis.tracking([(data_axis.sites_of(*run), length(few)) for few, *run in trials])
+        data_axis.require_plate(plates, sites, rows)
         check_sites(guide, model, pair.has_guide)
-        local = Layout(frozenset({plate.name, *getattr(pair, "data_plates", ())}), plate.dim, _nesting(guide, model))
-        drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}
-        latents = [s for s in samples(model) if not s["is_observed"] and local.is_local(s)]
-        shared = [s for s in samples(model) if not s["is_observed"] and not local.is_local(s)]
-        observed = [s for s in samples(model) if s["is_observed"] and not is_factor(s["fn"])]
-        layout = replace(
-            local,
-            latents=tuple(s["name"] for s in latents),
-            globals_=tuple(s["name"] for s in shared),
-            observed=tuple(s["name"] for s in observed),
-            improper=tuple(s["name"] for s in latents if is_flat(s["fn"]) or hides(s, drawn.get(s["name"]))),
-            points=tuple(s["name"] for s in latents if _is_point(s["name"], drawn)),
-            blind=_blind(drawn, {s["name"]: s for s in (*latents, *shared)}),
-            measure=getattr(pair, "measure", None) or _measure(observed),
-            subsampled=_subsampled(plate, count),
-            summed=tuple(s["name"] for s in samples(model) if _summed(s, drawn)),
-            whole=rows is not few,
-            enumerated=any(is_enumerated(s) for t in (guide, model) for s in samples(t) if not s["is_observed"]),
-        )
-        # two numbers of rows: a module that takes the data axis for channels passes with one of them by chance
-        fewer = [rows] if layout.whole else [_few(batch, n) for n in {count, min(length(batch), free[1])}]
-        return replace(layout, vectorised=all(_vectorises(pair, few, layout) for few in fewer))
+        layout = _described(pair, rows, guide, model, plates, trials is None)
+        few = [rows] if layout.whole else [trial[0] for trial in trials or ()]
+        return replace(layout, vectorised=all(_vectorises(pair, some, layout) for some in few))
+
+
+def _described(pair: Any, rows: Batch, guide: Any, model: Any, plates: frozenset[str], whole: bool) -> Layout:
+    sites = data_axis.sites_of(guide, model)
+    over = {f.name: f for site in sites for f in frames(site) if f.name in plates}
+    local = Layout({name: frame.dim for name, frame in over.items()}, max(-f.dim for s in sites for f in frames(s)))
+    drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}
+    latents = [s for s in samples(model) if not s["is_observed"] and local.is_local(s)]
+    shared = [s for s in samples(model) if not s["is_observed"] and not local.is_local(s)]
+    observed = [s for s in samples(model) if s["is_observed"] and not is_factor(s["fn"])]
+    latent = {s["name"]: s for s in (*latents, *shared)}
+    terms = guides.terms(pair, rows, guide, latent, local)
+    if terms.no_density is None:
+        _check_places(drawn, latent, local)
+    summed = tuple(s["name"] for s in samples(model) if _summed(s, drawn))
+    return replace(
+        local,
+        latents=tuple(s["name"] for s in latents),
+        globals_=tuple(s["name"] for s in shared),
+        observed=tuple(s["name"] for s in observed),
+        improper=tuple(s["name"] for s in latents if is_flat(s["fn"])),
+        masked=tuple(s["name"] for s in latents if is_masked(s) or is_masked(drawn.get(s["name"], s))),
+        points=tuple(s["name"] for s in latents if s["name"] in terms.points),
+        no_density=terms.no_density,
+        not_normalised=terms.not_normalised,
+        no_evidence=_no_evidence(pair, observed, [s["name"] for s in shared if s["name"] in summed]),
+        measure=getattr(pair, "measure", None) or _measure(observed),
+        subsampled=_subsampled(list(over.values()), length(rows)),
+        summed=summed,
+        whole=whole,
+        enumerated=any(is_enumerated(s) for t in (guide, model) for s in samples(t) if not s["is_observed"]),
+        note=_note(pair, model),
+    )
+
+
+def _counts(batch: Batch) -> list[int]:
+    """Two numbers of rows that are neither N nor the size of another axis: a plate over a wrong axis then shows itself."""
+    taken = {length(batch), *(size for _, leaf in leaves(batch) for size in leaf.shape[1:])}
+    return [n for n in range(5, 8 + len(taken)) if n not in taken][:2]
+
+
+def _trials(pair: Any, batch: Batch, counts: list[int]) -> list[tuple[Batch, Any, Any]] | None:
+    """The programs' runs on so many rows, or None where they do not run on them."""
+    found = []
+    try:
+        for count in counts:
+            rows = _few(batch, count)
+            with pair.trying():
+                guide, model = run_both(pair, rows, None)
+            data_axis.require_shapes(data_axis.sites_of(guide, model))
+            found.append((rows, guide, model))
+        if not data_axis.tracking([(data_axis.sites_of(*run), length(rows)) for rows, *run in found]):
+            return None
+    except ValueError:
+        return None
+    return found
 
 
 def run_both(pair: Any, rows: Batch, layout: Layout | None) -> tuple[Any, Any]:
@@ -100,10 +149,16 @@ def blamed(name: str, rows: Batch) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise ValueError(
-            f"the model's latents could not be drawn ({error}): a flat prior needs a guide that draws its site"
+            f"the {name} failed: a distribution cannot do what is asked of it ({first_line(error)}). A flat prior cannot be "
+            "drawn from: it needs a guide that draws its site"
         ) from error
     except PROGRAM_ERRORS as error:
         raise ValueError(f"the {name} failed on rows of the data, of shape {shapes(rows)}: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind, where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def check_sites(guide: Any, model: Any, has_guide: bool) -> None:
@@ -136,7 +191,7 @@ def check_sites(guide: Any, model: Any, has_guide: bool) -> None:
                 f"site {name!r}: expected the guide's shape to be the model's, {expected} with {p['fn'].event_dim} event "
                 f"dimension(s), got {got} with {q['fn'].event_dim}: use .to_event(1) for vectors in both"
             )
-        if not _covers(p["fn"], q["fn"]) or not inside(p, q["value"]).all():
+        if not _draws_inside(p, q):
             raise ValueError(
                 f"site {name!r}: the guide ({type(base(q['fn'])).__name__}) draws values outside the support of the "
                 f"prior ({type(base(p['fn'])).__name__}): expected {describe_support(p['fn'])}"
@@ -154,58 +209,72 @@ def check_event(site: Site) -> None:
         raise ValueError(f"site {site['name']!r}: expected data of shape {expected}, got {got}")
 
 
-def _covers(p: Any, q: Any) -> bool:
-    """Whether the support of p can hold that of q, as far as their kinds tell."""
-    try:
-        wide, narrow = support_of(p), support_of(q)
-    except (NotImplementedError, AttributeError):
-        return True
-    if isinstance(base(q), Delta) or is_flat(p):  # autoguides draw elsewhere, and put a Delta with its density here
-        return True
-    bounded = type(wide).__name__ != "_Real"
-    return wide.is_discrete == narrow.is_discrete and not (bounded and type(narrow).__name__ == "_Real")
-
-
-def _auxiliary(drawn: dict[str, Site]) -> list[Site]:
-    return [site for site in drawn.values() if site["infer"].get("is_auxiliary")]
-
-
-def _is_point(name: str, drawn: dict[str, Site]) -> bool:
-    """Whether the guide has no density for a latent: not where an autoguide has drawn the very value at an auxiliary site."""
-    if name not in drawn or not is_point(drawn[name]["fn"]):
-        return False
-    elsewhere = [site["value"].flatten() for site in _auxiliary(drawn)]
-    return not elsewhere or not bool(torch.isin(drawn[name]["value"], torch.cat(elsewhere)).all())
-
-
-def _blind(drawn: dict[str, Site], latent: dict[str, Site]) -> str | None:
-    """Why auxiliary sites hide the guide's density at the latents, if they do.
-
-    Autoguides draw at them what latents are made of, one to one; anything else would have to be integrated out.
-    """
-    if not (own := _auxiliary(drawn)):
-        return None
-    made = [latent[s["name"]] for s in drawn.values() if s["name"] in latent and isinstance(base(s["fn"]), Delta)]
-    numbers = sum(free_of(site).inverse_shape(site["value"].shape).numel() for site in made)
-    if sum(site["value"].numel() for site in own) == numbers:
-        return None
-    return (
-        f"the guide's site {own[0]['name']!r} is auxiliary, and its latents are not made of it one to one: its density at "
-        "them needs that site integrated out. Noise of the guide's own is drawn by torch, not at a site"
-    )
-
-
 def _summed(site: Site, drawn: dict[str, Site]) -> bool:
     return not site["is_observed"] and site["name"] not in drawn and is_enumerated(site)
 
 
-def _subsampled(plate: Any, count: int) -> str | None:
-    if not (0 <= plate.size < (plate.full_size or 0) and plate.full_size == count):
-        return None
+def _subsampled(plates: list[Any], count: int) -> str | None:
+    for plate in plates:
+        if 0 <= plate.size < (plate.full_size or 0) and plate.full_size == count:
+            return (
+                f"the programs subsample their data, {plate.size} of {plate.full_size} in plate {plate.name!r}: what is "
+                "computed would not be about the data that were given. Evaluate programs whose plate has all of them"
+            )
+    return None
+
+
+def _no_evidence(pair: Any, observed: list[Site], summed: list[str]) -> str | None:
+    if not observed and not pair.tractable:
+        return (
+            "the model observes no site of the data, so it has no density of them (a pyro.factor adds to the loss, but is "
+            "none): there is no log p(x). Observe the data: pyro.sample('x', ..., obs=x)"
+        )
+    if summed:
+        return (
+            f"the discrete site {summed[0]!r} is shared by all data and summed out: log p of the data together is no sum over "
+            "them, so there is no log p(x) of each datum. Let the guide draw the site, or put it inside the plate over the data"
+        )
+    return None
+
+
+def _note(pair: Any, model: Any) -> str:
+    own = {f"log_det_{depth}" for depth in range(1, getattr(pair, "depth", 0) + 1)}  # of `Transformed`
+    names = [s["name"] for s in samples(model) if s["is_observed"] and is_factor(s["fn"]) and s["name"] not in own]
+    if not names:
+        return ""
     return (
-        f"the programs subsample their data, {plate.size} of {plate.full_size} in plate {plate.name!r}: what is computed "
-        "would not be about the data that were given. Evaluate programs whose plate has all of them"
+        f"The model adds pyro.factor({names[0]!r}): the value is the logarithm of the integral over the latents, and a log "
+        "density of the data only if the factor belongs to a normalised model."
     )
+
+
+def _check_places(drawn: dict[str, Site], latent: dict[str, Site], layout: Layout) -> None:
+    for name, site in latent.items():
+        if name in drawn and layout.is_local(site) != layout.is_local(drawn[name]):
+            inner, outer = ("model", "guide") if layout.is_local(site) else ("guide", "model")
+            raise ValueError(
+                f"site {name!r} lies in the plate over the data in the {inner}, and outside of it in the {outer}: draw it in "
+                "both inside `with pyro.plate('data', len(x))`, or in both outside"
+            )
+
+
+def _draws_inside(p: Site, q: Site) -> bool:
+    """Whether the guide draws inside the support of the prior: by the kinds of their supports, and by some draws."""
+    if not inside(p, q["value"]).all():
+        return False
+    if isinstance(base(q["fn"]), Delta) or is_flat(p["fn"]):  # autoguides draw elsewhere
+        return True
+    try:
+        wide, narrow = support_of(p["fn"]), support_of(q["fn"])
+        too_wide = type(narrow).__name__ == "_Real" and type(wide).__name__ != "_Real"
+        # torch may give transformed draws a wider support than they have
+        if wide.is_discrete != narrow.is_discrete or (
+            too_wide and not isinstance(base(q["fn"]), TransformedDistribution)
+        ):
+            return False
+        return bool(inside(p, q["fn"].sample((_DRAWS,))).all())
+    except (NotImplementedError, AttributeError):
+        return True
 
 
 def _measure(observed: list[Site]) -> str:
@@ -214,7 +283,12 @@ def _measure(observed: list[Site]) -> str:
 
 
 def _few(batch: Batch, count: int) -> Batch:
-    return each(lambda leaf: _without_gaps(leaf, leaf[:count]), batch)
+    """So many rows, repeated where there are fewer."""
+    index = torch.arange(count) % length(batch)
+    few = rows_at(batch, index) if count != length(batch) else batch
+    return rebuilt(
+        few, [_without_gaps(leaf, rows) for (_, leaf), (_, rows) in zip(leaves(batch), leaves(few), strict=True)]
+    )
 
 
 def _without_gaps(leaf: Tensor, rows: Tensor) -> Tensor:
@@ -225,28 +299,17 @@ def _without_gaps(leaf: Tensor, rows: Tensor) -> Tensor:
     return torch.where(good, rows, torch.where(torch.isfinite(largest), largest, 0.0))
 
 
-def _nesting(guide: Any, model: Any) -> int:
-    return max(-f.dim for s in [*samples(guide), *samples(model)] for f in s["cond_indep_stack"] if f.dim is not None)
-
-
-def _data_plate(sites: list[Site], count: int, rows: Batch) -> Any:
-    # a plate by another name is known by its size; that of the observed sites comes first
-    sites = sorted(sites, key=lambda s: not s["is_observed"] or is_factor(s["fn"]))
-    frames = [f for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
-    # a plate without a size has -1
-    named = [f for f in frames if f.name == "data"] or [f for f in frames if {-1, count} & {f.size, f.full_size}]
-    if not named:
-        raise ValueError(
-            "the model has no plate over the data: expected `with pyro.plate('data', N, dim=-1)` around the sites of each "
-            f"datum; got {sorted({f.name for f in frames}) or 'no plates'}"
-        )
-    plate = named[0]
-    if plate.size not in (-1, count) and plate.full_size in (None, plate.size):
-        raise ValueError(
-            f"plate {plate.name!r} has size {plate.size}, but the batch has {count} rows ({shapes(rows)}): take the plate's "
-            "size from the batch"
-        )
-    return plate
+def _likelihood(pair: Any, rows: Batch, values: dict[str, Any]) -> Tensor:
+    """log p of the observations (N,), summed over what else lies in each, at given values of the latents."""
+    model = pair.run(pair.model, rows, 1, None, poutine.condition, data=values)
+    total = torch.zeros(length(rows), device=pair.device)
+    for site in samples(model):
+        if site["name"] not in values and not is_factor(site["fn"]):
+            density = site["fn"].log_prob(site["value"])
+            dims = [f.dim for f in frames(site) if f.size == length(rows)]
+            if dims:
+                total = total + density.movedim(dims[0], -1).reshape(-1, length(rows)).sum(0)
+    return total
 
 
 def _vectorises(pair: Any, rows: Batch, layout: Layout) -> bool:

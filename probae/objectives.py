@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from probae.arguments import flag, one_of, positive, real, size, whole
 from probae.batches import Batch
 from probae.enumeration import enumerated_loss
-from probae.gradients import Gate, beside_draws, gated, leave_one_out, path_posterior, score_term
+from probae.gradients import Gate, beside_draws, factor_term, gated, leave_one_out, path_posterior, score_term
 from probae.pair import Pair
 
 Schedule = Callable[[Tensor], Tensor]
@@ -154,6 +154,9 @@ class ELBO(Objective):
         score = traces.score()
         if score is not None:
             value = value + score_term(score, local, global_ / size)
+        counted = traces.unreparameterised()
+        if counted is not None:
+            value = value + factor_term(counted, local, global_)
         return -value
 
     def extra_repr(self) -> str:
@@ -203,7 +206,7 @@ class IWAE(Objective):
         normalised = torch.softmax(log_w.detach(), 0)
         if double:
             for i, gate in enumerate(gates):
-                gate.weights = beside_draws(normalised, traces, i * len(traces.runs) // len(gates))
+                gate.weights = beside_draws(normalised, gate.site, traces, i * len(traces.runs) // len(gates))
             # in value the bound; in gradient the weights enter once for the model and, by the gates, once more for the guide
             surrogate = (normalised * log_w).sum(0)
             bound = surrogate + (bound - surrogate).detach()

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, leaves, length
+from probae.guides import is_messenger
 from probae.layout import lay_out, run_at
+from probae.masks import Site
 from probae.missing import masked, require_numbers
 from probae.passes import Passes
-from probae.sites import Layout, Site, rows_in_plate, samples
+from probae.sites import Layout, rows_in_plate, samples
 from probae.traces import Traces
 
 Program = Callable[..., Any]
+
+#: the plate of particles, to the left of all others
+PARTICLES = "probae.particles"
 
 
 class Pair(Passes, nn.Module):
@@ -162,16 +167,27 @@ class Pair(Passes, nn.Module):
 
     # -- its runs ----------------------------------------------------------------------------------------------------
 
-    def layout(self, batch: Batch) -> Layout:
-        """Where the sites lie; found by one run on a few rows and kept."""
+    def layout(self, batch: Batch, seed: int = 0) -> Layout:
+        """Where the sites lie; found by runs on a few rows and kept. Parameters that those make follow from the seed."""
         form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
         if self._layout is None or self._form != form:  # programs may observe less of another form
-            self._layout, self._form = lay_out(self, batch), form
+            self._layout, self._form = lay_out(self, batch, seed), form
         return self._layout
 
-    def forget_layout(self) -> None:
-        """Find the sites anew at the next run."""
-        self._layout = None
+    def keep_layout(self, layout: Layout | None) -> None:
+        """Take what is now known of the sites; None finds them anew at the next run."""
+        self._layout = layout
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """Parameters that programs declare here are dropped afterwards."""
+        before = dict(self.stored.items())
+        try:
+            yield
+        finally:
+            for name in set(self.stored.keys()) - set(before):
+                del self.stored[name]
+                self._constraints.pop(name, None)
 
     def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
@@ -185,8 +201,8 @@ class Pair(Passes, nn.Module):
             The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
         """
         layout = self.layout(batch)
-        if not self.has_guide and (latents := layout.latents + layout.globals_):
-            raise ValueError(f"the pair has no guide to draw {list(latents)} from: a bound needs one")
+        if not self.has_guide and (latents := [n for n in layout.latents + layout.globals_ if n not in layout.summed]):
+            raise ValueError(f"the pair has no guide to draw {latents} from: a bound needs one")
         together = layout.vectorised or particles == 1
         each = particles if together else 1
         runs = [self._run(batch, layout, each, through) for _ in range(1 if together else particles)]
@@ -217,12 +233,18 @@ class Pair(Passes, nn.Module):
             if particles == 1 or layout is None:
                 call(program, batch)
             else:
-                with pyro.plate("probae.particles", particles, dim=-1 - layout.nesting):
+                with pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting):
                     call(program, batch)
 
         handled = handler(vectorised, **options) if handler is not None else vectorised
         with self.own_parameters():
-            return poutine.trace(handled).get_trace()
+            trace = poutine.trace(handled).get_trace()
+        if program == self.guide and is_messenger(
+            self
+        ):  # which runs the model: what that observes is none of the guide's
+            for name in [site["name"] for site in samples(trace) if site["is_observed"]]:
+                trace.remove_node(name)
+        return trace
 
     @contextlib.contextmanager
     def own_parameters(self) -> Iterator[None]:

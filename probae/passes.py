@@ -12,10 +12,13 @@ from torch import Tensor
 from probae.arguments import size, whole
 from probae.batches import Batch, as_batch, call, leaves, length, rows_at, shapes
 from probae.imputation import imputed
-from probae.layout import blamed
+from probae.layout import blamed, first_line
 from probae.missing import require_numbers
 from probae.seeding import still
 from probae.sites import Layout, base, samples
+
+#: of a distribution whose mean has no closed form
+_DRAWS = 100
 
 
 class Passes:
@@ -52,13 +55,15 @@ class Passes:
                 return _alone({name: model.nodes[name]["value"] for name in layout.observed})
             except NotImplementedError as error:
                 raise ValueError(
-                    "there is nothing to draw from: the prior is flat, and no data follow from it"
+                    f"the model cannot draw its latents ({first_line(error)}): a flat prior has no draws"
                 ) from error
             except RuntimeError as error:  # of distributions whose parameters are NaN, or of several dtypes
                 raise ValueError(f"the model failed to draw {n} data: {error}") from error
 
     def encode(self: Any, x: Any) -> Tensor | dict[str, Tensor]:
         """The posterior means of the latents at data x, (N, L); a dict by site where there are several.
+
+        A guide whose means have no closed form, such as a flow, is averaged over 100 draws, which follow from a fixed seed.
 
         Raises:
             ValueError: if the pair has no guide.
@@ -177,10 +182,13 @@ def _alone(found: dict[str, Tensor]) -> Any:
 
 
 def _centre(fn: Any) -> Tensor:
-    """The mean, or the mode of what has none (classes)."""
+    """The mean, in closed form or of many draws; the mode of classes, which have none."""
     kind = type(base(fn)).__name__
     if kind not in {"Categorical", "OneHotCategorical"}:
-        return fn.mean
+        try:
+            return fn.mean
+        except (NotImplementedError, AttributeError):  # of a flow, say
+            return sum(fn.sample() for _ in range(_DRAWS)) / _DRAWS
     while type(fn).__name__ in {"Independent", "MaskedDistribution"}:  # which do not say the mode of what they hold
         fn = fn.base_dist
     return fn.mode

@@ -1,4 +1,4 @@
-"""What a site of a trace is: its distribution, support and mask, and where it lies in a pair's layout of plates."""
+"""What a site of a trace is: its distribution and support, and where it lies in a pair's layout of plates."""
 
 from __future__ import annotations
 
@@ -14,50 +14,59 @@ from torch.distributions import TransformedDistribution, biject_to, constraints
 from torch.distributions.transforms import Transform
 
 from probae.batches import Batch, length
-
-Site = dict[str, Any]
+from probae.masks import Site
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sites of a pair lie.
+    """Where the sites of a pair lie, and what its densities are good for.
 
     Attributes:
-        plates: the names of the plates over data.
-        data_dim: their (negative) dimension.
+        data_dims: the plates over the data, which have as many elements as there are rows, and their (negative) dimensions.
         nesting: how many plate dimensions the programs use; the particle plate goes to their left.
         latents, globals_: the model's latent sites inside and outside the data plate.
         observed: its observed sites.
         points: local latents for which the guide has no density.
         improper: local latents whose prior is flat.
+        masked: local latents whose prior or guide has a mask.
         measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
         subsampled: why what is computed is not about all of the data, where the programs take a part of them, or None.
         summed: latents that the guide leaves to the model, which are summed out.
         enumerated: whether the programs ask for the sum over a discrete latent.
-        blind: why the guide's density at its latents is not known, or None.
+        no_evidence: why there is no log p(x) of each datum at all, or None.
+        no_density: why the density of the guide's draws is not known, or None.
+        not_normalised: why the guide's terms are no density of its draws, or None.
         whole: whether the programs run on all of the data at once alone.
         vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
+        note: what the reader of an estimate should know of the programs.
     """
 
-    plates: frozenset[str]
-    data_dim: int
+    data_dims: dict[str, int]
     nesting: int
     latents: tuple[str, ...] = ()
     globals_: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
     improper: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
     measure: str = "density"
     subsampled: str | None = None
     summed: tuple[str, ...] = ()
     enumerated: bool = False
-    blind: str | None = None
+    no_evidence: str | None = None
+    no_density: str | None = None
+    not_normalised: str | None = None
     whole: bool = False
     vectorised: bool = True
+    note: str = ""
+
+    def data_plate(self, site: Site) -> Any:
+        """The plate over the data that a site lies in, or None."""
+        return next((frame for frame in site["cond_indep_stack"] if frame.name in self.data_dims), None)
 
     def is_local(self, site: Site) -> bool:
-        """Whether a site lies inside the data plate."""
-        return any(frame.name in self.plates for frame in site["cond_indep_stack"])
+        """Whether a site lies inside a plate over the data."""
+        return self.data_plate(site) is not None
 
 
 def samples(trace: Any) -> Iterator[Site]:
@@ -96,22 +105,6 @@ def is_point(fn: Any) -> bool:
     while isinstance(fn, TransformedDistribution):
         fn = base(fn.base_dist)
     return isinstance(fn, Delta) and not bool(fn.log_density.any())
-
-
-def hides(p: Site, q: Site | None) -> bool:
-    """Whether a mask takes density from the prior that the guide keeps: what it hides has a flat prior."""
-    kept_p, kept_q = _kept(p), True if q is None else _kept(q)
-    return bool((~torch.as_tensor(kept_p) & torch.as_tensor(kept_q)).any())
-
-
-def _kept(site: Site) -> Any:
-    kept = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        if type(fn).__name__ == "MaskedDistribution":
-            kept = kept & torch.as_tensor(fn._mask)
-        fn = fn.base_dist
-    return kept
 
 
 def inside(site: Site, value: Any) -> Any:
@@ -169,8 +162,8 @@ def free_of(site: Site) -> Transform:
 
 def rows_in_plate(model: Any, layout: Layout, batch: Batch) -> int:
     """The size of the data plate in a trace, smaller than N where the programs subsample."""
-    for site in model.nodes.values():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.name in layout.plates:
-                return frame.size if frame.size >= 0 else length(batch)  # a plate without a size takes the data's
+    for site in samples(model):
+        frame = layout.data_plate(site)
+        if frame is not None:
+            return frame.size if frame.size >= 0 else length(batch)  # a plate without a size takes the data's
     return length(batch)

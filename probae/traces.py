@@ -2,6 +2,9 @@
 
 The data axis is a dimension of its own, and so are the particles: a site inside the data plate is *local* and gives
 ``(K, N)``, with every other plate summed out; a site outside it is *global* and gives ``(K,)``.
+
+`Traces.likelihood`, `Traces.prior` and `Traces.posterior` count what Pyro counts: every site, factors and observed ones too,
+and no density under a mask. `Traces.log_weights` are ratios of densities: latents under a mask are left out of both.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from probae.sites import Layout, Site, is_flat, samples
+from probae.masks import Site, kept, log_density
+from probae.sites import Layout, is_flat, samples
 
 
 class Part(NamedTuple):
@@ -41,13 +45,45 @@ class Traces:
         """log p of the observed sites given the latents."""
         return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(model) if s["is_observed"]))
 
-    def prior(self) -> Part:
-        """log p of the latent sites."""
-        return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(model) if not s["is_observed"]))
+    def prior(self, proper: bool = False) -> Part:
+        """log p of the latent sites; where ``proper``, those under a mask keep their own law, which integrates to one."""
 
-    def posterior(self) -> Part:
-        """log q of the guide's sites."""
-        return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(guide) if not s["is_observed"]))
+        def terms(guide: Any, model: Any) -> Iterator[tuple[Site, Tensor]]:
+            for site in samples(model):
+                if not site["is_observed"]:
+                    yield _proper(site) if proper and site["name"] in self.layout.masked else (site, log_prob(site))
+
+        return self._sum(terms)
+
+    def posterior(self, proper: bool = False) -> Part:
+        """log q of the guide's sites; as `prior` where ``proper``."""
+
+        def terms(guide: Any, model: Any) -> Iterator[tuple[Site, Tensor]]:
+            for site in samples(guide):
+                if proper and site["name"] in self.layout.masked:
+                    yield _proper(site)
+                else:
+                    # what is observed without a path is no draw: as in Pyro, `score` alone has its gradient
+                    yield site, log_prob(site).detach() if _unreparameterised(site) else log_prob(site)
+
+        return self._sum(terms)
+
+    def proposal(self) -> Part:
+        """log q of the draws that have a density: of those that the model's mask keeps, without the guide's mask."""
+
+        def terms(guide: Any, model: Any) -> Iterator[tuple[Site, Tensor]]:
+            for site in samples(guide):
+                other = model.nodes.get(site["name"])
+                if site["name"] in self.layout.masked and other is not None:
+                    yield {**site, "mask": None}, log_density(site, kept(other))
+                else:
+                    yield site, log_prob(site)
+
+        return self._sum(terms)
+
+    def log_weights(self) -> Tensor:
+        """log p(x, z) − log q(z | x), (K, N)."""
+        return (self.likelihood() + self.prior() - self.proposal()).local
 
     def kl(self) -> Part:
         """log q − log p of the latents, in closed form at each site where one is known.
@@ -61,6 +97,7 @@ class Traces:
             latent = [s["name"] for s in samples(model) if not s["is_observed"]]
             for site in samples(guide):
                 if site["is_observed"]:
+                    yield site, log_prob(site).detach() if _unreparameterised(site) else log_prob(site)
                     continue
                 other = model.nodes.get(site["name"])
                 exact = _closed_form(site, other) if drawn == latent and other is not None else None
@@ -84,6 +121,12 @@ class Traces:
             return None
         return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(guide) if s["name"] in names))
 
+    def unreparameterised(self) -> Part | None:
+        """log q of what the guide observes or adds by `pyro.factor` without a path, or None: Pyro scores these as well."""
+        if not any(_unreparameterised(s) for guide, _ in self.runs for s in samples(guide)):
+            return None
+        return self._sum(lambda guide, model: ((s, log_prob(s)) for s in samples(guide) if _unreparameterised(s)))
+
     def without_path(self) -> list[str]:
         """The guide's sites whose draws have no gradient."""
         return [s["name"] for s in samples(self.runs[0][0]) if not s["is_observed"] and not s["fn"].has_rsample]
@@ -103,9 +146,10 @@ class Traces:
             value = scale_and_mask(value, _residual_scale(site, self.layout), site["mask"])
             if value.dim() < self.layout.nesting + 1:
                 value = value.reshape((1,) * (self.layout.nesting + 1 - value.dim()) + value.shape)
-            if self.layout.is_local(site):
+            plate = self.layout.data_plate(site)
+            if plate is not None:
                 # the data plate last, every other plate of the programs summed out
-                value = value.movedim(self.layout.data_dim, -1).flatten(1, -2).sum(1) if value.dim() > 2 else value
+                value = value.movedim(plate.dim, -1).flatten(1, -2).sum(1) if value.dim() > 2 else value
                 local = value if local is None else local + value
             else:
                 value = value.flatten(1).sum(1)
@@ -122,12 +166,19 @@ def log_prob(site: Site, value: Tensor | None = None) -> Tensor:
     return site["fn"].log_prob(site["value"] if value is None else value, *site["args"], **site["kwargs"])
 
 
+def _proper(site: Site) -> tuple[Site, Tensor]:
+    return {**site, "mask": None}, log_density(site)
+
+
+def _unreparameterised(site: Site) -> bool:
+    return site["is_observed"] and not site["fn"].has_rsample
+
+
 def _residual_scale(site: Site, layout: Layout) -> Any:
     """The site's scale without the one that subsampling the data gives it: terms are per datum."""
-    scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
-        if frame.name in layout.plates and frame.full_size is not None:
-            scale = scale * frame.size / frame.full_size
+    scale, frame = site["scale"], layout.data_plate(site)
+    if frame is not None and frame.full_size is not None:
+        scale = scale * frame.size / frame.full_size
     return 1.0 if not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-12) else scale
 
 
@@ -139,12 +190,24 @@ def scaled_sites(traces: Traces) -> list[str]:
 
 
 def _closed_form(q: Site, p: Site) -> Tensor | None:
-    alike = (q["mask"] is p["mask"] and q["scale"] is p["scale"]) or (
-        q["mask"] is None and p["mask"] is None and not isinstance(q["scale"], Tensor) and q["scale"] == p["scale"]
-    )
+    # a closed form holds where the same numbers of both count, and what is not looked at is taken to differ
+    alike = q["mask"] is p["mask"] and q["scale"] is p["scale"]
+    if not isinstance(q["scale"], Tensor) and not isinstance(p["scale"], Tensor):
+        alike = q["mask"] is p["mask"] and q["scale"] == p["scale"]
+    inner = _inner_masks(q["fn"]), _inner_masks(p["fn"])
+    alike = alike and len(inner[0]) == len(inner[1]) and all(a is b for a, b in zip(*inner, strict=True))
     if not alike or q["fn"].event_dim != p["fn"].event_dim or is_flat(p["fn"]):
         return None
     try:
         return kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return None
+
+
+def _inner_masks(fn: Any) -> list[Any]:
+    found = []
+    while hasattr(fn, "base_dist"):
+        if hasattr(fn, "_mask"):
+            found.append(fn._mask)
+        fn = fn.base_dist
+    return found

@@ -146,7 +146,7 @@ def at_an_auxiliary_site(make):
     ("make", "reason"),
     [
         (lambda x, u: dist.Normal(0.8 * x + 0.3 * u, 0.5), "needs that site integrated out"),
-        (lambda x, u: dist.Delta(0.8 * x + 0.3 * u), "the guide is a point at site 'z'"),
+        (lambda x, u: dist.Delta(0.8 * x + 0.3 * u), "not minus the log Jacobian"),
     ],
 )
 def test_noise_at_a_site_of_the_guides_own_is_no_density(make, reason):

@@ -187,7 +187,7 @@ def _cells(value: Tensor, q: Site, traces: Traces) -> Tensor:
     event = q["fn"].event_shape[: _axes(q)]
     value = value.expand(*batch, *event, value.shape[-1])
     value = value.reshape((1,) * (layout.nesting + 1 - len(batch)) + value.shape)
-    value = value.movedim(layout.nesting + 1 + layout.data_dim, 1)
+    value = value.movedim(layout.nesting + 1 + layout.data_plate(q).dim, 1)
     value = value.reshape(*value.shape[:2], -1, value.shape[-1])
     return value.expand(traces.particles // len(traces.runs), traces.size, *value.shape[2:])
 

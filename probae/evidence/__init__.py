@@ -19,7 +19,7 @@ from probae.evidence.refined import Refinement, refine
 from probae.evidence.result import Evidence, joined
 from probae.evidence.tractable import enumerate_states, exact, states
 from probae.evidence.tradeoff import RateDistortion, rate_distortion
-from probae.evidence.weights import Weights, log_weights, no_bound, prepare
+from probae.evidence.weights import Weights, log_weights, no_bound, no_evidence, prepare
 from probae.pair import Pair, as_pair
 from probae.processes import ALONE, processes
 from probae.seeding import seeded
@@ -107,8 +107,9 @@ def log_evidence(
     settings = options_of(method, particles, options)
     if shard or streams_from_disk(x):
         return _by_blocks(model, x, method, particles, seed, compile, shard, options)
-    pair, batch, layout = prepare(model, x)
+    pair, batch, layout = prepare(model, x, seed)
     found = _estimated(pair, batch, layout, method, particles, settings, seed, compile)
+    found = replace(found, note=" ".join(filter(None, (found.note, layout.note))))
     rows = checksums(batch)
     return replace(found, rows=rows, elbo=None if found.elbo is None else replace(found.elbo, rows=rows))
 
@@ -197,6 +198,10 @@ def _by_blocks(
 def _choose(pair: Pair, batch: Batch, layout: Layout) -> str:
     if pair.tractable:
         return "exact"
+    if no_evidence(layout):
+        return "auto"
+    if layout.latents and set(layout.latents) <= set(layout.summed) and not layout.globals_:
+        return "enumerate"
     if layout.latents and layout.nesting == 1 and layout.vectorised:
         try:
             states(pair, batch, layout)

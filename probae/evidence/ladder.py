@@ -18,7 +18,7 @@ from probae.evidence.refined import Guides, Refinement, Refiner
 from probae.evidence.result import RUNGS, Evidence
 from probae.evidence.running import believable
 from probae.evidence.space import Space
-from probae.evidence.weights import Weights, no_bound, require_weights
+from probae.evidence.weights import Weights, no_evidence, require_weights
 from probae.pair import Pair
 from probae.seeding import derived
 from probae.sites import Layout
@@ -101,8 +101,8 @@ def climb(
 
 def _applicable(pair: Pair, batch: Batch, layout: Layout, options: Ladder) -> tuple[tuple[str, ...], str]:
     """The rungs for a pair, and why there is no choice, where there is none."""
-    if layout.subsampled or layout.improper:
-        raise ValueError(layout.subsampled or no_bound(layout))
+    if reason := no_evidence(layout):
+        raise ValueError(reason)
     try:
         require_weights(pair, layout)
         weighable: str | None = None

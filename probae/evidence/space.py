@@ -12,7 +12,7 @@ from torch.distributions.transforms import IndependentTransform, StickBreakingTr
 
 from probae.batches import Batch, each, leaves, length
 from probae.evidence.tractable import states
-from probae.evidence.weights import no_bound, require_unscaled
+from probae.evidence.weights import no_evidence, require_unscaled
 from probae.layout import run_at
 from probae.pair import Pair
 from probae.seeding import still
@@ -39,6 +39,7 @@ class _Coordinates:
     free: torch.Size
     drawn: torch.Size
     event_dim: int
+    data_dim: int
 
 
 class Space:
@@ -59,7 +60,7 @@ class Space:
     """
 
     def __init__(self, pair: Pair, batch: Batch, layout: Layout):
-        if reason := layout.subsampled or (no_bound(layout) if layout.improper else None):
+        if reason := no_evidence(layout):
             raise ValueError(reason)
         if layout.globals_ and not pair.has_guide:
             raise ValueError(f"the pair has no guide to draw {list(layout.globals_)} from, which all data share")
@@ -118,7 +119,7 @@ class Space:
         values, count = _at_states({**values, **(given or {})}, self.states, particles, size)
         traces = self._replay(batch, values, count * particles)
         prior, likelihood = (
-            part.local.reshape(count, particles, size) for part in (traces.prior(), traces.likelihood())
+            part.local.reshape(count, particles, size) for part in (traces.prior(proper=True), traces.likelihood())
         )
         if count == 1:
             return Terms(prior[0] + jacobian, likelihood[0])
@@ -133,7 +134,7 @@ class Space:
         values, count = _at_states({**values, **(given or {})}, self.guided, particles, rows)
         batch, values, together, size = self._shaped(batch, values, count * particles)
         guide = run_at(self.pair, self.pair.guide, batch, together, self.layout, values)
-        local = Traces([(guide, guide)], self.layout, together, size).posterior().local
+        local = Traces([(guide, guide)], self.layout, together, size).posterior(proper=True).local
         log_q = local.reshape(count, particles, rows)
         return (log_q[0] if count == 1 else torch.logsumexp(log_q, 0)) + jacobian
 
@@ -233,8 +234,8 @@ class Space:
         value = site["value"]
         lead = value.dim() - fn.event_dim
         batch_shape = (1,) * (layout.nesting - lead) + tuple(value.shape[:lead])
-        inner = list(batch_shape)
-        del inner[layout.data_dim]
+        data_dim, inner = layout.data_plate(site).dim, list(batch_shape)
+        del inner[data_dim]
         drawn = torch.Size(inner) + value.shape[lead:]
         transform = free_of(site)
         free = transform.inverse_shape(drawn)
@@ -242,19 +243,19 @@ class Space:
             raise ValueError(
                 f"the support of site {site['name']!r} is given for each datum: it has no fixed coordinates; use method='iwae'"
             )
-        return _Coordinates(transform, free, drawn, fn.event_dim)
+        return _Coordinates(transform, free, drawn, fn.event_dim, data_dim)
 
     def _by_datum(self, value: Tensor, site: _Coordinates, particles: int, size: int) -> Tensor:
         """A site's value with the data axis second: (K, N, other plates, event)."""
         nesting = self.layout.nesting
         plates = list(site.drawn[: nesting - 1])
-        plates.insert(nesting + self.layout.data_dim, size)
+        plates.insert(nesting + site.data_dim, size)
         event = site.drawn[nesting - 1 :]
         value = value.reshape(particles, *plates, *event)
-        return value.movedim(1 + nesting + self.layout.data_dim, 1)
+        return value.movedim(1 + nesting + site.data_dim, 1)
 
     def _as_drawn(self, z: Tensor, site: _Coordinates) -> Tensor:
-        return z.movedim(1, 1 + self.layout.nesting + self.layout.data_dim)
+        return z.movedim(1, 1 + self.layout.nesting + site.data_dim)
 
 
 def _at_the_edge(z: Tensor, transform: Transform) -> Tensor:

@@ -12,7 +12,9 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.batches import Batch, length, rows_of
+from probae.enumeration import log_joint
 from probae.evidence.result import Evidence, as_values
+from probae.layout import run_both
 from probae.pair import Pair
 from probae.seeding import still
 from probae.sites import Layout, base, samples
@@ -33,6 +35,8 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
             "method='exact' needs the pair's marginal(), a callable that returns the distribution p(x); this pair has none: "
             "use method='iwae' for a bound"
         )
+    if reason := layout.subsampled or layout.no_evidence:
+        raise ValueError(reason)
     if not isinstance(batch, Tensor):
         raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
     with still(pair):
@@ -64,49 +68,52 @@ def states(pair: Pair, batch: Batch, layout: Layout, names: Sequence[str] | None
                 if not site["is_observed"] and (names is None or site["name"] in names):
                     values = _support_of(site)
                     _require_same(site, found.setdefault(site["name"], (site["fn"].event_shape, values))[1])
-    grids = [(name, shape, values, shape.numel()) for name, (shape, values) in found.items()]
+    # an event is drawn number by number, or row by row where its base is one of rows (one-hot classes)
+    grids = [(name, shape, values, shape.numel() // values[0].numel()) for name, (shape, values) in found.items()]
     count = math.prod(len(values) ** size for _, _, values, size in grids)
     if count > STATES:
         raise ValueError(
             f"method='enumerate' sums over at most {STATES} states, and the latents have {count}: use 'iwae'"
         )
-    axes = [values for _, _, values, size in grids for _ in range(size)]
-    table = torch.tensor(list(itertools.product(*(axis.tolist() for axis in axes))), device=pair.device)
+    axes = [range(len(values)) for _, _, values, size in grids for _ in range(size)]
+    table = torch.tensor(list(itertools.product(*axes)), device=pair.device)
     states, at = {}, 0
     for name, shape, values, size in grids:
-        states[name] = table[:, at : at + size].to(values.dtype).reshape(count, 1, *shape)
+        states[name] = values[table[:, at : at + size]].reshape(count, 1, *shape)
         at += size
     return states
 
 
 def _require_same(site: Any, states: Tensor) -> None:
-    values, known = _support_of(site), states.unique()
-    if known.shape != values.shape or not torch.equal(known, values.to(known.dtype).unique()):
+    values = _support_of(site)
+    known = states.reshape(-1, *values.shape[1:]).unique(dim=0)
+    if known.shape != values.shape or not torch.equal(known, values.to(known.dtype).unique(dim=0)):
         raise ValueError(
             f"method='enumerate' needs the same states for all data and latents; those of {site['name']!r} differ"
         )
 
 
 def _support_of(site: Any) -> Tensor:
-    """The values that each number of a discrete site can take."""
+    """The values that each draw of a discrete site can take: (S,), or (S, C) rows of one-hot classes."""
     fn = base(site["fn"])
     if not getattr(fn, "has_enumerate_support", False):
         raise ValueError(
             f"method='enumerate' sums over discrete latents; site {site['name']!r} ({type(fn).__name__}) has no finite "
             "support: use method='iwae'"
         )
-    if fn.event_shape.numel() > 1:
-        raise ValueError(
-            f"method='enumerate' cannot list the states of site {site['name']!r} ({type(fn).__name__}): use method='iwae'"
-        )
     try:
-        return fn.enumerate_support(expand=False).flatten()
+        values = fn.enumerate_support(expand=False)
     except NotImplementedError as error:
         raise ValueError(f"method='enumerate' cannot list the states of site {site['name']!r}: {error}") from error
+    return values.reshape(len(values), *fn.event_shape)
 
 
 def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
     r"""log p(x) as :math:`\log \sum_z p(x, z)` over every state of the discrete latents."""
+    if reason := layout.subsampled or layout.no_evidence:
+        raise ValueError(reason)
+    if layout.latents and not layout.globals_ and set(layout.latents) <= set(layout.summed):
+        return _summed_out(pair, batch, layout)
     grid = states(pair, batch, layout)
     count = len(next(iter(grid.values())))
     if layout.nesting > 1 or not layout.vectorised:
@@ -129,7 +136,19 @@ def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
                 for site in samples(traces.runs[0][1]):
                     if site["name"] in grid:  # at these states, those of another site may be others
                         _require_same(site, grid[site["name"]])
-                parts.append(as_values((traces.likelihood() + traces.prior()).local))
+                parts.append(as_values((traces.likelihood() + traces.prior(proper=True)).local))
             totals.append(torch.logsumexp(torch.cat(parts), 0))
     values_ = torch.cat(totals)
     return Evidence(values_, torch.zeros_like(values_), "exact", "enumerate", layout.measure)
+
+
+def _summed_out(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
+    """The same where the programs ask for the sum over all latents: by contraction, along chains of any length."""
+    with still(pair):
+        few = batch if layout.whole else next(rows_of(batch, 2))
+        _, model = run_both(pair, few, layout)
+        widest = max(len(_support_of(site)) for site in samples(model) if site["name"] in layout.summed)
+        rows = length(batch) if layout.whole else max(1, _CELLS // widest**2)
+        blocks = rows_of(batch, rows)
+        values = torch.cat([as_values(log_joint(pair, block, pair.traces(block))[0]) for block in blocks])
+    return Evidence(values, torch.zeros_like(values), "exact", "enumerate", layout.measure)

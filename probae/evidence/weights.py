@@ -42,7 +42,8 @@ def log_weights(
     .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
 
     Their mean over K is the ELBO, their log-mean-exp the importance-weighted bound. With latents outside the data plate,
-    each particle takes its own draw of them from the guide, and the weights are those of the local sites given it.
+    each particle takes its own draw of them from the guide, and the weights are those of the local sites given it. What a guide
+    adds by `pyro.factor` or observes belongs to log q, as Pyro counts it; `log_evidence` asks for a guide that is a density.
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.
@@ -64,28 +65,41 @@ def log_weights(
         >>> log_weights(probae.PPCA(features=4, latents=2), torch.zeros(3, 4), particles=5).shape
         torch.Size([5, 3])
     """
-    pair, batch, layout = prepare(model, x)
-    require_weights(pair, layout)
+    pair, batch, layout = prepare(model, x, seed)
+    require_weights(pair, layout, normalised=False)
     particles = whole("particles", particles)
     return torch.cat(list(Weights(pair, layout, compile).by_rows(batch, particles, seed, memory)), 1)
 
 
-def prepare(model: Any, x: Any) -> tuple[Pair, Batch, Layout]:
+def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Layout]:
     """A pair, a batch of its dtype and on its device, and its layout, all checked."""
     pair = as_pair(model)
     batch = as_batch(x, pair.dtype, pair.device)
-    return pair, batch, check(pair, batch)
+    return pair, batch, check(pair, batch, seed)
+
+
+def no_evidence(layout: Layout) -> str | None:
+    """Why there is no log p(x) of each datum that any estimator could give, or None."""
+    return layout.subsampled or _undefined(layout)
 
 
 def no_bound(layout: Layout) -> str | None:
     """Why a pair gives no bound on log p(x) by its weights, or None if it does."""
+    return _undefined(layout) or _no_weights(layout) or layout.not_normalised
+
+
+def _undefined(layout: Layout) -> str | None:
     if layout.improper:
         return (
             f"the prior of site {layout.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
             "estimator has a bound on it. Give the model a proper prior; probae.expost_prior fits one to its codes"
         )
-    if layout.blind is not None:
-        return layout.blind
+    return layout.no_evidence
+
+
+def _no_weights(layout: Layout) -> str | None:
+    if layout.no_density is not None:
+        return layout.no_density
     if layout.points:
         return (
             f"the guide is a point at site {layout.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
@@ -94,12 +108,16 @@ def no_bound(layout: Layout) -> str | None:
     return None
 
 
-def require_weights(pair: Pair, layout: Layout) -> None:
-    """Raise a ValueError unless the pair's weights are ratios of densities."""
-    if reason := layout.subsampled or no_bound(layout):
+def require_weights(pair: Pair, layout: Layout, normalised: bool = True) -> None:
+    """Raise a ValueError unless the pair's weights are ratios of densities.
+
+    Args:
+        normalised: whether the guide has to be a density of its draws; if not, its terms are what Pyro counts.
+    """
+    if reason := no_evidence(layout) or _no_weights(layout) or (layout.not_normalised if normalised else None):
         raise ValueError(reason)
-    if not pair.has_guide and (layout.latents or layout.globals_):
-        raise ValueError(f"the pair has no guide to draw {list(layout.latents + layout.globals_)} from")
+    if not pair.has_guide and (drawn := [n for n in layout.latents + layout.globals_ if n not in layout.summed]):
+        raise ValueError(f"the pair has no guide to draw {drawn} from")
 
 
 def require_unscaled(traces: Traces) -> None:
@@ -162,8 +180,8 @@ class Weights:
             block = rebuilt(rows, tensors)
             traces = self.pair.traces(block, particles)
             if self.layout.summed:
-                return [log_joint(self.pair, block, traces) - traces.posterior().local]
-            return [(traces.likelihood() + traces.prior() - traces.posterior()).local]
+                return [log_joint(self.pair, block, traces) - traces.proposal().local]
+            return [traces.log_weights()]
 
         if self.compile is False or (self.compile == "auto" and chunks < TRACING_PAYS):
             return weights  # type: ignore[return-value]

@@ -134,7 +134,7 @@ def fit(
     stream = source(data, batch_size, seed, pair.dtype, where, workers, team)
     with seeded(seed, where), fetching():
         for batch in stream.passes():
-            layout = check(pair, batch)
+            layout = check(pair, batch, seed, training=True)
             if layout.whole and team.count > 1:
                 raise ValueError(
                     "the programs run on all of the data at once alone (a plate or a parameter has their size), so "

@@ -43,7 +43,8 @@ class Watch:
         self.pair, self.batch, self.objective, self.seed = pair, batch, objective, seed
         self.layout = check(pair, batch)
         self.weights = Weights(pair, self.layout, "auto" if compile is True else compile, times)
-        bounded = no_bound(self.layout) is None and (pair.has_guide or not self.layout.latents)
+        unguided = [name for name in self.layout.latents if name not in self.layout.summed]
+        bounded = no_bound(self.layout) is None and (pair.has_guide or not unguided)
         weighted = [part.particles for part in objective.modules() if isinstance(part, IWAE)]
         bound = "iwae" if weighted else "elbo"
         self.particles = max([particles, *weighted])

@@ -38,10 +38,9 @@ class Around(Pair):
         """Parameters of plain programs stay in the inner pair."""
         return self.inner.parameter(*args, **kwargs)
 
-    @property
-    def data_plates(self) -> tuple[str, ...]:
-        """The names of the plates over data that this pair and those inside it open beside ``"data"``."""
-        return (f"data_{self.depth}", *getattr(self.inner, "data_plates", ()))
+    def trying(self) -> Any:
+        """As for any pair: the inner one keeps the parameters."""
+        return self.inner.trying()
 
     def _rows(self, x: Tensor) -> Any:
         # a plate of its own name: the inner programs open theirs; both lie along the data axis
