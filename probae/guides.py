@@ -55,9 +55,9 @@ def _no_density(
         joint = made_of[site["name"]]
         if joint <= shared and layout.is_local(latent[site["name"]]):
             return (
-                f"the guide draws {site['name']!r}, a latent of each datum, at the site {min(joint)!r} for all data at once: it "
-                "has no density for each datum. Use a guide with a density for each (AutoNormal, or a plate over the data), or "
-                f"{_INSTEAD}"
+                f"the guide draws {site['name']!r}, a latent of each datum, at the site {min(joint)!r} for all data at once: "
+                "it has no density for each datum. Use a guide with a density for each (AutoNormal, or a plate over the data), "
+                f"or {_INSTEAD}"
             )
     numbers = sum(free_of(latent[s["name"]]).inverse_shape(s["value"].shape).numel() for s in made)
     if sum(site["value"].numel() for site in own) == numbers:
@@ -155,12 +155,23 @@ def is_messenger(pair: Any) -> bool:
     return programs is not None and isinstance(programs["guide"], poutine.guide.GuideMessenger)
 
 
+def forget_plates(pair: Any) -> None:
+    """An EasyGuide keeps the plates of a run that failed for the next one, which may have other rows."""
+    for module in pair.modules():
+        if _is(module, "EasyGuide"):
+            module.plates.clear()
+
+
+def _is(module: Any, *names: str) -> bool:
+    # by name: Pyro's contributions are not imported for the question
+    return any(kind.__name__ in names for kind in type(module).__mro__)
+
+
 def sets_up_from_data(pair: Any) -> bool:
     """Whether a guide makes its parameters or plates at its first run, by the data that it then sees."""
     for module in pair.modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if "AutoMessenger" in kinds:
+        if _is(module, "AutoMessenger"):
             return True
-        if {"AutoGuide", "EasyGuide"} & kinds and getattr(module, "prototype_trace", None) is None:
+        if _is(module, "AutoGuide", "EasyGuide") and getattr(module, "prototype_trace", None) is None:
             return True
     return False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, leaves, length
-from probae.guides import is_messenger
+from probae.guides import forget_plates, is_messenger
 from probae.layout import lay_out, run_at
 from probae.masks import Site
 from probae.missing import masked, require_numbers
@@ -180,11 +180,12 @@ class Pair(Passes, nn.Module):
 
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:
-        """Parameters that programs declare here are dropped afterwards."""
+        """Parameters that programs declare here are dropped afterwards, and so are plates that an EasyGuide keeps."""
         before = dict(self.stored.items())
         try:
             yield
         finally:
+            forget_plates(self)
             for name in set(self.stored.keys()) - set(before):
                 del self.stored[name]
                 self._constraints.pop(name, None)
