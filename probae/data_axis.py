@@ -78,9 +78,9 @@ def require_shapes(sites: list[Site]) -> None:
             # where model and guide share a plate's name, Pyro gives the model the guide's elements
             if frame.full_size is not None and frame.size > frame.full_size:
                 raise ValueError(
-                    f"plate {frame.name!r} has {frame.size} elements in the guide and {frame.full_size} in the model: a guide with "
-                    "parameters for each datum knows only the data that it was made with. Give it these, or write one whose "
-                    "parameters are computed from the data"
+                    f"plate {frame.name!r} has {frame.size} elements in the guide and {frame.full_size} in the model: a guide "
+                    "with parameters for each datum knows only the data that it was made with. Give it these, or write one "
+                    "whose parameters are computed from the data"
                 )
     for site in sites:
         shape = _batch_shape(site)
