@@ -303,15 +303,19 @@ def on_the_mark(found, truth, tolerance=1e-8):
     assert (off <= tolerance).all(), f"{found.method}: {array(found.values)}, log p(x) is {array(truth)}"
 
 
-def right_or_refused(call, truth, tolerance=1e-8, one_sided=False):
-    """What has no meaning per datum is refused, in a sentence that says what to write, or its value is right.
-
-    ``one_sided`` accepts any lower bound.
-    """
+def attempt(call):
+    """What a call returns, or None and what its ValueError says: what to write instead, in a sentence."""
     try:
-        found = call()
+        return call(), None
     except ValueError as error:
-        assert len(str(error).split()) >= 8, f"a refusal says what to write: {error}"
-        return None
-    (never_above if one_sided else on_the_mark)(found, truth, tolerance)
+        refusal = str(error)
+    assert len(refusal.split()) >= 8, f"a refusal says what to write: {refusal}"
+    return None, refusal
+
+
+def right_or_refused(call, truth, tolerance=1e-8, one_sided=False):
+    """What has no meaning per datum is refused, or its value is right; ``one_sided`` accepts any lower bound."""
+    found, _ = attempt(call)
+    if found is not None:
+        (never_above if one_sided else on_the_mark)(found, truth, tolerance)
     return found
