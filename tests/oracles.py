@@ -251,9 +251,11 @@ def _rows(batch):
     return len(next(iter(leaves)))
 
 
-def _mean_and_error(draws):
+def mean_and_error(draws):
+    """The mean of a few draws and its standard error, widened so that 4 of it hold as often as 4 of a Normal's."""
     draws = np.array(draws, dtype=np.float64)
-    return draws.mean(), draws.std(ddof=1) / math.sqrt(len(draws))
+    wider = stats.t.isf(stats.norm.sf(4), len(draws) - 1) / 4
+    return draws.mean(0), wider * draws.std(0, ddof=1) / math.sqrt(len(draws))
 
 
 def pyros_losses(model, guide, batch, particles=64, repeats=8, elbo=Trace_ELBO, nesting=1):
@@ -263,16 +265,16 @@ def pyros_losses(model, guide, batch, particles=64, repeats=8, elbo=Trace_ELBO, 
     with pyro.get_param_store().scope():
         torch.manual_seed(101)
         draws = [float(loss.loss(model, guide, *args, **kwargs)) / _rows(batch) for _ in range(repeats)]
-    return _mean_and_error(draws)
+    return mean_and_error(draws)
 
 
-def our_losses(pair, batch, particles=64, repeats=8, size=None, analytic_kl=True):
+def our_losses(pair, batch, particles=64, repeats=8, size=None, analytic_kl=False):
     """The same of probae's: the batch may stand for ``size`` data."""
     objective = probae.objectives.ELBO(particles, analytic_kl=analytic_kl)
     pair.layout(batch)
     torch.manual_seed(202)
     size = _rows(batch) if size is None else size
-    return _mean_and_error([float(objective(pair, batch, size, torch.tensor(0.0)).detach()) for _ in range(repeats)])
+    return mean_and_error([float(objective(pair, batch, size, torch.tensor(0.0)).detach()) for _ in range(repeats)])
 
 
 def same_loss(model, guide, batch, expected=None, floor=1e-9, **options):
