@@ -1,5 +1,7 @@
 """What log p(x) and its kin are, from textbook formulas in NumPy and SciPy: nothing here knows how probae computes.
 
+At the end, how programs are held against Pyro's own losses and against such formulas.
+
 Shapes are the library's: x (N, D), z (..., L); densities are natural logs, per datum. Everything is float64.
 """
 
@@ -8,8 +10,13 @@ import math
 
 import mpmath
 import numpy as np
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
 from scipy import stats
 from scipy.special import expit, log_ndtr, log_softmax, logsumexp
+
+import probae
 
 
 def array(tensor):
@@ -195,3 +202,122 @@ def standard_deviation_bounds(count, kurtosis=3.0, errors=4.0):
     """Where the standard deviation of ``count`` standard draws lies, to so many of its standard errors."""
     spread = math.sqrt((kurtosis - 1) / (4 * count))
     return 1 - errors * spread, 1 + errors * spread
+
+
+# -- chains --------------------------------------------------------------------------------------------------------
+
+
+def forward_algorithm(start, transition, log_emission):
+    """log p(x) (N,) of a hidden Markov chain, from π (K,), A (K, K) or A (K, K, K), and log p(x_t | z_t) (N, T, K).
+
+    A third axis is the state before the last: A[i, j] is the law of z_t given z_{t−2} = i and z_{t−1} = j; the second
+    state then follows the mean of A[i, j] over i.
+    """
+    start, transition, log_emission = array(start), array(transition), array(log_emission)
+    states = len(start)
+    log_alpha = np.log(start) + log_emission[:, 0]
+    if transition.ndim == 2:
+        for t in range(1, log_emission.shape[1]):
+            log_alpha = logsumexp(log_alpha[:, :, None] + np.log(transition), 1) + log_emission[:, t]
+        return logsumexp(log_alpha, 1)
+    pair = log_alpha[:, :, None] + np.log(transition.mean(0)) + log_emission[:, 1, None, :]
+    for t in range(2, log_emission.shape[1]):
+        pair = logsumexp(pair[..., None] + np.log(transition), 1) + log_emission[:, t, None, :]
+    return logsumexp(pair.reshape(-1, states**2), 1)
+
+
+def kalman_filter(x, step, process, noise, there):
+    """log p of the observed steps (N,): z_t = a z_{t−1} + N(0, q²), z_0 = 0, x_t = z_t + N(0, r²); x and there (N, T)."""
+    x, there = array(x), array(there).astype(bool)
+    mean, variance, total = np.zeros(len(x)), np.zeros(len(x)), np.zeros(len(x))
+    for t in range(x.shape[1]):
+        mean, variance = step * mean, step**2 * variance + process**2
+        spread, seen = variance + noise**2, there[:, t]
+        total += np.where(seen, stats.norm.logpdf(x[:, t], mean, np.sqrt(spread)), 0)
+        gain = np.where(seen, variance / spread, 0)
+        mean, variance = mean + gain * (x[:, t] - mean), (1 - gain) * variance
+    return total
+
+
+# -- Pyro's own losses ---------------------------------------------------------------------------------------------
+
+
+def _arguments(batch):
+    return ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
+
+
+def _rows(batch):
+    leaves = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+    return len(next(iter(leaves)))
+
+
+def mean_and_error(draws):
+    """The mean of a few draws and its standard error, widened so that 4 of it hold as often as 4 of a Normal's."""
+    draws = np.array(draws, dtype=np.float64)
+    wider = stats.t.isf(stats.norm.sf(4), len(draws) - 1) / 4
+    return draws.mean(0), wider * draws.std(0, ddof=1) / math.sqrt(len(draws))
+
+
+def pyros_losses(model, guide, batch, particles=64, repeats=8, elbo=Trace_ELBO, nesting=1):
+    """Pyro's loss over the number of data: mean and standard error, from a store of its own."""
+    args, kwargs = _arguments(batch)
+    loss = elbo(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=nesting)
+    with pyro.get_param_store().scope():
+        torch.manual_seed(101)
+        draws = [float(loss.loss(model, guide, *args, **kwargs)) / _rows(batch) for _ in range(repeats)]
+    return mean_and_error(draws)
+
+
+def our_losses(pair, batch, particles=64, repeats=8, size=None, analytic_kl=False):
+    """The same of probae's: the batch may stand for ``size`` data."""
+    objective = probae.objectives.ELBO(particles, analytic_kl=analytic_kl)
+    pair.layout(batch)
+    torch.manual_seed(202)
+    size = _rows(batch) if size is None else size
+    return mean_and_error([float(objective(pair, batch, size, torch.tensor(0.0)).detach()) for _ in range(repeats)])
+
+
+def same_loss(model, guide, batch, expected=None, floor=1e-9, **options):
+    """probae's loss is Pyro's, and the expected one where there is a formula: within 4 standard errors of both."""
+    theirs, their_error = pyros_losses(model, guide, batch, **options)
+    if expected is not None:
+        assert abs(theirs - expected) <= 4 * their_error + floor, f"Pyro's loss {theirs}, by the formula {expected}"
+    draws = {name: options[name] for name in ("particles", "repeats") if name in options}
+    for analytic in (True, False):
+        ours, error = our_losses(probae.Pair(model, guide), batch, analytic_kl=analytic, **draws)
+        if expected is not None:
+            assert abs(ours - expected) <= 4 * error + floor, f"loss {ours} ± {error}, by the formula {expected}"
+        assert abs(ours - theirs) <= 4 * math.hypot(error, their_error) + floor, f"loss {ours}, Pyro's {theirs}"
+
+
+# -- evidence ------------------------------------------------------------------------------------------------------
+
+
+def never_above(found, truth, floor=1e-8):
+    """No value of an `Evidence` lies above log p(x) (N,) by more than 4 of its standard errors."""
+    above = array(found.values) - array(truth) - 4 * array(found.mc_stderr)
+    assert (above <= floor).all(), f"{found.method}: {array(found.values)}, log p(x) is {array(truth)}"
+
+
+def on_the_mark(found, truth, tolerance=1e-8):
+    """Every value of an `Evidence` is log p(x) (N,): to the tolerance, or to 4 of its standard errors."""
+    off = np.abs(array(found.values) - array(truth)) - 4 * array(found.mc_stderr)
+    assert (off <= tolerance).all(), f"{found.method}: {array(found.values)}, log p(x) is {array(truth)}"
+
+
+def attempt(call):
+    """What a call returns, or None and what its ValueError says: what to write instead, in a sentence."""
+    try:
+        return call(), None
+    except ValueError as error:
+        refusal = str(error)
+    assert len(refusal.split()) >= 8, f"a refusal says what to write: {refusal}"
+    return None, refusal
+
+
+def right_or_refused(call, truth, tolerance=1e-8, one_sided=False):
+    """What has no meaning per datum is refused, or its value is right; ``one_sided`` accepts any lower bound."""
+    found, _ = attempt(call)
+    if found is not None:
+        (never_above if one_sided else on_the_mark)(found, truth, tolerance)
+    return found
