@@ -49,6 +49,12 @@ def of_one_run(sites: list[Site], rows: Batch, likelihood: Likelihood) -> frozen
     return frozenset(kept)
 
 
+def of_guide(guide: list[Site], model: list[Site], names: frozenset[str], count: int) -> frozenset[str]:
+    """The plates of a guide around latents that lie along the data axis in the model, given the model's plates there."""
+    local = {site["name"] for site in model if any(f.name in names for f in frames(site))}
+    return names | {f.name for site in guide if site["name"] in local for f in frames(site) if _spans(site, f, count)}
+
+
 def require_plate(names: frozenset[str], sites: list[Site], rows: Batch) -> None:
     """Raise a ValueError unless the observed sites, or all sites, have one plate over the data."""
     count, plates = length(rows), {f.name: f for site in sites for f in frames(site)}

@@ -54,31 +54,59 @@ def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int) -> Tens
 
 
 def log_joint(pair: Pair, batch: Batch, traces: Traces) -> Tensor:
-    r"""log p(x, z) (K, N) of the local sites at the guide's draws; sites that it leaves to the model are summed out.
-
-    The sum is Pyro's tensor contraction: `pyro.markov` chains of any length, and plates inside the plate over the data. A
-    latent under a mask keeps its own law, which sums to one.
-    """
+    """log p(x, z) (K, N) of the local sites at the guide's draws; sites that it leaves to the model are summed out."""
     totals = []
     for guide, _ in traces.runs:
         particles = traces.particles if len(traces.runs) == 1 else 1
-        with EnumMessenger(first_available_dim=-2 - traces.layout.nesting), _Parallel(traces.layout):
-            model = pair.run(pair.model, batch, particles, traces.layout, poutine.replay, trace=guide)
+        model = _enumerated(pair, batch, traces.layout, particles, poutine.replay, trace=guide)
         totals.append(_contracted(model, traces.layout, particles, traces.size))
     return torch.cat(totals)
 
 
-def _contracted(model: Any, layout: Layout, particles: int, size: int) -> Tensor:
-    """The sum over enumerated values of the density of each particle and datum (K, N)."""
+def log_joint_at(
+    pair: Pair, batch: Batch, values: dict[str, Tensor], particles: int, size: int, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """log p(z) and log p(x, z) (K, N) at given values of the latents that are not summed out; those are, of both.
+
+    A latent under a mask keeps its own law.
+    """
+    model = _enumerated(pair, batch, layout, particles, poutine.condition, data=values)
+    return tuple(  # type: ignore[return-value]
+        _contracted(model, layout, particles, size, proper=True, sites=sites) for sites in (layout.latents, None)
+    )
+
+
+def _enumerated(pair: Pair, batch: Batch, layout: Layout, particles: int, handler: Any, **options: Any) -> Any:
+    """A trace of the model in which the sites that are summed out have all of their values, each in a dimension of its own."""
+
+    def handled(program: Any, **given: Any) -> Any:
+        # the enumeration sees every site, those that are replayed too: their densities may depend on what is summed
+        enumerate_ = EnumMessenger(first_available_dim=-2 - layout.nesting)
+        return handler(enumerate_(_Parallel(layout)(program)), **given)
+
+    return pair.run(pair.model, batch, particles, layout, handled, **options)
+
+
+def _contracted(
+    model: Any, layout: Layout, particles: int, size: int, proper: bool = False, sites: Any = None
+) -> Tensor:
+    """The sum over enumerated values of the density of each particle and datum (K, N), of some of the sites.
+
+    It is Pyro's tensor contraction: `pyro.markov` chains of any length, and plates inside the plate over the data. A state
+    under a mask keeps its own law, which sums to one.
+    """
     data, one = get_symbol(0), get_symbol(2)
     model.symbolize_dims({**dict.fromkeys(layout.data_dims, data), PARTICLES: one})
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    sums, sizes = set(), {data: size, one: particles}
+    sums: set[str] = set()
+    sizes: dict[str, int] = {}
     for site in samples(model):
-        if not layout.is_local(site):
+        if not layout.is_local(site) or (sites is not None and site["name"] not in sites):
             continue
         if "_enumerate_symbol" in site["infer"]:
             sums.add(site["infer"]["_enumerate_symbol"])
+            term = log_density(site)
+        elif proper and site["name"] in layout.masked:
             term = log_density(site)
         else:
             term = scale_and_mask(log_prob(site), mask=site["mask"])
@@ -102,8 +130,10 @@ class _Parallel(Messenger):
         self.layout = layout
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.layout.summed:
-            msg["infer"]["enumerate"] = "parallel"
+        if msg["name"] not in self.layout.summed:
+            msg["infer"] = {**msg["infer"], "enumerate": None}
+        else:
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
             if (fn := unmasked(msg["fn"])) is not msg["fn"]:
                 msg["mask"] = inner_mask(msg["fn"]) if msg["mask"] is None else msg["mask"] & inner_mask(msg["fn"])
                 msg["fn"] = fn

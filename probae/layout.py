@@ -60,11 +60,10 @@ def lay_out(pair: Any, batch: Batch, seed: int = 0) -> Layout:
         rows = _few(batch, length(batch) if trials is None else min(length(batch), _ROWS))
         guide, model = run_both(pair, rows, None)  # this run's parameters stay
         if trials is None:
-            sites = data_axis.sites_of(guide, model)
+            sites, own = data_axis.sites_of(guide, model), data_axis.sites_of(model)
             data_axis.require_shapes(sites)
-            plates = data_axis.of_one_run(
-                data_axis.sites_of(model), rows, lambda values: _likelihood(pair, rows, values)
-            )
+            plates = data_axis.of_one_run(own, rows, lambda values: _likelihood(pair, rows, values))
+            plates = data_axis.of_guide(data_axis.sites_of(guide), own, plates, length(rows))
         else:
             rows, guide, model = trials[0]
             sites = data_axis.sites_of(guide, model)
@@ -117,15 +116,17 @@ def _counts(batch: Batch) -> list[int]:
 
 def _trials(pair: Any, batch: Batch, counts: list[int]) -> list[tuple[Batch, Any, Any]] | None:
     """The programs' runs on so many rows, or None where they do not run on them."""
-    found = []
+    found, declared = [], []
     try:
         for count in counts:
             rows = _few(batch, count)
-            with pair.trying():
+            with pair.trying() as shapes_:
                 guide, model = run_both(pair, rows, None)
+            declared.append(shapes_)
             data_axis.require_shapes(data_axis.sites_of(guide, model))
             found.append((rows, guide, model))
-        if not data_axis.tracking([(data_axis.sites_of(*run), length(rows)) for rows, *run in found]):
+        tracked = data_axis.tracking([(data_axis.sites_of(*run), length(rows)) for rows, *run in found])
+        if not tracked or declared[0] != declared[-1]:  # a parameter for each datum knows all of them
             return None
     except ValueError:
         return None

@@ -179,14 +179,19 @@ class Pair(Passes, nn.Module):
         self._layout = layout
 
     @contextlib.contextmanager
-    def trying(self) -> Iterator[None]:
-        """Parameters that programs declare here are dropped afterwards, and so are plates that an EasyGuide keeps."""
-        before = dict(self.stored.items())
+    def trying(self) -> Iterator[dict[str, torch.Size]]:
+        """Parameters that programs declare here are dropped afterwards, and so are plates that an EasyGuide keeps.
+
+        Yields a dictionary that then has their shapes.
+        """
+        before = set(self.stored.keys())
+        declared: dict[str, torch.Size] = {}
         try:
-            yield
+            yield declared
         finally:
             forget_plates(self)
-            for name in set(self.stored.keys()) - set(before):
+            for name in set(self.stored.keys()) - before:
+                declared[name] = self.stored[name].shape
                 del self.stored[name]
                 self._constraints.pop(name, None)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
 from probae.batches import Batch, each, leaves, length
-from probae.evidence.tractable import states
+from probae.enumeration import log_joint_at
+from probae.evidence.tractable import states, values_of
 from probae.evidence.weights import no_evidence, require_unscaled
 from probae.layout import run_at
 from probae.pair import Pair
@@ -76,9 +77,11 @@ class Space:
             require_unscaled(Traces([(poutine.Trace(), first)], layout, 1, length(rows)))
         latent = {s["name"]: s for s in samples(first) if s["name"] in layout.latents}
         discrete = [name for name, site in latent.items() if support_of(site["fn"]).is_discrete]
+        self.summed = [name for name in discrete if name in layout.summed]
+        discrete = [name for name in discrete if name not in self.summed]
         self.sites: dict[str, _Coordinates] = {}
         for name, site in latent.items():
-            if name not in discrete:
+            if name not in (*discrete, *self.summed):
                 _require_fixed(site, second.nodes[name])
                 self.sites[name] = self._coordinates(site)
         if not self.sites:
@@ -92,6 +95,7 @@ class Space:
                 f"the discrete latents {discrete} lie among plates inside the data plate: use method='iwae'"
             )
         self.states = self._states(batch, discrete) if discrete else {}
+        self.widest = max((len(values_of(latent[name])) for name in self.summed), default=1)
         self.guided = self._drawn_by_guide(rows, discrete) if discrete and pair.has_guide else {}
         self._require_resolution(rows)
 
@@ -107,7 +111,7 @@ class Space:
         """About how many numbers one particle of a datum takes: coordinates, data, and the widest layers between them."""
         widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
         features = sum(leaf[0].numel() for _, leaf in leaves(batch))
-        states = max((len(values) for values in self.states.values()), default=1)
+        states = max((len(values) for values in self.states.values()), default=1) * self.widest**2
         return 8 * self.size + states * (4 * features + 2 * widest)
 
     # -- densities ---------------------------------------------------------------------------------------------------
@@ -117,9 +121,8 @@ class Space:
         values, jacobian = self.values(u)
         particles, size = u.shape[:2]
         values, count = _at_states({**values, **(given or {})}, self.states, particles, size)
-        traces = self._replay(batch, values, count * particles)
         prior, likelihood = (
-            part.local.reshape(count, particles, size) for part in (traces.prior(proper=True), traces.likelihood())
+            part.reshape(count, particles, size) for part in self._terms(batch, values, count * particles)
         )
         if count == 1:
             return Terms(prior[0] + jacobian, likelihood[0])
@@ -208,10 +211,15 @@ class Space:
         rows, values, together, _ = self._shaped(batch, given, particles)
         return run_at(self.pair, self.pair.model, rows, together, self.layout, values)
 
-    def _replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
+    def _terms(self, batch: Batch, values: dict[str, Tensor], particles: int) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x | z), what the programs sum out being summed out."""
         rows, values, together, size = self._shaped(batch, values, particles)
+        if self.summed:
+            prior, joint = log_joint_at(self.pair, rows, values, together, size, self.layout)
+            return prior, joint - prior
         model = run_at(self.pair, self.pair.model, rows, together, self.layout, values)
-        return Traces([(poutine.Trace(), model)], self.layout, together, size)
+        traces = Traces([(poutine.Trace(), model)], self.layout, together, size)
+        return traces.prior(proper=True).local, traces.likelihood().local
 
     def _shaped(
         self, batch: Batch, values: dict[str, Tensor], particles: int

@@ -66,7 +66,7 @@ def states(pair: Pair, batch: Batch, layout: Layout, names: Sequence[str] | None
             model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
             for site in samples(model):
                 if not site["is_observed"] and (names is None or site["name"] in names):
-                    values = _support_of(site)
+                    values = values_of(site)
                     _require_same(site, found.setdefault(site["name"], (site["fn"].event_shape, values))[1])
     # an event is drawn number by number, or row by row where its base is one of rows (one-hot classes)
     grids = [(name, shape, values, shape.numel() // values[0].numel()) for name, (shape, values) in found.items()]
@@ -85,7 +85,7 @@ def states(pair: Pair, batch: Batch, layout: Layout, names: Sequence[str] | None
 
 
 def _require_same(site: Any, states: Tensor) -> None:
-    values = _support_of(site)
+    values = values_of(site)
     known = states.reshape(-1, *values.shape[1:]).unique(dim=0)
     if known.shape != values.shape or not torch.equal(known, values.to(known.dtype).unique(dim=0)):
         raise ValueError(
@@ -93,7 +93,7 @@ def _require_same(site: Any, states: Tensor) -> None:
         )
 
 
-def _support_of(site: Any) -> Tensor:
+def values_of(site: Any) -> Tensor:
     """The values that each draw of a discrete site can take: (S,), or (S, C) rows of one-hot classes."""
     fn = base(site["fn"])
     if not getattr(fn, "has_enumerate_support", False):
@@ -147,7 +147,7 @@ def _summed_out(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
     with still(pair):
         few = batch if layout.whole else next(rows_of(batch, 2))
         _, model = run_both(pair, few, layout)
-        widest = max(len(_support_of(site)) for site in samples(model) if site["name"] in layout.summed)
+        widest = max(len(values_of(site)) for site in samples(model) if site["name"] in layout.summed)
         rows = length(batch) if layout.whole else max(1, _CELLS // widest**2)
         blocks = rows_of(batch, rows)
         values = torch.cat([as_values(log_joint(pair, block, pair.traces(block))[0]) for block in blocks])
