@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,10 +28,11 @@ WITHOUT = ("linear_autoencoder", "autoencoder", "stochastic_autoencoder", "spars
 BOUNDED = tuple(name for name in CATALOGUE if name not in WITHOUT)
 
 few = settings(
-    max_examples=5,
+    max_examples=4,
     derandomize=True,
     deadline=None,
     database=None,
+    phases=[Phase.explicit, Phase.generate],  # a failure is shown as it comes: to shrink it takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 all_models = pytest.mark.parametrize("name", CATALOGUE)
@@ -92,12 +93,13 @@ class Program(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.names = names or self.names
-        self.weight = nn.Parameter(torch.randn(D, L) / 2)
-        self.encoder = nn.Linear(D, 2 * L)
+        weight = torch.randn(D, L) / 2
+        spread = torch.linalg.inv(torch.eye(L) + weight.T @ weight / 0.8**2)
+        self.weight, self.encoder = nn.Parameter(weight), nn.Parameter(weight @ spread / 0.8**2)
+        self.scale = nn.Parameter(1.4 * spread.diag().sqrt())  # wider than the posterior: weights are bounded
 
     def encoded(self, x):
-        loc, raw = self.encoder(x).chunk(2, -1)
-        return loc, 0.5 + nn.functional.softplus(raw)
+        return x @ self.encoder, self.scale
 
     def guide(self, x):
         _, rows, z, *_ = self.names
@@ -255,7 +257,10 @@ def test_ppca_by_maximum_likelihood_changes_by_the_log_determinant(scale, offset
     same(probae.log_evidence(b, other).values + D * math.log(scale), probae.log_evidence(a, x).values, 1e-6)
 
 
-def trained(name, x, steps=150):
+OFFSET = torch.tensor([500.0, -30.0, 0.0, 2.0], dtype=torch.float64)
+
+
+def trained(name, x, steps=80):
     torch.manual_seed(0)
     model = probae.models.make(name, D, L)
     run = probae.fit(model, x, steps=steps, lr=0.01, batch_size=N, every=1, progress=False)
@@ -272,23 +277,21 @@ def usual(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "sparse_autoencoder"])
-@settings(few, max_examples=2)
-@given(scale=st.sampled_from([-6, -3, 3, 6]), offset=offsets)
-def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale, offset):
+@pytest.mark.parametrize("scale", [-6, 5])
+def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale):
     """One unit for all features, and a zero of each one's own; a loss is a density, with or without evidence."""
     x, scale = data(), 10.0**scale
     _, here = usual(name)
-    _, there = trained(name, (x + torch.tensor(offset)) * scale)
+    _, there = trained(name, (x + OFFSET) * scale)
     assert there - D * math.log(scale) == pytest.approx(here, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["factor_analysis", "linear_vae", "vae", "sparse_vae"])
-@settings(few, max_examples=2)
-@given(scale=st.permutations([-6, -1, 2, 6]), offset=offsets)
-def test_training_in_mixed_units_changes_the_loss_by_the_log_determinant(name, scale, offset):
+@pytest.mark.parametrize("scale", [(-6, -1, 2, 6), (0, 3, -3, 0)])
+def test_training_in_mixed_units_changes_the_loss_by_the_log_determinant(name, scale):
     x, scale = data(), 10.0 ** torch.tensor(scale, dtype=torch.float64)
     _, here = usual(name)
-    _, there = trained(name, (x + torch.tensor(offset)) * scale)
+    _, there = trained(name, (x + OFFSET) * scale)
     assert there - float(scale.log().sum()) == pytest.approx(here, abs=0.05)
 
 
