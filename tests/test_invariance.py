@@ -349,8 +349,10 @@ def test_exact_evidence_in_float32_is_that_of_float64(name, noise, seed):
     rounded = x.float().double()
     double = copy.deepcopy(single).double()
     found, truth = probae.log_evidence(single, x.float()).values, probae.log_evidence(double, rounded).values
-    # residuals of about 1 / noise standard deviations, each known to 6e-8 of the value: 2 r δr
-    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-3)
+    # a residual of r standard deviations is known to ε |x| / σ of them, and counts as r² / 2
+    scale = double.likelihood(torch.zeros(L)).stddev.min().detach()
+    allowed = D * (2 * truth.abs()).sqrt() * 1.2e-7 * x.abs().max() / scale + 1e-5 * truth.abs()
+    assert ((found - truth).abs() <= allowed).all(), (found - truth, allowed)
 
 
 @pytest.mark.parametrize("name", [*(n for n in BOUNDED if n not in EXACT), *PROGRAMS])
@@ -392,10 +394,9 @@ def test_codes_are_alike_in_batches_of_any_size(name, size):
 
 
 @subjects
-@settings(few, max_examples=3)
-@given(memory=st.sampled_from([1, 300, 5000, 60_000]))
+@pytest.mark.parametrize("memory", [400, 9000])
 def test_particles_in_chunks_are_as_good_as_at_once(name, memory):
-    x, model, particles = data(), subject(name), 150
+    x, model, particles = data(), subject(name), 40
     at_once, chunked = probae.log_weights(model, x, particles), probae.log_weights(model, x, particles, memory=memory)
     assert chunked.shape == (particles, N)
     error = (at_once.var(0) / particles + chunked.var(0) / particles).sqrt()
@@ -447,10 +448,13 @@ def test_evidence_is_the_same_from_every_container(name, tmp_path):
     options = {} if is_exact(name) else {"method": "elbo", "particles": 200}
     expected = probae.log_evidence(model, x, **options)
     for kind, rows in containers(x, tmp_path).items():
-        if kind == "tensor data set" and name in PROGRAMS:
-            continue  # a tuple of one leaf: programs of one argument take it all the same
+        if kind == "tensor data set":  # its rows are tuples of one
+            oracles.right_or_refused(
+                lambda rows=rows: probae.log_evidence(model, rows, **options), expected.values, 0.5
+            )
+            continue
         found = probae.log_evidence(model, rows, **options)
-        if kind in ("loader", "data set", "tensor data set", "memory map"):
+        if kind in ("loader", "data set", "memory map"):
             agree(found, expected)
         else:
             assert torch.equal(found.values, expected.values), kind

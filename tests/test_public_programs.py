@@ -575,8 +575,8 @@ def documents():
 def test_allocation_trains_on_all_documents(point):
     docs, net = documents(), Amortised(point)
     batch = (docs,)
-    same_loss(corpus, net.guide, batch, particles=1, repeats=200, elbo=TraceEnum_ELBO, nesting=2)
-    trains(corpus, net.guide, batch, size=DOCUMENTS, steps=30)
+    same_loss(corpus, net.guide, batch, particles=1, repeats=80, elbo=TraceEnum_ELBO, nesting=2)
+    trains(corpus, net.guide, batch, size=DOCUMENTS, steps=20)
 
 
 def test_allocation_at_point_topics_is_evaluated_by_quadrature():
@@ -589,9 +589,7 @@ def test_allocation_at_point_topics_is_evaluated_by_quadrature():
     truth = logsumexp(log_p + np.log(weight)[:, None], axis=0)
     pair = probae.Pair(corpus, net.guide)
     for method in ("iwae", "auto"):
-        found, _ = attempt(lambda method=method: probae.log_evidence(pair, (docs,), method, particles=1000))
-        if found is not None:  # a plate of a fixed size, and all of its rows
-            near(found, truth, 1e-6)
+        near(probae.log_evidence(pair, (docs,), method, particles=1000), truth, 1e-6)
     never_above(probae.log_evidence(pair, (docs,), "elbo", particles=500), truth)
 
 
