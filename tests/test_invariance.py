@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,10 +28,11 @@ WITHOUT = ("linear_autoencoder", "autoencoder", "stochastic_autoencoder", "spars
 BOUNDED = tuple(name for name in CATALOGUE if name not in WITHOUT)
 
 few = settings(
-    max_examples=5,
+    max_examples=4,
     derandomize=True,
     deadline=None,
     database=None,
+    phases=[Phase.explicit, Phase.generate],  # a failure is shown as it comes: to shrink it takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 all_models = pytest.mark.parametrize("name", CATALOGUE)
@@ -92,12 +93,13 @@ class Program(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.names = names or self.names
-        self.weight = nn.Parameter(torch.randn(D, L) / 2)
-        self.encoder = nn.Linear(D, 2 * L)
+        weight = torch.randn(D, L) / 2
+        spread = torch.linalg.inv(torch.eye(L) + weight.T @ weight / 0.8**2)
+        self.weight, self.encoder = nn.Parameter(weight), nn.Parameter(weight @ spread / 0.8**2)
+        self.scale = nn.Parameter(1.4 * spread.diag().sqrt())  # wider than the posterior: weights are bounded
 
     def encoded(self, x):
-        loc, raw = self.encoder(x).chunk(2, -1)
-        return loc, 0.5 + nn.functional.softplus(raw)
+        return x @ self.encoder, self.scale
 
     def guide(self, x):
         _, rows, z, *_ = self.names
@@ -255,7 +257,10 @@ def test_ppca_by_maximum_likelihood_changes_by_the_log_determinant(scale, offset
     same(probae.log_evidence(b, other).values + D * math.log(scale), probae.log_evidence(a, x).values, 1e-6)
 
 
-def trained(name, x, steps=150):
+OFFSET = torch.tensor([500.0, -30.0, 0.0, 2.0], dtype=torch.float64)
+
+
+def trained(name, x, steps=80):
     torch.manual_seed(0)
     model = probae.models.make(name, D, L)
     run = probae.fit(model, x, steps=steps, lr=0.01, batch_size=N, every=1, progress=False)
@@ -272,23 +277,21 @@ def usual(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "sparse_autoencoder"])
-@settings(few, max_examples=2)
-@given(scale=st.sampled_from([-6, -3, 3, 6]), offset=offsets)
-def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale, offset):
+@pytest.mark.parametrize("scale", [-6, 5])
+def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale):
     """One unit for all features, and a zero of each one's own; a loss is a density, with or without evidence."""
     x, scale = data(), 10.0**scale
     _, here = usual(name)
-    _, there = trained(name, (x + torch.tensor(offset)) * scale)
+    _, there = trained(name, (x + OFFSET) * scale)
     assert there - D * math.log(scale) == pytest.approx(here, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["factor_analysis", "linear_vae", "vae", "sparse_vae"])
-@settings(few, max_examples=2)
-@given(scale=st.permutations([-6, -1, 2, 6]), offset=offsets)
-def test_training_in_mixed_units_changes_the_loss_by_the_log_determinant(name, scale, offset):
+@pytest.mark.parametrize("scale", [(-6, -1, 2, 6), (0, 3, -3, 0)])
+def test_training_in_mixed_units_changes_the_loss_by_the_log_determinant(name, scale):
     x, scale = data(), 10.0 ** torch.tensor(scale, dtype=torch.float64)
     _, here = usual(name)
-    _, there = trained(name, (x + torch.tensor(offset)) * scale)
+    _, there = trained(name, (x + OFFSET) * scale)
     assert there - float(scale.log().sum()) == pytest.approx(here, abs=0.05)
 
 
@@ -346,8 +349,10 @@ def test_exact_evidence_in_float32_is_that_of_float64(name, noise, seed):
     rounded = x.float().double()
     double = copy.deepcopy(single).double()
     found, truth = probae.log_evidence(single, x.float()).values, probae.log_evidence(double, rounded).values
-    # residuals of about 1 / noise standard deviations, each known to 6e-8 of the value: 2 r δr
-    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-3)
+    # a residual of r standard deviations is known to ε |x| / σ of them, and counts as r² / 2
+    scale = double.likelihood(torch.zeros(L)).stddev.min().detach()
+    allowed = D * (2 * truth.abs()).sqrt() * 1.2e-7 * x.abs().max() / scale + 1e-5 * truth.abs()
+    assert ((found - truth).abs() <= allowed).all(), (found - truth, allowed)
 
 
 @pytest.mark.parametrize("name", [*(n for n in BOUNDED if n not in EXACT), *PROGRAMS])
@@ -389,10 +394,9 @@ def test_codes_are_alike_in_batches_of_any_size(name, size):
 
 
 @subjects
-@settings(few, max_examples=3)
-@given(memory=st.sampled_from([1, 300, 5000, 60_000]))
+@pytest.mark.parametrize("memory", [400, 9000])
 def test_particles_in_chunks_are_as_good_as_at_once(name, memory):
-    x, model, particles = data(), subject(name), 150
+    x, model, particles = data(), subject(name), 40
     at_once, chunked = probae.log_weights(model, x, particles), probae.log_weights(model, x, particles, memory=memory)
     assert chunked.shape == (particles, N)
     error = (at_once.var(0) / particles + chunked.var(0) / particles).sqrt()
@@ -444,10 +448,13 @@ def test_evidence_is_the_same_from_every_container(name, tmp_path):
     options = {} if is_exact(name) else {"method": "elbo", "particles": 200}
     expected = probae.log_evidence(model, x, **options)
     for kind, rows in containers(x, tmp_path).items():
-        if kind == "tensor data set" and name in PROGRAMS:
-            continue  # a tuple of one leaf: programs of one argument take it all the same
+        if kind == "tensor data set":  # its rows are tuples of one
+            oracles.right_or_refused(
+                lambda rows=rows: probae.log_evidence(model, rows, **options), expected.values, 0.5
+            )
+            continue
         found = probae.log_evidence(model, rows, **options)
-        if kind in ("loader", "data set", "tensor data set", "memory map"):
+        if kind in ("loader", "data set", "memory map"):
             agree(found, expected)
         else:
             assert torch.equal(found.values, expected.values), kind
