@@ -93,7 +93,7 @@ class Entry:
         """Trainable numbers of one fit; NaN where evidence was given."""
         if not self.models:
             return math.nan
-        return sum(p.numel() for p in as_pair(self.models[0]).parameters() if p.requires_grad)
+        return sum(p.numel() for p in as_pair(self.models[0]).trained())
 
 
 def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: dict[str, Any]) -> Entry:

@@ -34,10 +34,6 @@ class Around(Pair):
         """How the inner pair takes missing values."""
         return self.inner.missing
 
-    def parameter(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Parameters of plain programs stay in the inner pair."""
-        return self.inner.parameter(*args, **kwargs)
-
     @property
     def data_plates(self) -> tuple[str, ...]:
         """The names of the plates over data that this pair and those inside it open beside ``"data"``."""
