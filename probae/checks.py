@@ -15,8 +15,8 @@ from probae.sites import Layout, Site, base, describe_support, inside, is_factor
 _ROWS = 4096  # rows of data checked at a time
 
 
-def check(pair: Pair, batch: Batch) -> Layout:
-    """Check a pair and all of its data; returns where the sites lie.
+def check(pair: Pair, batch: Batch, seed: int = 0) -> Layout:
+    """Check a pair and all of its data; returns where the sites lie. What the programs make at their first run, by ``seed``.
 
     Raises:
         ValueError: naming the site, with what was expected and what came, if guide and model do not fit each other (see
@@ -25,7 +25,7 @@ def check(pair: Pair, batch: Batch) -> Layout:
     known(pair.missing)
     call(pair.validate, batch)
     pair.forget_layout()  # what was replaced since an earlier run counts
-    layout = pair.layout(batch)
+    layout = pair.layout(batch, seed)
     where = f"site {layout.observed[0]!r}" if layout.observed else "the data"
     for name, leaf in leaves(batch):
         require_numbers(leaf, where if isinstance(batch, Tensor) else f"the batch's leaf {name!r}", pair.missing)

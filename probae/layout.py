@@ -38,7 +38,7 @@ _ROWS = 4096  # of the data that a first run sees
 PROGRAM_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, ArithmeticError)
 
 
-def lay_out(pair: Any, batch: Batch) -> Layout:
+def lay_out(pair: Any, batch: Batch, seed: int = 0) -> Layout:
     """Run the programs of a `Pair` on a few rows, check guide against model, and say where the sites lie.
 
     Raises:
@@ -48,7 +48,7 @@ def lay_out(pair: Any, batch: Batch) -> Layout:
     # a number of rows that no other axis has: a plate over a wrong axis then shows itself
     taken = {size for _, leaf in leaves(batch) for size in leaf.shape[1:]}
     free = [n for n in range(5, 7 + len(taken)) if n not in taken]
-    with still(pair):
+    with still(pair, seed):
         # what programs make at their first run, such as a parameter for each datum, takes its size from the data
         rows = _few(batch, min(length(batch), _ROWS))
         guide, model = run_both(pair, rows, None)

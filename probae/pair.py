@@ -17,11 +17,12 @@ from probae.layout import PROGRAM_ERRORS, lay_out, run_at
 from probae.missing import masked, require_numbers
 from probae.parameters import Parameters, object_of
 from probae.passes import Passes
-from probae.seeding import still
+from probae.seeding import derived, still
 from probae.sites import Layout, Site, rows_in_plate, samples
 from probae.traces import Traces
 
 Program = Callable[..., Any]
+_FIRST = 22  # a purpose of its own: what programs make at their first run shares no draws with what follows
 
 
 class Pair(Parameters, Passes, nn.Module):
@@ -135,7 +136,8 @@ class Pair(Parameters, Passes, nn.Module):
     def log_marginal(self, x: Tensor) -> Tensor:
         """log p(x) (N,), by the marginal; of what is observed, where values are missing."""
         self.need("marginal")
-        marginal, shape = self.marginal(), x.shape[:1]
+        with self.own_parameters():
+            marginal, shape = self.marginal(), x.shape[:1]
         if self.missing is not None:
             marginal, x = masked(marginal, x)
         values = marginal.log_prob(x)
@@ -158,13 +160,13 @@ class Pair(Parameters, Passes, nn.Module):
 
     # -- its runs ----------------------------------------------------------------------------------------------------
 
-    def layout(self, batch: Batch) -> Layout:
-        """Where the sites lie; found by one run on a few rows and kept."""
+    def layout(self, batch: Batch, seed: int = 0) -> Layout:
+        """Where the sites lie; found by one run on a few rows, whose draws follow from the seed, and kept."""
         form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
         if self._layout is None or self._form != form:  # programs may observe less of another form
             self._layout = None
             with self.surveyed():
-                layout = lay_out(self, batch)
+                layout = lay_out(self, batch, derived(seed, _FIRST))
             self._layout, self._form = layout, form
         return self._layout
 
@@ -295,6 +297,8 @@ def _brought(pair: Pair, owner: Any) -> Iterator[tuple[str, Any]]:
             return None
         return fn if isinstance(fn, TorchDistributionMixin) else None
 
+    if any(tensor.is_meta for tensor in pair._tensors()):  # without values nothing can be tried
+        return
     with still(pair), pair.own_parameters(), poutine.block():
         prior = made("prior")
         z = None if prior is None else _value(prior)

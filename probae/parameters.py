@@ -58,10 +58,10 @@ class Named(nn.Module):
 
 
 class _Place:
-    """Where functions have a network: copying leaves that as it is, since functions are not copied; pickling forgets it."""
+    """Where functions have a network or parameter: copying leaves that, as it does functions; pickling forgets it."""
 
-    def __init__(self, path: str, network: nn.Module | None = None):
-        self.path, self.network = path, network
+    def __init__(self, path: str, thing: Any = None):
+        self.path, self.thing = path, thing
 
     def __deepcopy__(self, memo: Any) -> _Place:
         return self
@@ -90,7 +90,7 @@ class Parameters:
         if self._programs is not None:
             self.owned, self.used = Named(), Named()
         self._constraints: dict[str, constraints.Constraint] = {}
-        self._places: list[tuple[_Place, nn.Module]] = []
+        self._places: list[tuple[_Place, Any]] = []
         self._guides: list[tuple[AutoGuide, Any]] = []
         # of the last survey: what statements named, what they named behind a block, whether there was one
         self._named: dict[str, nn.Parameter] = {}
@@ -106,8 +106,8 @@ class Parameters:
         """Make all that the programs reach the pair's own, unless it is already."""
         if self._programs is None:
             return
-        known = {id(part) for part in (*self.modules(), *self.parameters())}
-        placed = {id(place.network) for place, _ in self._places}
+        placed = {id(place.thing) for place, _ in self._places}
+        known = {id(part) for part in (*self.modules(), *self.parameters())} | placed
         for path, found, own in _held(self._owner, self._programs):
             if id(found) not in known:
                 name = path.rpartition(":")[2]
@@ -119,13 +119,18 @@ class Parameters:
                     self.used[self.used.free(name)] = found
                 inside = (*found.modules(), *found.parameters()) if isinstance(found, nn.Module) else (found,)
                 known |= {id(part) for part in inside}
-            if isinstance(found, nn.Module) and ":" in path and id(found) not in placed:
+            if ":" in path and id(found) not in placed:
                 self._places.append((_Place(path, found), found))
                 placed.add(id(found))
         guides = {id(guide) for guide, _ in self._guides}
         for part in self.modules():
             if isinstance(part, AutoGuide) and part._model is not None and id(part) not in guides:
                 self._guides.append((part, part.model))
+
+    @property
+    def named_by_programs(self: Any) -> bool:
+        """Whether names of tensors come to be known only as the programs run."""
+        return len(self._in_use) > 0
 
     @property
     def _in_use(self: Any) -> Named:
@@ -195,7 +200,8 @@ class Parameters:
             yield
             keeper._named.update({name: kept[name] for name in statements.names if name in kept})
             made = {name: tensor for name, tensor in store._params.items() if name not in kept}
-            if any(keeper._named.get(name) is not tensor for name, tensor in made.items()):
+            seen = {name: keeper._named if name in statements.names else keeper._blocked for name in made}
+            if any(seen[name].get(name) is not tensor for name, tensor in made.items()):
                 keeper._keep(made, store._constraints, statements.names, list(self.parameters()))
 
     def _keep(self: Any, made: dict[str, Tensor], limits: dict[str, Any], names: set[str], own: list[Any]) -> None:
@@ -225,9 +231,10 @@ class Parameters:
         for guide, model in self._guides:
             if guide._model is None:  # copying an autoguide takes its model away, from both
                 guide._model = (model,)
-        if any(place.network is None for place, _ in self._places):
+        if any(place.thing is None for place, _ in self._places):
             self._places = self._found_again()
-        others = [(place.network, vars(place.network), own) for place, own in self._places if place.network is not own]
+        others = [(place.thing, vars(place.thing), own) for place, own in self._places if place.thing is not own]
+        others = [(thing, before, own) for thing, before, own in others if isinstance(own, nn.Module)]
         for network, _, own in others:
             object.__setattr__(network, "__dict__", vars(own))
         try:
@@ -236,7 +243,7 @@ class Parameters:
             for network, before, _ in others:
                 object.__setattr__(network, "__dict__", before)
 
-    def _found_again(self: Any) -> list[tuple[_Place, nn.Module]]:
+    def _found_again(self: Any) -> list[tuple[_Place, Any]]:
         """After unpickling: the networks that the functions have here."""
         found = {path: thing for path, thing, _ in _held(self._owner, self._programs)}
         for place, own in self._places:

@@ -64,17 +64,17 @@ def log_weights(
         >>> log_weights(probae.PPCA(features=4, latents=2), torch.zeros(3, 4), particles=5).shape
         torch.Size([5, 3])
     """
-    pair, batch, layout = prepare(model, x)
+    pair, batch, layout = prepare(model, x, seed)
     require_weights(pair, layout)
     particles = whole("particles", particles)
     return torch.cat(list(Weights(pair, layout, compile).by_rows(batch, particles, seed, memory)), 1)
 
 
-def prepare(model: Any, x: Any) -> tuple[Pair, Batch, Layout]:
+def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Layout]:
     """A pair, a batch of its dtype and on its device, and its layout, all checked."""
     pair = as_pair(model)
     batch = as_batch(x, pair.dtype, pair.device)
-    return pair, batch, check(pair, batch)
+    return pair, batch, check(pair, batch, seed)
 
 
 def no_bound(layout: Layout) -> str | None:

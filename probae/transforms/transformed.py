@@ -49,11 +49,11 @@ class Transformed(Around):
         if inner == "mass":
             raise ValueError("a mass of counts has no log-determinant: put Dequantised outside, Transformed inside")
 
-    def layout(self, batch: Any) -> Layout:
+    def layout(self, batch: Any, seed: int = 0) -> Layout:
         """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
         if self._layout is None and isinstance(batch, Tensor):
-            self.inner.layout(self._forth(batch))
-        return super().layout(batch)
+            self.inner.layout(self._forth(batch), seed)
+        return super().layout(batch, seed)
 
     def forget_layout(self) -> None:
         """As for any pair, and the inner one's too."""
