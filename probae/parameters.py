@@ -97,7 +97,9 @@ class Parameters:
         self._blocked: dict[str, nn.Parameter] = {}
         self._surveyed = False
         self._made: set[str] = set()  # names that runs have made
-        self._awaited: tuple[dict[str, Tensor], str] | None = None  # tensors of a file that the first run takes, and its name
+        self._awaited: tuple[dict[str, Tensor], str] | None = (
+            None  # tensors of a file that the first run takes, and its name
+        )
         self._inner: list[Any] | None = None
 
     # -- what programs reach -----------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class Parameters:
     def unnamed(self: Any, found: list[Tensor]) -> list[str]:
         """The names that functions have for the networks of parameters that no statement names, hidden or not."""
         wanted = {id(p) for p in found} - {id(p) for p in self.keeper._blocked.values()}
-        names = {}
+        names: dict[str, None] = {}
         for pair in self._pairs:
             for name in pair._in_use:
                 held = pair.used[name]
@@ -180,7 +182,9 @@ class Parameters:
         """
         keeper = self.keeper
         if name not in keeper._constraints:
-            raise ValueError(f"name: expected a pyro.param that has run, one of {sorted(keeper._constraints)}, got {name!r}")
+            raise ValueError(
+                f"name: expected a pyro.param that has run, one of {sorted(keeper._constraints)}, got {name!r}"
+            )
         return transform_to(keeper._constraints[name])(keeper.stored[key(name)])
 
     @contextlib.contextmanager
@@ -285,7 +289,8 @@ class Parameters:
         keeper._made = (keeper._made | (names - before)) & names
         if keeper._awaited is not None:
             moved = {name for name in names if name not in before or (renamed and name.startswith("used."))}
-            fill(keeper, *keeper._awaited, only=moved)
+            tensors, source = keeper._awaited
+            fill(keeper, tensors, source, moved)
             keeper._awaited = None
         keeper._surveyed = True
 
@@ -326,7 +331,8 @@ class _Statements(Messenger):
         if name in store:
             return
         constraint = msg["kwargs"].get("constraint", constraints.real)
-        awaited = (self.keeper._awaited or ({},))[0].get(f"stored.{key(name)}")
+        tensors: dict[str, Tensor] = self.keeper._awaited[0] if self.keeper._awaited is not None else {}
+        awaited = tensors.get(f"stored.{key(name)}")
         if awaited is not None:
             start = awaited.to(device=self.keeper.device)
         elif init is None:
@@ -355,9 +361,13 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str, only: set[s
     """
     own = module.state_dict()
     if missing := sorted(set(own) - set(tensors)):
-        raise ValueError(f"{source}: the model has a tensor {_shown(missing[0])} that the file lacks ({len(missing)} in all)")
+        raise ValueError(
+            f"{source}: the model has a tensor {_shown(missing[0])} that the file lacks ({len(missing)} in all)"
+        )
     if extra := sorted(set(tensors) - set(own)):
-        raise ValueError(f"{source}: the file has a tensor {_shown(extra[0])} that the model lacks ({len(extra)} in all)")
+        raise ValueError(
+            f"{source}: the file has a tensor {_shown(extra[0])} that the model lacks ({len(extra)} in all)"
+        )
     fill_known(module, {name: tensor for name, tensor in tensors.items() if only is None or name in only}, source)
 
 

@@ -33,7 +33,10 @@ def held_out(fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dic
     found: dict[str, list[Entry]] = {}
     held = parts(length(batch), folds, options["seed"])
     for number, part in enumerate(held):
-        settings = {**options, "seed": derived(options["seed"], number)}  # folds are joined as parts that share no draws
+        settings = {
+            **options,
+            "seed": derived(options["seed"], number),
+        }  # folds are joined as parts that share no draws
         seen = torch.ones(length(batch), dtype=torch.bool)
         seen[part] = False
         train, test = rows_at(batch, seen.nonzero().flatten()), rows_at(batch, part)

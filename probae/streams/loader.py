@@ -207,7 +207,6 @@ class Streamed(Source):
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
 
-
     def _items(self) -> Iterator[Any]:
         """The loader's items; what its data set draws by NumPy or Python in this process follows from the seed."""
         items: Iterator[Any] | None = None
