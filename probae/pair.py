@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
 
 from probae.batches import Batch, as_batch, call, leaves, length
-from probae.guides import forget_plates, is_messenger
-from probae.layout import lay_out, run_at
+from probae.guides import is_messenger
+from probae.layout import PROGRAM_ERRORS, lay_out, run_at
 from probae.masks import Site
 from probae.missing import masked, require_numbers
+from probae.parameters import Parameters, object_of
 from probae.passes import Passes
+from probae.seeding import derived, still
 from probae.sites import Layout, rows_in_plate, samples
 from probae.traces import Traces
 
 Program = Callable[..., Any]
+_FIRST = 22  # a purpose of its own: what programs make at their first run shares no draws with what follows
 
 #: the plate of particles, to the left of all others
 PARTICLES = "probae.particles"
 
 
-class Pair(Passes, nn.Module):
+class Pair(Parameters, Passes, nn.Module):
     r"""A model p(x, z) and a guide q(z | x), both Pyro programs.
 
     Two ways to write one. Around two functions, which may use ``pyro.module`` and ``pyro.param`` (their parameters are
@@ -38,10 +38,18 @@ class Pair(Passes, nn.Module):
 
         >>> pair = Pair(model, guide)  # doctest: +SKIP
 
-    or as a class with the callables ``prior() -> p(z)``, ``likelihood(z) -> p(x | z)`` and ``posterior(x) -> q(z | x)``
+    or as a subclass with the callables ``prior() -> p(z)``, ``likelihood(z) -> p(x | z)`` and ``posterior(x) -> q(z | x)``
     (and ``marginal() -> p(x)`` where it is tractable), from which the two programs follow:
 
     .. math:: z \sim \text{prior}(), \quad x \mid z \sim \text{likelihood}(z); \qquad z \mid x \sim \text{posterior}(x).
+
+    An object of any other class brings its ``model`` and ``guide``, and of these callables those that return distributions.
+
+    **What trains.** All networks and parameters that the programs can reach are the pair's: moved, put into training and
+    evaluation mode, copied, saved and loaded together. Of these `fit` trains those of the object whose methods the programs
+    are, or that is a program itself (a subclass, a class with ``model`` and ``guide``, an autoguide); and, as Pyro does,
+    those that ``pyro.module`` and ``pyro.param`` name, wherever they are. What functions merely use is held fixed, and so
+    is what is named behind ``poutine.block(hide_types=["param"])`` alone.
 
     Where ``missing = "mask"`` (an attribute of the class, or of the pair), NaN in x is a value missing at random: the
     standard model observes the rest alone, and a posterior or programs of one's own fill the gaps before they look.
@@ -51,7 +59,8 @@ class Pair(Passes, nn.Module):
     Args:
         model, guide: Pyro programs of a batch; a model whose marginal is known, or whose latents can be enumerated,
             needs no guide.
-        owner: the object they belong to, whose parameters and callables the pair takes over.
+        owner: the object that they belong to, whose parameters train and whose callables the pair takes over; by default
+            the one whose methods they are.
     """
 
     #: the objective that `fit` takes when none is given
@@ -74,34 +83,22 @@ class Pair(Passes, nn.Module):
         super().__init__()
         self._layout: Layout | None = None
         self._form: tuple[Any, ...] = ()
-        self._constraints: dict[str, constraints.Constraint] = {}
-        self.stored = nn.ParameterDict()
-        if model is None:
-            if type(self) is Pair:
-                raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
-            return
-        for name, program in (("model", model), ("guide", guide)):
-            if not callable(program) and not (name == "guide" and program is None):
-                raise TypeError(f"Pair(model, guide): expected {name} to be callable, got {type(program).__name__}")
-        owner = owner if owner is not None else getattr(model, "__self__", None)
-        object.__setattr__(self, "_programs", {"model": model, "guide": guide})
-        object.__setattr__(self, "_owner", owner)
-        # registering what the programs use lets parameters(), to() and train() reach it
-        for name, found in _behind(owner, model, guide):
-            self._adopt(name, found)
-        taken = (
-            "prior",
-            "likelihood",
-            "posterior",
-            "marginal",
-            "initialise",
-            "validate",
-            "default_objective",
-            "missing",
-        )
-        for name in taken:
-            if hasattr(owner, name):
-                object.__setattr__(self, name, getattr(owner, name))
+        if model is None and type(self) is Pair:
+            raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
+        if model is not None:
+            for name, program in (("model", model), ("guide", guide)):
+                if not callable(program) and not (name == "guide" and program is None):
+                    raise TypeError(f"Pair(model, guide): expected {name} to be callable, got {type(program).__name__}")
+            owner = owner if owner is not None else object_of(model)
+            object.__setattr__(self, "_programs", {"model": model, "guide": guide})
+            object.__setattr__(self, "_owner", owner)
+        self._hold_nothing()
+        self._find()
+        if owner is not None:
+            if getattr(owner, "missing", None) == "mask":
+                self.missing = owner.missing
+            for name, method in _brought(self, owner):
+                object.__setattr__(self, name, method)
 
     # -- the two programs --------------------------------------------------------------------------------------------
 
@@ -144,7 +141,8 @@ class Pair(Passes, nn.Module):
     def log_marginal(self, x: Tensor) -> Tensor:
         """log p(x) (N,), by the marginal; of what is observed, where values are missing."""
         self.need("marginal")
-        marginal, shape = self.marginal(), x.shape[:1]
+        with self.own_parameters():
+            marginal, shape = self.marginal(), x.shape[:1]
         if self.missing is not None:
             marginal, x = masked(marginal, x)
         values = marginal.log_prob(x)
@@ -171,29 +169,15 @@ class Pair(Passes, nn.Module):
         """Where the sites lie; found by runs on a few rows and kept. Parameters that those make follow from the seed."""
         form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
         if self._layout is None or self._form != form:  # programs may observe less of another form
-            self._layout, self._form = lay_out(self, batch, seed), form
+            self._layout = None
+            with self.surveyed():
+                layout = lay_out(self, batch, derived(seed, _FIRST))
+            self._layout, self._form = layout, form
         return self._layout
 
     def keep_layout(self, layout: Layout | None) -> None:
         """Take what is now known of the sites; None finds them anew at the next run."""
         self._layout = layout
-
-    @contextlib.contextmanager
-    def trying(self) -> Iterator[dict[str, torch.Size]]:
-        """Parameters that programs declare here are dropped afterwards, and so are plates that an EasyGuide keeps.
-
-        Yields a dictionary that then has their shapes.
-        """
-        before = set(self.stored.keys())
-        declared: dict[str, torch.Size] = {}
-        try:
-            yield declared
-        finally:
-            forget_plates(self)
-            for name in set(self.stored.keys()) - before:
-                declared[name] = self.stored[name].shape
-                del self.stored[name]
-                self._constraints.pop(name, None)
 
     def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
@@ -252,12 +236,6 @@ class Pair(Passes, nn.Module):
                 trace.remove_node(name)
         return trace
 
-    @contextlib.contextmanager
-    def own_parameters(self) -> Iterator[None]:
-        """Programs that run here find their parameters in this pair; Pyro's store is an empty one for the while."""
-        with pyro.get_param_store().scope(), _Parameters(self):
-            yield
-
     # -- its data ----------------------------------------------------------------------------------------------------
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
@@ -284,33 +262,6 @@ class Pair(Passes, nn.Module):
         return batch
 
     # -- its parameters ----------------------------------------------------------------------------------------------
-
-    def parameter(self, name: str, init: Any = None, constraint: Any = constraints.real) -> Tensor:
-        """The value of a ``pyro.param`` statement, kept in this pair and not in the process's store."""
-        key = name.replace(".", "/")
-        if isinstance(init, nn.Parameter):
-            self._adopt(key, init)
-            if "$$$" in name:  # pyro.module asks for the very tensor of its module
-                return init
-            return _seen(init, constraints.real)
-        if key not in self.stored:
-            if init is None:
-                store = pyro.get_param_store()  # where a PyroModule has put it, unconstrained
-                kept = store._params.get(name)
-                if kept is None:
-                    raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
-                self._adopt(key, kept)
-                return _seen(kept, store._constraints[name])
-            start = torch.as_tensor(init() if callable(init) else init).detach()
-            self.stored[key] = nn.Parameter(transform_to(constraint).inv(start).clone())
-        return _seen(self.stored[key], self._constraints.setdefault(key, constraint))
-
-    def _adopt(self, name: str, found: Any) -> None:
-        """Make a module or parameter that the programs use one of the pair's own, unless it is already."""
-        if isinstance(found, nn.Module) and all(found is not known for known in self.modules()):
-            self.add_module(name, found)
-        elif isinstance(found, nn.Parameter) and all(found is not known for known in self.parameters()):
-            self.stored[name] = found
 
     def require_values(self) -> None:
         """Raise a ValueError if a parameter or buffer is on the meta device, where tensors have no values."""
@@ -342,40 +293,41 @@ class Pair(Passes, nn.Module):
         return None if reference is None else reference.device
 
 
-def _seen(parameter: Tensor, constraint: Any) -> Tensor:
-    """What a program sees of a parameter: its constrained value, which knows the parameter, as those of Pyro's store do."""
-    value = transform_to(constraint)(parameter)
-    value = value.view_as(value) if value is parameter else value
-    value.unconstrained = weakref.ref(parameter)  # type: ignore[union-attr]
-    return value
+def _brought(pair: Pair, owner: Any) -> Iterator[tuple[str, Any]]:
+    """Of an object's ``prior()``, ``likelihood(z)``, ``posterior(x)`` and ``marginal()`` those that return distributions.
+
+    A class that is no `Pair` may have methods of these names for purposes of its own.
+    """
+
+    def made(name: str, *args: Any) -> Any:
+        if not callable(method := getattr(owner, name, None)):
+            return None
+        try:
+            fn = method(*args)
+        except PROGRAM_ERRORS:
+            return None
+        return fn if isinstance(fn, TorchDistributionMixin) else None
+
+    if any(tensor.is_meta for tensor in pair._tensors()):  # without values nothing can be tried
+        return
+    with still(pair), pair.own_parameters(), poutine.block():
+        prior = made("prior")
+        z = None if prior is None else _value(prior)
+        likelihood = None if z is None else made("likelihood", z)
+        marginal = made("marginal")
+        seen = likelihood or marginal
+        x = None if seen is None else _value(seen)
+        found = {"prior": prior, "likelihood": likelihood, "marginal": marginal}
+        found["posterior"] = None if x is None else made("posterior", x)
+    yield from ((name, getattr(owner, name)) for name, fn in found.items() if fn is not None)
 
 
-class _Parameters(Messenger):
-    """Answers ``pyro.param`` and ``pyro.module`` from a pair, so that the global store stays empty."""
-
-    def __init__(self, pair: Pair):
-        super().__init__()
-        self.pair = pair
-
-    def _pyro_param(self, msg: Any) -> None:
-        name, init = (*msg["args"], None)[:2]
-        msg["value"] = self.pair.parameter(name, init, msg["kwargs"].get("constraint", constraints.real))
-        msg["done"] = msg["stop"] = True
-
-
-def _behind(owner: Any, *programs: Any) -> Iterator[tuple[str, Any]]:
-    """What programs use that may hold parameters: themselves, their owner and its attributes, what functions close over."""
-    if isinstance(owner, nn.Module):
-        yield "owner", owner
-    else:
-        yield from ((f"owner_{name}", value) for name, value in getattr(owner, "__dict__", {}).items())
-    for role, program in zip(("model", "guide"), programs, strict=True):
-        yield f"{role}_program", program
-        yield f"{role}_owner", getattr(program, "__self__", None)
-        function = inspect.unwrap(getattr(program, "__func__", program))
-        if inspect.isfunction(function):
-            closed = inspect.getclosurevars(function)
-            yield from ((f"used_{name}", value) for name, value in {**closed.globals, **closed.nonlocals}.items())
+def _value(fn: Any) -> Tensor:
+    """A draw; of a flat prior, which has none, zero."""
+    try:
+        return fn.sample()
+    except NotImplementedError:
+        return torch.zeros(fn.shape())
 
 
 def as_pair(model: Any) -> Pair:

@@ -39,7 +39,7 @@ class Passes:
             ValueError: if the prior is flat, or a pair of plain programs gets no ``like``.
         """
         n = size("n", n)
-        with still(self, seed):
+        with still(self, seed), self.own_parameters():
             try:
                 if self.has("prior") and self.has("likelihood"):
                     return _alone({"x": self.likelihood(self.prior().sample((n,))).sample()})
@@ -89,7 +89,7 @@ class Passes:
         if not isinstance(z, Tensor) or latents not in (None, z.shape[-1]):
             raise ValueError(f"z: expected one array of latents (..., {latents or 'L'}), got {shapes(z)}")
         require_numbers(z, "z")
-        with still(self):
+        with still(self), self.own_parameters():
             with blamed("likelihood", z):
                 mean = _centre(self.likelihood(z))
             return _alone({"x": mean})
@@ -178,6 +178,8 @@ def _alone(found: dict[str, Tensor]) -> Any:
                 f"site {name!r}: expected finite numbers, got NaN or infinite ones: are the model's parameters finite, and "
                 "neither they nor the data too large for their dtype?"
             )
+    # where a value is a parameter of the programs, the caller gets one of its own
+    found = {name: value.detach().clone() if value.requires_grad else value for name, value in found.items()}
     return next(iter(found.values())) if len(found) == 1 else found
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.batches import Batch, each, length
+from probae.seeding import derived
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Processes:
 
     def noise(self, seed: int) -> int:
         """A seed of this one's own, the given one in the first."""
-        return (seed + 0x9E3779B97F4A7C15 * self.rank) % 2**63
+        return derived(seed, self.rank) if self.rank else seed
 
     @contextmanager
     def together(self) -> Iterator[None]:

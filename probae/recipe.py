@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from probae.seeding import seeded
 
 # what torch says of tensors that do not fit, on one device or another
 _TOO_LARGE = re.compile("allocate|out of memory|(calculation|multiplication) overflow")
@@ -22,24 +25,32 @@ _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16
 def recorded(cls: T) -> T:
     """Class decorator: its instances remember their constructor's arguments, and its name can be rebuilt from a recipe.
 
+    ``seed=`` of a constructor fixes what it draws, its initial weights; without it they are drawn from torch's own stream.
     A constructor whose tensors do not fit into memory raises a ValueError that says so.
     """
     init = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, seed: int | None = None, **kwargs: Any) -> None:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
             arguments = {k: _frozen(v) for k, v in list(bound.arguments.items())[1:]}
             object.__setattr__(self, "_arguments", arguments)
         try:
-            init(self, *args, **kwargs)
+            with nullcontext() if seed is None else seeded(seed, torch.get_default_device()):
+                init(self, *args, **kwargs)
         except RuntimeError as error:
             if not _TOO_LARGE.search(str(error)):
                 raise
             raise ValueError(f"{cls.__name__}: expected sizes that fit into memory; {error}") from error
 
+    if "seed" in signature.parameters:
+        raise RuntimeError(f"{cls.__name__}: seed= is what every recorded class has; its own needs another name")
+    options = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    added = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
+    __init__.__signature__ = signature.replace(parameters=[*options, added, *rest])  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[misc]
     known = _BUILDERS.setdefault(_key(cls), cls)
     if known.__module__ != cls.__module__:

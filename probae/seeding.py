@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,8 @@ from probae.arguments import as_whole
 def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
     """Run a block under its own random stream, then restore the caller's.
 
-    torch distributions take no generator, so the stream of the CPU, and of ``device`` where that is a GPU, is forked.
+    torch distributions take no generator, so the stream of the CPU, and of ``device`` where that is a GPU, is forked; those
+    of NumPy and Python too, which a user's programs and data sets may draw from.
 
     Raises:
         TypeError: if ``seed`` is not a whole number.
@@ -33,9 +35,22 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
     seed = checked_seed(seed)
     device = torch.device("cpu" if device is None else device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
+    with torch.random.fork_rng(devices=gpus), python_seeded(seed):
         reseed(seed, device)
         yield
+
+
+@contextmanager
+def python_seeded(seed: int) -> Iterator[None]:
+    """Run a block under streams of Python's and NumPy's own, which a user's code may draw from; then restore the caller's."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
 
 
 def reseed(seed: int, device: torch.device) -> None:
@@ -78,7 +93,8 @@ def derived(seed: int, *purpose: int) -> int:
         >>> derived(0, 1) == derived(0, 1), derived(0, 1) == derived(0, 2)
         (True, False)
     """
-    state = np.random.SeedSequence([checked_seed(seed), *purpose]).generate_state(1, np.uint64)
+    # not [seed, *purpose]: there a zero at the end makes no difference
+    state = np.random.SeedSequence(checked_seed(seed), spawn_key=purpose).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

@@ -19,6 +19,7 @@ import probae.models
 import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
 from probae.arguments import as_path
 from probae.pair import Pair, as_pair
+from probae.parameters import fill, fill_known
 from probae.recipe import from_json, to_json
 
 FORMAT = 1
@@ -60,13 +61,14 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         recipe = to_json(module)
     except TypeError:
         recipe = None
-    names = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(module.state_dict().items())}
-    tensors = serialise(names)
+    found, made = _tensors_of(module)
+    tensors = serialise({name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(found.items())})
     described = {
         "format": FORMAT,
-        "class": type(module).__name__,
+        "class": type(model).__name__,
         "recipe": recipe,
         "recipe_sha256": _recipe_checksum(recipe),
+        "made": made,
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
         )
     else:
         module = _built(described["recipe"], folder)
-    _read_into(module, tensors, folder)
+    _read_into(module, tensors, set(described["made"]), folder)
     module.eval()
     return into if into is not None else module
 
@@ -125,6 +127,9 @@ def _described(path: Path) -> dict[str, Any]:
         described = json.loads(path.read_bytes())
         if not isinstance(described, dict) or not {"format", "recipe", "recipe_sha256", "sha256"} <= set(described):
             raise ValueError("expected the keys 'format', 'recipe', 'recipe_sha256' and 'sha256'")
+        made = described.setdefault("made", [])
+        if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
+            raise ValueError("expected a list of names under 'made'")
         checksum = _recipe_checksum(described["recipe"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no model of probae's: {error}") from error
@@ -153,33 +158,52 @@ def _built(recipe: Any, folder: Path) -> nn.Module:
     return module
 
 
-def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    for name, tensor in tensors.items():
-        # plain programs declare their parameters as they run; a fresh pair takes them from the file
-        if name.startswith("stored.") and isinstance(module, Pair) and name not in module.state_dict():
-            module.stored[name.removeprefix("stored.")] = nn.Parameter(tensor)
-    own = module.state_dict()
-    if missing := sorted(set(own) - set(tensors)):
-        raise ValueError(f"{folder}: the model has a tensor {missing[0]!r} that the file lacks ({len(missing)} in all)")
-    if extra := sorted(set(tensors) - set(own)):
+def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[str], folder: Path) -> None:
+    """Fill a module; what its programs make or name only as they run waits for the first run."""
+    keeper, prefix = _keeper(module)
+    own = {name.removeprefix(prefix) for name in module.state_dict() if name.startswith(prefix)}
+    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    waits = keeper is not None and not keeper._surveyed and (made & (inside.keys() - own) or keeper.named_by_programs)
+    if keeper is None or not waits:
+        fill(module, tensors, str(folder))
+        return
+    if extra := sorted(inside.keys() - own - made):
         raise ValueError(f"{folder}: the file has a tensor {extra[0]!r} that the model lacks ({len(extra)} in all)")
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{folder}: {name!r}: expected shape {tuple(own[name].shape)}, the file has {tuple(tensor.shape)}"
-            )
-        if own[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{folder}: {name!r}: expected {own[name].dtype}, the file has {tensor.dtype}")
-    # by assignment each tensor keeps the file's dtype; otherwise those of `into`, which an optimizer may hold, are filled
-    if all(own[name].dtype == tensor.dtype and not own[name].is_meta for name, tensor in tensors.items()):
-        module.load_state_dict(tensors)
-    else:
-        places = {name: "cpu" if own[name].is_meta else own[name].device for name in tensors}
-        module.load_state_dict({name: tensor.to(places[name]) for name, tensor in tensors.items()}, assign=True)
+    outside = {name for name in module.state_dict() if not name.startswith(prefix)}
+    if differing := sorted(outside ^ {name for name in tensors if not name.startswith(prefix)}):
+        raise ValueError(f"{folder}: the tensor {differing[0]!r} is in one of model and file alone")
+    fill_known(module, tensors, str(folder))
+    keeper._awaited = inside, str(folder)
+
+
+def _keeper(module: nn.Module) -> tuple[Any, str]:
+    """The pair inside a module that keeps what programs make, and what precedes the names of its tensors."""
+    if not isinstance(module, Pair):
+        return None, ""
+    keeper = module.keeper
+    name = next(name for name, part in module.named_modules() if part is keeper)
+    return keeper, f"{name}." if name else ""
+
+
+def _tensors_of(module: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a module by name, and which of the names its programs make as they run."""
+    found, (keeper, prefix) = module.state_dict(), _keeper(module)
+    if keeper is None:
+        return found, []
+    made = keeper._made
+    if keeper._awaited is not None:  # loaded, and not run since
+        awaited = {f"{prefix}{name}": tensor for name, tensor in keeper._awaited[0].items()}
+        made = {name.removeprefix(prefix) for name in awaited.keys() - found.keys()}
+        outside = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
+        found = outside | {name: found.get(name, tensor) for name, tensor in awaited.items()}
+    return found, sorted(made)
 
 
 def _module(model: Any) -> nn.Module:
-    return model if isinstance(model, nn.Module) else as_pair(model)
+    """What holds the tensors: a pair, also of a module with programs, which may make some as they run."""
+    if isinstance(model, nn.Module) and not callable(getattr(model, "model", None)):
+        return model
+    return as_pair(model)
 
 
 def _write(path: Path, content: bytes) -> None:

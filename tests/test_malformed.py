@@ -619,7 +619,8 @@ CALLS = {
     "fit": Call(
         fit,
         dict(
-            model=models(verdicts={"unregistered": BAD}), data=STREAMED, validation=optional(data(also=STREAMS)),
+            model=models(verdicts={"unregistered": BAD, "constructor": EITHER}), data=STREAMED,
+            validation=optional(data(also=STREAMS)),
             objective=Argument(
                 lambda: "elbo",
                 without("none", "function")

@@ -1,11 +1,13 @@
 """Models on disk: bit-equal after loading, nothing ever executed, and a clear error for every kind of damage."""
 
 import ast
+import copy
 import hashlib
 import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,21 @@ import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
+from pyro.contrib.zuko import ZukoToPyro
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import probae
 from probae import likelihoods as heads
 from probae import priors
-from probae.objectives import named
+from probae.objectives import named as objective_named
 from probae.seeding import seeded
 from probae.transforms import Affine, Logit
 
@@ -78,7 +89,7 @@ def value(model, x, seed=3):
     pair = probae.pair.as_pair(model)
     x = torch.as_tensor(x).to(pair.dtype)
     with torch.no_grad(), seeded(seed):
-        return named(None, pair)(pair, x, len(x), torch.zeros(()))
+        return objective_named(None, pair)(pair, x, len(x), torch.zeros(()))
 
 
 @pytest.fixture
@@ -288,6 +299,182 @@ def with_module():
 OWN = {"module": Own, "plain object": Plain, "pyro.param": with_param, "pyro.module": with_module}
 OWN["around a user's class"] = lambda: probae.Dequantised(Own())
 OWN["a user's network"] = lambda: vae(decoder=nn.Sequential(nn.Linear(L, 4), nn.ELU(), nn.Linear(4, D)))
+
+
+class WithParam(Own):
+    """A module of torch's, some of whose parameters are pyro.param's."""
+
+    def guide(self, x):
+        scale = pyro.param("scale", torch.ones(L), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.encoder(x)[..., :L], scale).to_event(1))
+
+
+def behind_partials():
+    def model(decoder, x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(L), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x, nets):
+        pyro.module("encoder", nets["encoder"][0])
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(nets["encoder"][0](x), 0.5).to_event(1))
+
+    encoder = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Linear(4, L))
+    return probae.Pair(partial(model, nn.Linear(L, D)), partial(guide, nets={"encoder": [encoder]}))
+
+
+def fixed_decoder():
+    """A network that is used and not trained is saved like any other."""
+    decoder = nn.Linear(L, D).requires_grad_(False)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(L), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x @ pyro.param("code", lambda: torch.randn(D, L)), 0.5).to_event(1))
+
+    return probae.Pair(model, guide)
+
+
+def means(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0).expand([D]).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+
+class Regression(PyroModule):
+    """Its decoder's parameters are made when the first data come."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = PyroParam(torch.tensor(0.8), dist.constraints.positive)
+
+    def forward(self, x):
+        if not hasattr(self, "loc"):
+            self.loc = nn.Parameter(torch.randn(x.shape[-1]))
+        loc, noise = self.loc, self.noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, noise).to_event(1), obs=x)
+
+
+def flow_guide():
+    import zuko
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(L), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ torch.ones(L, D), 1.0).to_event(1), obs=x)
+
+    flow = zuko.flows.MAF(L, D, transforms=1, hidden_features=(4,))
+
+    def guide(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", ZukoToPyro(flow(x)))
+
+    return probae.Pair(model, guide)
+
+
+OWN |= {
+    "module with pyro.param": WithParam,
+    "partials": behind_partials,
+    "a fixed network": fixed_decoder,
+    "lazy PyroModule": lambda: probae.Pair(Regression()),
+    "flow": flow_guide,
+    "around pyro.param": lambda: probae.Dequantised(with_param()),
+}
+GUIDES = [AutoNormal, AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+OWN |= {auto.__name__: lambda auto=auto: probae.Pair(means, auto(means)) for auto in GUIDES}
+
+
+def last_loss(model, x):
+    """For a point guide, too."""
+    return probae.fit(model, x, steps=1, lr=1e-12, seed=5, batch_size=len(x), progress=False).history["loss"].iloc[-1]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_is_loaded_like_its_model_and_goes_on_alike(name, tmp_path):
+    x = data("counts").astype("float32")
+    torch.manual_seed(0)
+    run = probae.fit(OWN[name](), x, steps=20, lr=0.05, progress=False)
+    probae.save(run, tmp_path / "run")
+    probae.save(run.model, tmp_path / "model")
+    torch.manual_seed(1)
+    found = [probae.load(tmp_path / folder, into=OWN[name]()) for folder in ("run", "model")]
+    fresh = last_loss(OWN[name](), x)
+    assert last_loss(found[0], x) == last_loss(found[1], x) == last_loss(run.model, x) != fresh
+
+
+@pytest.mark.parametrize("name", ["AutoNormal", "pyro.param", "partials", "around pyro.param", "lazy PyroModule"])
+def test_what_was_loaded_and_not_run_is_saved_and_copied_whole(name, tmp_path):
+    x = data("counts").astype("float32")
+    model = OWN[name]()
+    probae.fit(model, x, steps=20, lr=0.05, progress=False)
+    probae.save(model, tmp_path / "a")
+    probae.save(probae.load(tmp_path / "a", into=OWN[name]()), tmp_path / "b")
+    again = copy.deepcopy(probae.load(tmp_path / "b", into=OWN[name]()))
+    assert last_loss(again, x) == last_loss(model, x)
+
+
+def named(one, two, variable="dec"):
+    """The same programs, in which the networks are closed over by other names: `one` decodes, `two` encodes."""
+    scope = {"pyro": pyro, "dist": dist, "L": L}
+    names = ("net_a", "net_b") if variable == "dec" else ("net_b", "net_a")
+    text = f"""
+def programs({names[0]}, {names[1]}):
+    def model(x):
+        pyro.module("dec", {names[0]})
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(L), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal({names[0]}(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("enc", {names[1]})
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal({names[1]}(x), 0.5).to_event(1))
+
+    return model, guide
+"""
+    exec(text, scope)
+    return probae.Pair(*scope["programs"](one, two))
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "run before"])
+def test_the_names_in_a_file_are_those_of_the_statements_not_of_variables(ran, tmp_path):
+    def nets():
+        return nn.Linear(D, D), nn.Linear(D, D)  # alike, so that nothing but names tells them apart
+
+    x, size = data("real").astype("float32"), L
+    globals()["L"] = D
+    try:
+        model, other = named(*nets()), named(*nets(), variable="enc")
+        probae.fit(model, x, steps=20, lr=0.05, progress=False)
+        probae.save(model, tmp_path)
+        if ran:
+            value(other, x)
+        assert torch.equal(value(probae.load(tmp_path, into=other), x), value(model, x))
+    finally:
+        globals()["L"] = size
+    stored = safetensors.torch.load_file(tmp_path / TENSORS)
+    assert sorted(stored) == ["used.dec.bias", "used.dec.weight", "used.enc.bias", "used.enc.weight"]
+
+
+def test_what_is_left_over_after_the_first_run_is_named(tmp_path):
+    x = data("real").astype("float32")
+    model = probae.Pair(means, AutoDiagonalNormal(means))
+    probae.fit(model, x, steps=2, progress=False)
+    probae.save(model, tmp_path)
+    other = probae.load(tmp_path, into=probae.Pair(means, AutoMultivariateNormal(means)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'guide_program\.scale_tril_unconstrained' that the file lacks"):
+            probae.log_evidence(other, x, "elbo")
 
 
 @pytest.mark.parametrize("already_run", [False, True], ids=["fresh", "run before"])

@@ -14,6 +14,7 @@ from probae.comparison.baselines import fit_baselines
 from probae.comparison.comparable import require_one_measure
 from probae.comparison.entry import Entry, evaluated
 from probae.evidence.result import joined
+from probae.seeding import derived
 
 Fit = Callable[[Batch], Any]
 
@@ -31,18 +32,22 @@ def held_out(fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dic
         raise ValueError(f"folds: expected a whole number from 2 to {length(batch)}, the number of data, got {folds}")
     found: dict[str, list[Entry]] = {}
     held = parts(length(batch), folds, options["seed"])
-    for part in held:
+    for number, part in enumerate(held):
+        settings = {
+            **options,
+            "seed": derived(options["seed"], number),
+        }  # folds are joined as parts that share no draws
         seen = torch.ones(length(batch), dtype=torch.bool)
         seen[part] = False
         train, test = rows_at(batch, seen.nonzero().flatten()), rows_at(batch, part)
         entries = []
         for name, functions in fits.items():
-            entries.append(evaluated(name, [function(train) for function in functions], test, False, options))
+            entries.append(evaluated(name, [function(train) for function in functions], test, False, settings))
             bar.update()
         require_one_measure((entry.name, entry.measure) for entry in entries)
-        plain = {name: options[name] for name in ("particles", "seed")} | {"method": "auto"}
+        plain = {name: settings[name] for name in ("particles", "seed")} | {"method": "auto"}
         if isinstance(batch, Tensor) and batch.dim() == 2:
-            for name, model in fit_baselines(train, entries[0].measure == "mass", options["seed"], like=batch).items():
+            for name, model in fit_baselines(train, entries[0].measure == "mass", settings["seed"], like=batch).items():
                 if name in fits:
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
                 entries.append(evaluated(name, [model], test, True, plain))

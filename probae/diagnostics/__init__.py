@@ -62,7 +62,7 @@ def diagnose(
     """
     particles = whole("particles", particles, least=FEWEST)
     count = _checked_gaps(gaps)
-    pair, batch, layout = prepare(model, x)
+    pair, batch, layout = prepare(model, x, seed)
     if layout.subsampled:
         raise ValueError(layout.subsampled)
     if not pair.has_guide or not layout.latents + layout.globals_:

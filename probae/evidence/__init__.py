@@ -22,7 +22,7 @@ from probae.evidence.tradeoff import RateDistortion, rate_distortion
 from probae.evidence.weights import Weights, log_weights, no_bound, no_evidence, prepare
 from probae.pair import Pair, as_pair
 from probae.processes import ALONE, processes
-from probae.seeding import seeded
+from probae.seeding import derived, seeded
 from probae.sites import Layout
 from probae.streams import fetching, source, streams_from_disk
 
@@ -181,7 +181,7 @@ def _by_blocks(
     with seeded(seed, device), fetching():  # a DataLoader draws from the process's stream
         for number, block in enumerate(blocks):
             if number % team.count == team.rank:
-                at = seed + number
+                at = derived(seed, number)
                 parts[number] = log_evidence(
                     pair, block, method, particles=particles, seed=at, compile=compile, **options
                 )

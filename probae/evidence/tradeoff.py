@@ -89,7 +89,7 @@ def rate_distortion(
     if annealing.start != "prior" or annealing.schedule == "adaptive":
         raise ValueError("rate_distortion: the path starts at the prior, and all data share its schedule")
     largest = positive("largest", largest)
-    pair, batch, layout = prepare(model, x)
+    pair, batch, layout = prepare(model, x, seed)
     if layout.globals_:
         raise ValueError(
             f"the data share the latents {list(layout.globals_)}: the rate of a datum's code is not defined"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import random
 import types
 from collections import deque
@@ -19,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LIMIT = 20_000  # values looked at; what lies deeper is not a program's own state
+from probae.reach import PLAIN, reached
+
 _LARGE = 2**27  # bytes; a tensor so large that is no parameter is data
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, types.NoneType, np.number)
-_LIBRARIES = {"torch", "pyro", "zuko", "numpy", "builtins"}
 
 
 def fixed(**roots: Any) -> dict[str, Any]:
@@ -32,8 +30,8 @@ def fixed(**roots: Any) -> dict[str, Any]:
     shape, dtype, device and whether it asks for a gradient, not by its value, which a graph reads anew each time.
     """
     found: dict[str, Any] = {}
-    for path, value in _reached(roots.items()):
-        if isinstance(value, _PLAIN):
+    for path, value in reached(roots.items()):
+        if isinstance(value, PLAIN):
             found[path] = value
         elif isinstance(value, Tensor):
             found[path] = (*_place(value), tuple(value.shape), value.dtype, value.device, value.requires_grad)
@@ -56,7 +54,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
     """What puts the containers, objects, tensors and random streams that objects reach back to what they hold now."""
     undo: list[Callable[[], Any]] = []
-    for _, value in _reached((str(i), root) for i, root in enumerate(roots)):
+    for _, value in reached((str(i), root) for i, root in enumerate(roots)):
         if isinstance(value, nn.Module):
             for part in (vars(value), value._parameters, value._buffers, value._modules):
                 undo.append(functools.partial(_refill, part, dict(part)))
@@ -120,56 +118,3 @@ def _copy(tensor: Tensor, data: Tensor, value: Tensor) -> None:
         tensor.data = data
     with torch.no_grad():
         tensor.copy_(value)
-
-
-def _reached(roots: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    seen: dict[int, Any] = {}
-    queue, count = list(roots), 0
-    while queue and count < _LIMIT:
-        path, value = queue.pop()
-        if isinstance(value, _PLAIN):
-            count += 1
-            yield path, value
-        elif id(value) not in seen and not isinstance(value, types.ModuleType):
-            count += 1
-            seen[id(value)] = value
-            yield path, value
-            queue += [(f"{path}.{name}", part) for name, part in _parts(value)]
-        elif isinstance(value, Tensor):
-            yield path, value
-
-
-def _parts(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [(str(key), part) for key, part in value.items()]
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return [(str(i), part) for i, part in enumerate(value)]
-    if isinstance(value, types.MethodType):
-        return [("self", value.__self__), ("function", value.__func__)]
-    if isinstance(value, types.BuiltinMethodType):
-        return [("self", value.__self__)]
-    if isinstance(value, functools.partial):
-        return [("function", value.func), ("args", value.args), ("keywords", value.keywords)]
-    if inspect.isfunction(value):
-        if (value.__module__ or "").split(".")[0] in _LIBRARIES:
-            return []
-        closed = inspect.getclosurevars(value)
-        return [*closed.nonlocals.items(), *closed.globals.items(), ("defaults", value.__defaults__)]
-    if isinstance(value, nn.Module):
-        own = [
-            (k, v) for k, v in vars(value).items() if k == "training" or not (k.startswith("_") and k.endswith("hooks"))
-        ]
-        held = {**value._parameters, **value._buffers, **value._modules, **_methods(value)}
-        return [*((k, v) for k, v in own if k not in {"_parameters", "_buffers", "_modules"}), *held.items()]
-    if isinstance(value, Tensor | np.ndarray | type) or type(value).__module__.split(".")[0] in _LIBRARIES:
-        return []
-    slots = [
-        (name, getattr(value, name, None)) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())
-    ]
-    return [*getattr(value, "__dict__", {}).items(), *slots, *_methods(value).items()]
-
-
-def _methods(value: Any) -> dict[str, Any]:
-    """The functions of a class of the user's, for what they close over."""
-    own = [kind for kind in type(value).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES | {"probae"}]
-    return {n: part for kind in own for n, part in vars(kind).items() if isinstance(part, types.FunctionType)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
-import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,23 +20,23 @@ from torch.utils.data import (
     DistributedSampler,
     SequentialSampler,
     default_collate,
-    get_worker_info,
 )
 
 from probae.batches import Batch, as_batch
 from probae.processes import ALONE, Processes
-from probae.seeding import seeded
+from probae.seeding import derived, python_seeded, seeded
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 
 _BLOCK = 1024  # rows fetched at a time, when all of the data are read once
+_STEP, _PASS, _SOME = 11, 12, 13  # what rows are fetched for: each has draws of its own
 _AHEAD = 4  # minibatches that each worker fetches before they are asked for
 
 
 class Fetched(Source):
     """The rows of a map-style Dataset, shuffled anew in each pass; a last, smaller batch is completed from the next.
 
-    What the Dataset draws by torch follows from the seed and the number of the minibatch, whoever fetches it; in a worker
-    so does what it draws by NumPy and Python.
+    What the Dataset draws, by torch, NumPy or Python, follows from the seed and the number of the minibatch, whoever
+    fetches it.
 
     Args:
         data: with ``len(data)`` and ``data[i]``; a Hugging Face data set too.
@@ -70,7 +70,7 @@ class Fetched(Source):
                 self.number += 1
                 index = self.shuffle.next().tolist()
                 ahead.append(self._now())
-                yield [self.number, *index]
+                yield [_STEP, self.number, *index]
 
         for item in self._loader(places(), self.workers):
             self.taken = ahead.popleft()
@@ -81,14 +81,14 @@ class Fetched(Source):
         own = self.shuffle.processes
         starts = list(range(0, self.size, _BLOCK))
         mine = starts[own.rank :: own.count] or starts[:1]
-        places = ([0, *range(start, min(start + _BLOCK, self.size))] for start in mine)
+        places = ([_PASS, start // _BLOCK, *range(start, min(start + _BLOCK, self.size))] for start in mine)
         for item in self._loader(places, self.workers if len(mine) > 1 else 0):
             yield self._batch(item)
 
     def some(self) -> Batch:
         """Rows from all over the data."""
         places = np.linspace(0, self.size - 1, min(self.size, _BLOCK)).astype(int).tolist()
-        return self._batch(self.rows.__getitems__([0, *places]))
+        return self._batch(self.rows.__getitems__([_SOME, 0, *places]))
 
     def state(self) -> dict[str, Tensor]:
         """The order after the last minibatch that was asked for; those fetched ahead are fetched again."""
@@ -118,7 +118,7 @@ class Fetched(Source):
 
 
 class _Rows(Dataset[Any]):
-    """A data set read by lists of places, the first of which is the number of the minibatch."""
+    """A data set read by lists of places, before which stand what they are for and the number of the minibatch."""
 
     def __init__(self, data: Any, seed: int):
         # a Hugging Face data set gives tensors, and a batch of them at once
@@ -129,12 +129,8 @@ class _Rows(Dataset[Any]):
         return len(self.data)
 
     def __getitems__(self, places: list[int]) -> Any:
-        number, *places = places
-        seed = (self.seed * 1_000_003 + number) % 2**63
-        if get_worker_info() is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002 -- the stream that a user's data set may draw from
-        with seeded(seed):
+        purpose, number, *places = places
+        with seeded(derived(self.seed, purpose, number)):
             if self.whole:
                 found = self.data[places]
                 return next(iter(found.values())) if len(found) == 1 else dict(found)
@@ -151,7 +147,9 @@ class Streamed(Source):
         dtype: torch.dtype | None,
         device: torch.device,
         processes: Processes = ALONE,
+        seed: int = 0,
     ):
+        self.seed = seed
         self.loader, self.dtype, self.device, self.size = loader, dtype, device, _length(loader.dataset)
         # with a DistributedSampler the loader gives this process's rows; else all have the same batches, and share them
         self.distributed = isinstance(loader.sampler, DistributedSampler)
@@ -203,11 +201,23 @@ class Streamed(Source):
         empty = True
         if isinstance(self.loader.sampler, DistributedSampler):
             self.loader.sampler.set_epoch(self.epoch)
-        for item in self.loader:
+        for item in self._items():
             empty = False
             yield as_batch(_unpacked(item), self.dtype, self.device)
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
+
+    def _items(self) -> Iterator[Any]:
+        """The loader's items; what its data set draws by NumPy or Python in this process follows from the seed."""
+        items: Iterator[Any] | None = None
+        for number in itertools.count():
+            with python_seeded(derived(self.seed, _STEP, self.epoch, number)):
+                items = iter(self.loader) if items is None else items
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
 
 def _unpacked(item: Any) -> Any:

@@ -38,7 +38,7 @@ def source(
     if isinstance(data, np.memmap):
         return Mapped(data, batch_size, seed, dtype, device, processes)
     if isinstance(data, DataLoader):
-        return Streamed(data, dtype, device, processes)
+        return Streamed(data, dtype, device, processes, seed)
     if isinstance(data, TensorDataset):
         leaves: tuple[Tensor, ...] = data.tensors
         data = leaves if len(leaves) > 1 else leaves[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
@@ -17,7 +17,7 @@ from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
 from probae.processes import local_device, processes
-from probae.seeding import checked_seed, reseed, seeded
+from probae.seeding import checked_seed, derived, reseed, seeded
 from probae.streams import InMemory, fetching, source
 from probae.training.checkpoint import Checkpoints
 from probae.training.loop import Loop
@@ -27,6 +27,8 @@ from probae.training.resume import identity_of, put_back, state_of
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
+
+_BUILD = 21  # what a run draws for before it starts
 
 
 def fit(
@@ -62,7 +64,8 @@ def fit(
     the same parameters. Batch normalisation sees the rows of its own process alone. Ctrl-C ends at the next record.
 
     Args:
-        model: a model, a pair, or an object with ``model`` and ``guide``.
+        model: a model, a pair, or an object with ``model`` and ``guide``; or a function without arguments that makes one,
+            ``lambda: probae.VAE(64, 8)``, which then starts by the run's seed: ``run.model`` is what it made.
         data: a tensor, array, DataFrame, tuple or dict of these, a torch ``Dataset``, a ``DataLoader``, or a
             ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``); the last three are read as training goes. A Hugging Face
             data set counts as a Dataset; its columns are the leaves of a batch.
@@ -76,7 +79,8 @@ def fit(
         clip: the largest norm of the gradient, or ``{"model": ..., "objective": ...}``, one for each group by itself.
         precision: ``"float32"`` leaves all in the parameters' own dtype; ``"bf16"`` computes matrix products and
             convolutions in bfloat16, and everything else, parameters and densities too, in float32.
-        seed: of the order of the data and of every draw. The same seed gives the same bits on the CPU.
+        seed: of the order of the data and of every draw, also of the initial values of what programs make at their first
+            run. The same seed gives the same bits on the CPU. What a constructor drew before is its own: ``VAE(..., seed=0)``.
         device: ``"auto"`` takes a GPU where there is one.
         compile: how the steps are taken. False runs the programs each time; ``"flat"`` traces them once into a flat graph
             of tensor operations, with the same bits; True compiles that graph, the optimizer's update and the gather of the
@@ -122,10 +126,11 @@ def fit(
     one_of("precision", precision, PRECISIONS)
     rates, norms = rates_of(lr), norms_of(clip)
     folder = None if checkpoint is None else as_path("checkpoint", checkpoint)
+    where = _device(device)
+    model = _built(model, seed)
     pair = as_pair(model)
     pair.require_values()
     goal = named(objective, pair)
-    where = _device(device)
 
     pair.to(where)
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
@@ -181,6 +186,19 @@ def fit(
             loop.restore_best()
             pair.eval()
     return run
+
+
+def _built(model: Any, seed: int) -> Any:
+    """The model, or what a function without arguments makes under the run's seed."""
+    if isinstance(model, nn.Module | type | Run) or not callable(model) or callable(getattr(model, "model", None)):
+        return model
+    try:
+        with seeded(derived(seed, _BUILD), torch.get_default_device()):
+            built = model()
+    except TypeError as error:
+        raise TypeError(f"model: expected a model, or a function without arguments that makes one; {error}") from error
+    as_pair(built)
+    return built
 
 
 def _keep(loop: Loop, checkpoints: Checkpoints) -> None:

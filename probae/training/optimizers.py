@@ -73,20 +73,25 @@ def rates_of(lr: Any) -> dict[str, float]:
 
 
 def parameter_groups(pair: Pair, objective: Objective, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """What is trained: the pair's parameters and the objective's, each at its rate."""
+    """What is trained, of the pair and of the objective, each at its rate."""
     groups = []
-    for name, module in (("model", pair), ("objective", objective)):
-        parameters = [p for p in module.parameters() if p.requires_grad]
+    for name, found in (("model", pair.trained()), ("objective", objective.parameters())):
+        parameters = [p for p in found if p.requires_grad]
         if parameters:
             if name not in rates:
                 raise ValueError(f"lr: no learning rate for {name!r}, which has parameters; got {sorted(rates)}")
             groups.append({"params": parameters, "lr": rates[name], "name": name})
     if not groups or groups[0]["name"] != "model":
         raise ValueError(
-            "the pair has no parameters to train: plain programs declare theirs by pyro.module('name', network) or "
-            "pyro.param('name', value)"
+            "the pair has no parameters to train: functions name theirs by pyro.module('name', network) or "
+            f"pyro.param('name', value){_hint(pair)}"
         )
     return groups
+
+
+def _hint(pair: Pair) -> str:
+    names = pair.unnamed(list(pair.parameters()))
+    return f"; they use {', '.join(map(repr, names))} without" if names else ""
 
 
 def by_record(scheduler: Any) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probae.batches import Batch, leaves, length, rebuilt
 from probae.flat import Graph, Untraceable, fall_back, fixed, trace
@@ -179,12 +180,32 @@ class Steps:
         if self.first:
             if not loss.requires_grad:
                 raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
-            _all_trained(loss, self.parameters)
-        loss.backward()
+            self._all_known(loss)
+        loss.backward(inputs=[p for p in self.parameters if p.requires_grad])  # what is held fixed gets no gradient
         if self.first:
             self.first = False
             self._alike()
         return loss.detach()
+
+    def _all_known(self, loss: Tensor) -> None:
+        """Check once that the pair holds all that the loss depends on; say what of it is held fixed."""
+        trained = {id(p) for p in self.parameters}
+        held = {id(p) for module in (self.pair, self.objective) for p in module.parameters()}
+        others = [leaf for leaf in _leaves(loss) if id(leaf) not in trained]
+        for leaf in others:
+            if id(leaf) not in held:
+                raise ValueError(
+                    f"the loss depends on a tensor of shape {tuple(leaf.shape)} that asks for a gradient, but the pair does "
+                    "not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
+                    "requires_grad=False"
+                )
+        for name in self.pair.unnamed(others):
+            warnings.warn(
+                f"the programs use {name!r} without naming it, so it is held fixed, as in Pyro: to train it write "
+                f"pyro.module({name!r}, {name}); to keep it as it is, give its parameters requires_grad=False",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _alike(self) -> None:
         """Check once that all processes train the same parameters: their gradients are added up, place by place."""
@@ -335,21 +356,16 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k not in {"params", "lr"}} for group in optimizer.param_groups]
 
 
-def _all_trained(loss: Tensor, parameters: list[nn.Parameter]) -> None:
-    """Check once that all the loss depends on is trained: a tensor that is not would stay as it is, and say nothing."""
-    mine = {id(p) for p in parameters}
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that ask for a gradient and on which a loss depends."""
     seen: set[Any] = set()
-    nodes = [loss.grad_fn]
+    nodes, found = [loss.grad_fn], []
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in mine:
-            raise ValueError(
-                f"the loss depends on a tensor of shape {tuple(leaf.shape)} that asks for a gradient, but the pair does "
-                "not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
-                "requires_grad=False"
-            )
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+    return found

@@ -34,14 +34,6 @@ class Around(Pair):
         """How the inner pair takes missing values."""
         return self.inner.missing
 
-    def parameter(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Parameters of plain programs stay in the inner pair."""
-        return self.inner.parameter(*args, **kwargs)
-
-    def trying(self) -> Any:
-        """As for any pair: the inner one keeps the parameters."""
-        return self.inner.trying()
-
     def _rows(self, x: Tensor) -> Any:
         # a plate of its own name: the inner programs open theirs; both lie along the data axis
         return pyro.plate(f"data_{self.depth}", x.shape[-1 - self._events(x)], dim=-1)
