@@ -23,7 +23,7 @@ class Translated(TorchDistribution):
     Args:
         base: of y, with batch shape (..., D), or event shape (D,).
         origin: (D,).
-        low: what ``origin`` leaves out of a float64 number, (D,), or None. Where it is not 0, draws and moments are float64.
+        origin_low: what ``origin`` leaves out of a float64 number, (D,), or None. Where it is not 0, draws and moments are float64.
 
     Example:
         >>> year = Translated(dist.Normal(torch.zeros(1), 1e-6), torch.tensor([2015.0]))
@@ -35,8 +35,8 @@ class Translated(TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(self, base: Any, origin: Tensor, low: Tensor | None = None):
-        self.base, self.origin, self.low = base, origin, low
+    def __init__(self, base: Any, origin: Tensor, origin_low: Tensor | None = None):
+        self.base, self.origin, self.origin_low = base, origin, origin_low
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @constraints.dependent_property
@@ -51,11 +51,11 @@ class Translated(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """The same with another batch shape."""
-        return Translated(self.base.expand(batch_shape), self.origin, self.low)
+        return Translated(self.base.expand(batch_shape), self.origin, self.origin_low)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), in nats."""
-        return self.base.log_prob(centred(value, self.origin, self.low))
+        return self.base.log_prob(centred(value, self.origin, self.origin_low))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, differentiable."""
@@ -87,9 +87,9 @@ class Translated(TorchDistribution):
         return self.base.variance
 
     def _moved(self, y: Tensor) -> Tensor:
-        if self.low is None or not bool(self.low.any()):
+        if self.origin_low is None or not bool(self.origin_low.any()):
             return self.origin + y
-        return self.origin.double() + self.low.double() + y
+        return self.origin.double() + self.origin_low.double() + y
 
 
 def centred(x: Tensor, origin: Tensor, low: Tensor | None = None) -> Tensor:
@@ -103,6 +103,9 @@ def parts(x: Tensor, like: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     high = x.to(like.dtype)
     low = x - high.to(x.dtype)
     return high, torch.where(low.abs() > 1e-5 * unit, low, torch.zeros_like(low)).to(like.dtype)
+
+
+_LISTED_FACTORIALS = 32
 
 
 class Poisson(dist.Poisson):
@@ -137,14 +140,14 @@ class Poisson(dist.Poisson):
         """log P(value), in nats."""
         k = value.double()
         some = k.clamp_min(1.0)
-        logarithm = some.log()
-        normaliser = torch.lgamma(k + 1) - k * logarithm + k
-        large = k > 30  # Stirling's series, whose terms do not cancel
-        inverse = 1 / some
-        series = ((1 / 1260 * inverse.square() - 1 / 360) * inverse.square() + 1 / 12) * inverse
-        normaliser = torch.where(large, (2 * math.pi * some).log() / 2 + series, normaliser)
+        logarithm, inverse = some.log(), some.reciprocal()
+        square = inverse.square()
+        series = ((square / 1260 - 1 / 360) * square + 1 / 12) * inverse + logarithm / 2 + math.log(2 * math.pi) / 2
+        few = torch.arange(_LISTED_FACTORIALS, dtype=k.dtype, device=k.device)  # beyond them the series has all digits
+        known = torch.lgamma(few + 1) - torch.xlogy(few, few) + few
+        rest = torch.where(k < len(few), known[k.clamp(0, len(few) - 1).long()], series)
         t = self.log_rate.double() - logarithm
-        return (k * t - some * torch.expm1(t) - (k == 0).double() - normaliser).to(self.dtype)
+        return (k * t - some * torch.expm1(t) - (rest + (k == 0))).to(self.dtype)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, in float64 where the dtype cannot tell them apart."""
@@ -177,10 +180,12 @@ class Binomial(dist.Binomial):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log P(value), in nats."""
-        n, k = float(self.most), value.double()
-        choose = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-        logits = self.logits
-        if self.most > _SMALL:
+        n, k, logits = self.most, value.double(), self.logits
+        if n <= _LISTED:  # read off a list, which is shorter than the data
+            choose = _log_choose(n, torch.arange(n + 1, dtype=k.dtype, device=k.device))[k.clamp(0, n).long()]
+        else:
+            choose = _log_choose(n, k)
+        if n > _SMALL:
             logits = logits.double()
             return (choose + k * logits + n * logsigmoid(-logits)).to(self.dtype)
         return choose.to(self.dtype) + k.to(self.dtype) * logits + n * logsigmoid(-logits)
@@ -194,8 +199,13 @@ class Binomial(dist.Binomial):
         return wide.sample(torch.Size(sample_shape))
 
 
+_LISTED = 4096
 _SMALL = 64  # counts up to here lose no digits that their sum keeps
 _EXACT = 2**24  # beyond it float32 does not tell whole numbers apart
+
+
+def _log_choose(n: int, k: Tensor) -> Tensor:
+    return math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
 def _counted(draws: Tensor, dtype: torch.dtype) -> Tensor:

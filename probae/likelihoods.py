@@ -97,9 +97,9 @@ class _LocationScale(Head):
         high, low = parts(loc, self.origin, scale)
         self.origin.copy_(high), self.origin_low.copy_(low)
         if self.kind != "predicted" and not self.fixed:
+            shared = (scale.square().mean().sqrt() / scale.mean()).log()
             with torch.no_grad():
-                start = scale if self.kind == "feature" else scale.square().mean().sqrt()
-                self.log_scale.copy_(start.log())
+                self.log_scale.copy_(shared if self.kind == "shared" else torch.zeros_like(scale))
 
     def _require_spread(self, x: Tensor) -> None:
         """Raise a ValueError if a feature with a scale of its own does not vary: the scale would go to 0."""
@@ -124,7 +124,11 @@ class _LocationScale(Head):
             raise AttributeError("this head predicts a scale for each datum: read it from its distribution")
         if self.fixed and not self.learned:
             return self.origin.new_tensor(self.initial)
-        return self.log_scale.exp() + self._least(self.unit if self.kind == "feature" else self.unit.mean())
+        if self.fixed:
+            return self.log_scale.exp() + self._least(torch.ones_like(self.log_scale))
+        # in units of the data's own, so that training takes the same steps in any
+        unit = self.unit if self.kind == "feature" else self.unit.mean()
+        return unit * self.log_scale.exp() + self._least(unit)
 
     def _least(self, unit: Tensor) -> Tensor:
         """The floor, in the units of the data."""
@@ -197,7 +201,7 @@ class DiscretisedNormal(_LocationScale):
         """A mass has a maximum where nothing varies."""
 
     def _least(self, unit: Tensor) -> Tensor:
-        return unit.new_tensor(self.floor)
+        return torch.full_like(unit, self.floor)
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""

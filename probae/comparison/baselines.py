@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, as_batch, leaves, shapes
+from probae.missing import require_numbers, require_observed
 from probae.models.baselines import GaussianMixture, Independent
 from probae.pair import Pair
 from probae.transforms import Dequantised
@@ -24,11 +25,13 @@ def checked_training(train: Any) -> Tensor:
     """Training data as one array (N, D), in their own precision.
 
     Raises:
-        ValueError: if they are none, or have fewer than two rows.
+        ValueError: if they are none, have fewer than two rows, infinite values, or a column without any.
     """
     x = as_batch(train)
     if not isinstance(x, Tensor) or x.dim() != 2 or len(x) < 2:
         raise ValueError(f"train: baselines take one array (N, D) of at least two rows, got {shapes(x)}")
+    require_numbers(x, "train", "mask")
+    require_observed(x)
     return x
 
 
@@ -52,6 +55,7 @@ def fit_baselines(
     largest = max(float(part.nan_to_num(0.0).max()) for part in all_of_them)
     classes = max(int(largest), 1) + 1 if mass else None
     fitted: dict[str, Pair] = {}
+    left_out: dict[str, list[str]] = {}
 
     def fit(name: str, model: Any, dequantised: bool = mass, **options: Any) -> None:
         try:
@@ -60,19 +64,17 @@ def fit_baselines(
             else:
                 fitted[name] = model.double().maximum_likelihood(x, **options)  # evaluated once, in closed form
         except (ValueError, FloatingPointError) as error:
-            reason = str(error).removeprefix("site 'x': ")
-            notes.append(f"{name}: left out: {reason}")
+            left_out.setdefault(str(error).removeprefix("site 'x': "), []).append(name)
 
     if classes is not None and classes <= CLASSES:
         fit(INDEPENDENT, Independent(features, classes, missing=missing), False)
     else:
         fit(INDEPENDENT, Independent(features, missing=missing))
+    name = "full Gaussian"
     if missing is not None and mass:
         # a Gaussian with gaps takes D³ work for each particle of the noise that dequantises
-        notes.append("Gaussian baselines: left out: of counts with missing values they take too much work")
-        return fitted
-    name = "full Gaussian"
-    if features > _FEATURES:
+        left_out["of counts with missing values they take too much work"] = ["Gaussian baselines"]
+    elif features > _FEATURES:
         notes.append(f"{name}: left out: {features} features have {features}² covariances, more than {_FEATURES}²")
     else:
         fit(name, GaussianMixture(features, missing=missing))
@@ -80,11 +82,12 @@ def fit_baselines(
             notes.append(
                 f"{name}: {len(x)} training data for {features} features: its correlations are shrunk, by 0.005 of the variance"
             )
-    components = min(10, len(x) // 2)
+    components = min(10, len(x) // 2) if missing is None or not mass else 0
     # scikit-learn is optional, and the table shows which baselines it has
     with contextlib.suppress(ImportError):
         if components > 1:
             diagonal = len(x) * features**2 > _WORK or components * features**2 > _CELLS
             name = f"mixture of {components} {'diagonal ' if diagonal else ''}Gaussians"
             fit(name, GaussianMixture(features, components, diagonal, missing=missing), start=seed)
+    notes += [f"{', '.join(names)}: left out: {reason}" for reason, names in left_out.items()]
     return fitted

@@ -23,11 +23,14 @@ PRIORS: dict[str, Any] = {"laplace": priors.Laplace, "student_t": priors.Student
 class Dictionary(nn.Module):
     """z -> D z + b with columns of unit length, so that a penalty on z cannot be escaped by growing D.
 
-    Shapes: (..., L) -> (..., features).
+    Shapes: (..., L) -> (..., features). b is a parameter times the buffer ``unit``, 1 until it is set.
     """
+
+    unit: Tensor
 
     def __init__(self, latents: int, features: int):
         super().__init__()
+        self.register_buffer("unit", torch.ones(()))
         self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
         self.bias = nn.Parameter(torch.zeros(features))
 
@@ -38,7 +41,7 @@ class Dictionary(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """D z + b."""
-        return z @ self.columns.mT + self.bias
+        return z @ self.columns.mT + self.unit * self.bias
 
 
 @recorded
@@ -107,11 +110,21 @@ class SparseAutoencoder(Amortised):
     def initialise(self, x: Tensor) -> None:
         """As for every autoencoder, but the columns keep their length: one unit for all features that share a scale.
 
-        Where the scale is a number, that unit is 1: then it and λ are both in the units of the data.
+        Where the scale is a number, λ is in the units of the data too, and so are the codes; the networks, whose outputs are
+        of size 1, reach them by that unit.
         """
+        before = bool(self.initialised)
         super().initialise(x)
         unit = getattr(self.head, "unit", None)
-        if unit is not None and self.head.fixed:
-            unit.fill_(1.0)
-        elif unit is not None and self.head.kind == "shared":
-            unit.copy_(unit.double().square().mean().sqrt().expand_as(unit))
+        if before or unit is None or not (self.head.fixed or self.head.kind == "shared"):
+            return
+        overall = unit.double().square().mean().sqrt()
+        if not self.head.fixed:
+            unit.copy_(overall.expand_as(unit))
+            with torch.no_grad():
+                self.head.log_scale.zero_()
+            return
+        unit.fill_(1.0)
+        for part in (self.code, *([self.decoder] if isinstance(self.decoder, Dictionary) else [])):
+            if isinstance(getattr(part, "unit", None), Tensor):
+                part.unit.copy_(overall.expand_as(part.unit))

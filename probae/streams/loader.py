@@ -23,7 +23,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from probae.batches import Batch
+from probae.batches import Batch, length
 from probae.processes import ALONE, Processes
 from probae.seeding import seeded
 from probae.streams.minibatches import Minibatch, Shuffle, Source
@@ -186,6 +186,10 @@ class Streamed(Source):
         """The data once, in blocks, each process its part."""
         for batch in self._all():
             yield batch if self.distributed else self.processes.share(batch)[0]
+
+    def smallest(self, batch: Batch) -> int:
+        """The rows of this very block: they are the loader's minibatches."""
+        return length(batch)
 
     def some(self) -> Batch:
         """The first batch, of all processes."""

@@ -37,6 +37,7 @@ class Source:
     dtype: torch.dtype | None
     device: torch.device
     keeps: bool | None
+    shuffle: Shuffle
 
     def as_batch(self, data: Any) -> Batch:
         """Data as they were read, as a batch; whether ``dtype`` can hold them is judged once, on the first."""
@@ -53,6 +54,10 @@ class Source:
     def passes(self) -> Iterator[Batch]:
         """The data once, in blocks, each process its part: what is checked before the first step."""
         raise NotImplementedError
+
+    def smallest(self, batch: Batch) -> int:
+        """How many rows the smallest minibatch of this process has, given a block of a pass."""
+        return len(range(self.shuffle.processes.rank, self.shuffle.batch_size, self.shuffle.processes.count))
 
     def some(self) -> Batch:
         """Enough of the data to take their units from, and to know them again; the same in all processes."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
@@ -135,6 +135,7 @@ def fit(
     with seeded(seed, where), fetching():
         for batch in stream.passes():
             layout = check(pair, batch)
+            _require_rows(pair, stream.smallest(batch))
             if layout.whole and team.count > 1:
                 raise ValueError(
                     "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
@@ -181,6 +182,16 @@ def fit(
             loop.restore_best()
             pair.eval()
     return run
+
+
+def _require_rows(pair: Pair, rows: int) -> None:
+    """Raise a ValueError if a minibatch of one row would meet batch normalisation, which has no variance to divide by."""
+    names = [name for name, module in pair.named_modules() if isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm)]
+    if rows == 1 and names:
+        raise ValueError(
+            f"batch_size: a minibatch has one row, and batch normalisation ({names[0]}) needs two: choose another batch size, "
+            "or DataLoader(..., drop_last=True)"
+        )
 
 
 def _keep(loop: Loop, checkpoints: Checkpoints) -> None:

@@ -34,6 +34,11 @@ class Around(Pair):
         """How the inner pair takes missing values."""
         return self.inner.missing
 
+    @property
+    def keeps_precision(self) -> bool:  # type: ignore[override]
+        """Whether the inner pair does."""
+        return self.inner.keeps_precision
+
     def parameter(self, *args: Any, **kwargs: Any) -> Tensor:
         """Parameters of plain programs stay in the inner pair."""
         return self.inner.parameter(*args, **kwargs)
