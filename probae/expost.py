@@ -13,7 +13,7 @@ from probae.arguments import one_of, whole
 from probae.batches import Batch
 from probae.checks import check
 from probae.codes import Codes, fitted
-from probae.distributions import DiscretisedNormal
+from probae.distributions import DiscretisedNormal, Translated
 from probae.evidence.refined import Guides, Refinement, Refiner
 from probae.missing import masked
 from probae.pair import Pair, as_pair
@@ -49,6 +49,7 @@ class ExPost(Pair):
         self.prior = prior
         self.latents = prior.latents
         self.event_dim, self.missing = self.inner.event_dim, self.inner.missing
+        self.keeps_precision = self.inner.keeps_precision
         if (features := getattr(self.inner, "features", None)) is not None:
             self.features = features
         self.register_buffer("log_factor", torch.zeros(whole("scales", scales)))
@@ -212,13 +213,22 @@ def _most_evident(pair: ExPost, x: Batch, seed: int, rounds: int = 12) -> None:
 
 def _scale(fn: Any) -> Tensor | None:
     """The scale of a likelihood that has one."""
-    return base(fn).scale if isinstance(base(fn), dist.Normal | dist.Laplace | DiscretisedNormal) else None
+    law = base(fn)
+    known = isinstance(law.base if isinstance(law, Translated) else law, dist.Normal | dist.Laplace | DiscretisedNormal)
+    return law.scale if known else None
 
 
 def _rescaled(fn: Any, factor: Tensor) -> Any:
-    inner, events = base(fn), fn.event_dim
-    if isinstance(inner, DiscretisedNormal):
-        return DiscretisedNormal(inner.loc, inner.scale * factor, inner.low, inner.high, validate_args=False).to_event(
-            events
-        )
-    return type(inner)(inner.loc, inner.scale * factor, validate_args=False).to_event(events)
+    law = base(fn)
+    if isinstance(law, Translated):
+        scaled: Any = Translated(_with_scale(law.base, factor), law.origin, law.origin_low)
+    else:
+        scaled = _with_scale(law, factor)
+    return scaled.to_event(fn.event_dim)
+
+
+def _with_scale(law: Any, factor: Tensor) -> Any:
+    if isinstance(law, DiscretisedNormal):
+        ends = law.low, law.high
+        return DiscretisedNormal(law.loc, law.scale * factor, *ends, validate_args=False, dtype=law.dtype)
+    return type(law)(law.loc, law.scale * factor, validate_args=False)

@@ -66,7 +66,10 @@ def _missing(data: Dataset) -> str | None:
 
 
 def _sparse(data: Dataset, latents: int, posterior: str) -> Pair:
-    scale = "shared" if posterior != "point" else float(np.nanstd(data.train)) / 4
+    spread = float(np.nanstd(data.train))
+    scale = "shared" if posterior != "point" else spread / 4
+    # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
+    rate = 6 / spread if posterior == "point" and data.kind != "binary" else 1.0
     head = _natural(data)
     if data.kind == "real":
         head = likelihoods.Normal(scale)
@@ -79,6 +82,7 @@ def _sparse(data: Dataset, latents: int, posterior: str) -> Pair:
         hidden,
         posterior=posterior,
         likelihood=head,
+        rate=rate,
         learned_rate=posterior != "point",
         missing=_missing(data),
     )

@@ -21,13 +21,19 @@ class Point(Head):
         positive: whether codes pass a ReLU first, z >= 0.
     """
 
+    unit: Tensor
+
     def __init__(self, positive: bool = False):
         super().__init__()
         self.positive = flag("positive", positive)
 
+    def attach(self, features: int) -> None:
+        """Make the unit of the codes, 1 until a model sets it."""
+        self.register_buffer("unit", torch.ones(features))
+
     def forward(self, output: Tensor) -> Any:
         """The point at the encoder's output (..., L)."""
-        code = torch.relu(output) if self.positive else output
+        code = self.unit * (torch.relu(output) if self.positive else output)
         return dist.Delta(code, event_dim=1, validate_args=False)
 
 

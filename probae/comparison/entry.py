@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import as_batch
 from probae.checks import check
 from probae.diagnostics.units import latents
 from probae.evidence import Evidence, log_evidence, no_bound
@@ -101,7 +100,7 @@ def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: d
     """An entry for fitted models on held-out data x; ``options`` are those of `log_evidence`, with a ``seed``."""
     start = time.perf_counter()
     pairs = [as_pair(fit) for fit in fits]
-    layouts = [check(pair, as_batch(x, pair.dtype, pair.device)) for pair in pairs]
+    layouts = [check(pair, pair.as_batch(x)) for pair in pairs]
     # the errors of several fits are taken for independent, and so are their draws
     seeds = [derived(options["seed"], number) if number else options["seed"] for number in range(len(fits))]
     each_own = zip(pairs, layouts, seeds, strict=True)
@@ -113,7 +112,7 @@ def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: d
     seconds = time.perf_counter() - start
     reconstruction = active = math.nan
     if pairs[0].has_guide and layouts[0].latents:
-        batch = as_batch(x, pairs[0].dtype, pairs[0].device)
+        batch = pairs[0].as_batch(x)
         kept = latents(pairs[0], layouts[0], batch, _DRAWS, options["seed"])
         if kept.reconstruction is not None:
             reconstruction = float(kept.reconstruction.mean())

@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from probae.batches import as_batch
 from probae.datasets.dataset import Dataset, Kind, split
 from probae.datasets.formats import numbers, numpy_arrays, table
 
@@ -82,7 +84,7 @@ def _check(path: Path, parts: list[np.ndarray], way: str | None) -> None:
 def _values(path: Path, parts: list[np.ndarray]) -> tuple[Kind, int | None, type[np.generic]]:
     if any(np.isnan(part).any() for part in parts):
         kind, maximum, _ = _values(path, [part[~np.isnan(part)] for part in parts])
-        return kind, maximum, np.float32
+        return kind, maximum, _floating(parts)
     largest = max(part.max() for part in parts if part.size)
     whole = all((part >= 0).all() and (part.dtype.kind in "bui" or (part == np.floor(part)).all()) for part in parts)
     if whole and largest <= 1:
@@ -93,4 +95,10 @@ def _values(path: Path, parts: list[np.ndarray]) -> tuple[Kind, int | None, type
             return "counts", int(largest), dtype
     if any(np.abs(part.astype(np.float64)).max() > np.finfo(np.float32).max for part in parts if part.size):
         raise ValueError(f"{path}: values too large for float32")
-    return "real", None, np.float32
+    return "real", None, _floating(parts)
+
+
+def _floating(parts: list[np.ndarray]) -> type[np.generic]:
+    """float32, or float64 where that would lose digits that matter, beside the spread of their column."""
+    rows = torch.from_numpy(np.concatenate([part.reshape(len(part), -1) for part in parts]).astype(np.float64))
+    return np.float64 if as_batch(rows, torch.float32, keeps=True).dtype is torch.float64 else np.float32  # type: ignore[union-attr]

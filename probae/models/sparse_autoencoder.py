@@ -23,11 +23,14 @@ PRIORS: dict[str, Any] = {"laplace": priors.Laplace, "student_t": priors.Student
 class Dictionary(nn.Module):
     """z -> D z + b with columns of unit length, so that a penalty on z cannot be escaped by growing D.
 
-    Shapes: (..., L) -> (..., features).
+    Shapes: (..., L) -> (..., features). b is a parameter times the buffer ``unit``, 1 until it is set.
     """
+
+    unit: Tensor
 
     def __init__(self, latents: int, features: int):
         super().__init__()
+        self.register_buffer("unit", torch.ones(()))
         self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
         self.bias = nn.Parameter(torch.zeros(features))
 
@@ -38,7 +41,7 @@ class Dictionary(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """D z + b."""
-        return z @ self.columns.mT + self.bias
+        return z @ self.columns.mT + self.unit * self.bias
 
 
 @recorded
@@ -54,7 +57,8 @@ class SparseAutoencoder(Amortised):
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers.
         prior: ``"laplace"``, ``"student_t"``, or ``"exponential"``, which goes with ReLU codes.
-        rate: λ > 0.
+        rate: λ > 0, per unit of the data where the likelihood's scale is a number; where that is learned, per standard
+            deviation of the data (of all features, or of each where they have a scale of their own).
         learned_rate: whether λ is learned (the unit columns keep that bounded).
         posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head.
         likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
@@ -104,8 +108,23 @@ class SparseAutoencoder(Amortised):
         super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
 
     def initialise(self, x: Tensor) -> None:
-        """As for every autoencoder, but in the data's own scale: λ is per unit of z, and the columns have length 1."""
+        """As for every autoencoder, but the columns keep their length: one unit for all features that share a scale.
+
+        Where the scale is a number, λ is in the units of the data too, and so are the codes; the networks, whose outputs are
+        of size 1, reach them by that unit.
+        """
+        before = bool(self.initialised)
         super().initialise(x)
         unit = getattr(self.head, "unit", None)
-        if unit is not None:
-            unit.fill_(1.0)
+        if before or unit is None or not (self.head.fixed or self.head.kind == "shared"):
+            return
+        overall = unit.double().square().mean().sqrt()
+        if not self.head.fixed:
+            unit.copy_(overall.expand_as(unit))
+            with torch.no_grad():
+                self.head.log_scale.zero_()
+            return
+        unit.fill_(1.0)
+        for part in (self.code, *([self.decoder] if isinstance(self.decoder, Dictionary) else [])):
+            if isinstance(getattr(part, "unit", None), Tensor):
+                part.unit.copy_(overall.expand_as(part.unit))

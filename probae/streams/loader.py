@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from probae.batches import Batch, as_batch
+from probae.batches import Batch, length
 from probae.processes import ALONE, Processes
 from probae.seeding import derived, python_seeded, seeded
 from probae.streams.minibatches import Minibatch, Shuffle, Source
@@ -52,8 +52,10 @@ class Fetched(Source):
         device: torch.device,
         workers: int | None = None,
         processes: Processes = ALONE,
+        keeps: bool | None = None,
     ):
         self.rows, self.size, self.dtype, self.device = _Rows(data, seed), _length(data), dtype, device
+        self.keeps = keeps
         self.shuffle = Shuffle(self.size, batch_size, seed, processes=processes)
         self.number = 0
         self.taken = self._now()
@@ -114,7 +116,7 @@ class Fetched(Source):
         )
 
     def _batch(self, item: Any) -> Batch:
-        return as_batch(_unpacked(item), self.dtype, self.device)
+        return self.as_batch(_unpacked(item))
 
 
 class _Rows(Dataset[Any]):
@@ -148,9 +150,11 @@ class Streamed(Source):
         device: torch.device,
         processes: Processes = ALONE,
         seed: int = 0,
+        keeps: bool | None = None,
     ):
         self.seed = seed
         self.loader, self.dtype, self.device, self.size = loader, dtype, device, _length(loader.dataset)
+        self.keeps = keeps
         # with a DistributedSampler the loader gives this process's rows; else all have the same batches, and share them
         self.distributed = isinstance(loader.sampler, DistributedSampler)
         self.processes = processes
@@ -181,6 +185,10 @@ class Streamed(Source):
         for batch in self._all():
             yield batch if self.distributed else self.processes.share(batch)[0]
 
+    def smallest(self, batch: Batch) -> int:
+        """The rows of this very block: they are the loader's minibatches."""
+        return length(batch)
+
     def some(self) -> Batch:
         """The first batch, of all processes."""
         return next(self._all())
@@ -203,7 +211,7 @@ class Streamed(Source):
             self.loader.sampler.set_epoch(self.epoch)
         for item in self._items():
             empty = False
-            yield as_batch(_unpacked(item), self.dtype, self.device)
+            yield self.as_batch(_unpacked(item))
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, leaves, length, rows_at
+from probae.batches import Batch, as_batch, leaves, length, rows_at
 from probae.processes import ALONE, Processes
 
 
@@ -33,6 +34,19 @@ class Source:
 
     #: the number of data
     size: int
+    dtype: torch.dtype | None
+    device: torch.device
+    keeps: bool | None
+    shuffle: Shuffle
+
+    def as_batch(self, data: Any) -> Batch:
+        """Data as they were read, as a batch; whether ``dtype`` can hold them is judged once, on the first."""
+        batch = as_batch(data, self.dtype, self.device, self.keeps)
+        if self.keeps is not None:
+            found = [leaf.dtype for _, leaf in leaves(batch) if leaf.is_floating_point()]
+            self.dtype = torch.float64 if self.keeps and torch.float64 in found else self.dtype
+            self.keeps = None
+        return batch
 
     def __iter__(self) -> Iterator[Minibatch]:
         raise NotImplementedError
@@ -40,6 +54,10 @@ class Source:
     def passes(self) -> Iterator[Batch]:
         """The data once, in blocks, each process its part: what is checked before the first step."""
         raise NotImplementedError
+
+    def smallest(self, batch: Batch) -> int:
+        """How many rows the smallest minibatch of this process has, given a block of a pass."""
+        return len(range(self.shuffle.processes.rank, self.shuffle.batch_size, self.shuffle.processes.count))
 
     def some(self) -> Batch:
         """Enough of the data to take their units from, and to know them again; the same in all processes."""

@@ -136,10 +136,11 @@ def fit(
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
     team = processes(where)
-    stream = source(data, batch_size, seed, pair.dtype, where, workers, team)
+    stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
     with seeded(seed, where), fetching():
         for batch in stream.passes():
             layout = check(pair, batch, seed, training=True)
+            _require_rows(pair, stream.smallest(batch))
             if layout.whole and team.count > 1:
                 raise ValueError(
                     "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
@@ -201,6 +202,16 @@ def _built(model: Any, seed: int) -> Any:
     return built
 
 
+def _require_rows(pair: Pair, rows: int) -> None:
+    """Raise a ValueError if a minibatch of one row would meet batch normalisation, which has no variance to divide by."""
+    names = [name for name, module in pair.named_modules() if isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm)]
+    if rows == 1 and names:
+        raise ValueError(
+            f"batch_size: a minibatch has one row, and batch normalisation ({names[0]}) needs two: choose another batch size, "
+            "or DataLoader(..., drop_last=True)"
+        )
+
+
 def _keep(loop: Loop, checkpoints: Checkpoints) -> None:
     """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
     if (found := checkpoints.latest()) is not None:
@@ -219,7 +230,7 @@ def _keep(loop: Loop, checkpoints: Checkpoints) -> None:
 
 
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
-    stream = source(data, 4096, 0, pair.dtype, device)
+    stream = source(data, 4096, 0, pair.dtype, device, keeps=pair.keeps_precision)
     if isinstance(stream, InMemory):
         return stream.batch
     blocks = list(stream.passes())

@@ -34,6 +34,11 @@ class Around(Pair):
         """How the inner pair takes missing values."""
         return self.inner.missing
 
+    @property
+    def keeps_precision(self) -> bool:  # type: ignore[override]
+        """Whether the inner pair does."""
+        return self.inner.keeps_precision
+
     def _rows(self, x: Tensor) -> Any:
         # a plate of its own name: the inner programs open theirs; both lie along the data axis
         return pyro.plate(f"data_{self.depth}", x.shape[-1 - self._events(x)], dim=-1)

@@ -14,6 +14,8 @@ from probae.recipe import recorded
 from probae.seeding import seeded
 from probae.transforms.around import Around
 
+_LARGE = 2**14  # a count beside which noise in float32 keeps less than 10 bits
+
 
 @recorded
 class Dequantised(Around):
@@ -46,14 +48,14 @@ class Dequantised(Around):
     def model(self, x: Tensor) -> None:
         """u ~ U[0, 1); x + u under the inner model; x the whole number below it."""
         with self._rows(x):
-            y = x + pyro.sample("u", self._noise(x))
+            y = self._wide(x) + pyro.sample("u", self._noise(x))
             pyro.sample("counts", Truncation(y.shape[: -self._events(x)], x.shape[1:]), obs=x.nan_to_num(0.0))
         self.inner.model(y)
 
     def guide(self, x: Tensor) -> None:
         """u ~ U[0, 1); the inner guide at x + u."""
         with self._rows(x):
-            y = x + pyro.sample("u", self._noise(x))
+            y = self._wide(x) + pyro.sample("u", self._noise(x))
         if self.inner.has_guide:
             self.inner.guide(y)
 
@@ -65,18 +67,32 @@ class Dequantised(Around):
     def initialise(self, x: Tensor) -> None:
         """The inner pair's start, at the middles of the bins."""
         if self.inner.has("initialise"):
-            self.inner.initialise(x + 0.5)
+            self.inner.initialise(self._wide(x) + 0.5)
 
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
         """The inner model's, with its options, on data with noise of a seed added once; returns the pair."""
         x = self.inner.as_data(x)
         with seeded(seed, x.device):
-            self.inner.maximum_likelihood(x + torch.rand_like(x), **options)
+            self.inner.maximum_likelihood(self._wide(x) + torch.rand_like(x), **options)
         return self.eval()
 
-    @staticmethod
-    def _noise(x: Tensor) -> Any:
-        zero = torch.zeros_like(x)
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """As for any pair, and that noise added to the counts does not drown in rounding."""
+        super().validate(*args, **kwargs)
+        if len(args) != 1 or args[0].dtype is not torch.float32 or self.keeps_precision:
+            return
+        if (largest := float(args[0].nan_to_num(0.0).abs().max())) > _LARGE:
+            raise ValueError(
+                f"site 'x': float32 has few digits for the noise within a count of {largest:g}: give the pair float64 "
+                "parameters, model.double()"
+            )
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """x as noise is added to it: beside a count that is large float32 has no digits for it."""
+        return x.double() if self.keeps_precision else x
+
+    def _noise(self, x: Tensor) -> Any:
+        zero = torch.zeros_like(x, dtype=self.dtype)
         return dist.Uniform(zero, zero + 1, validate_args=False).to_event(x.dim() - 1)
 
     def _events(self, x: Tensor) -> int:
@@ -94,7 +110,7 @@ class Dequantised(Around):
         )
 
     def _forth(self, x: Tensor) -> Tensor:
-        return x + 0.5
+        return self._wide(x) + 0.5
 
     def _back(self, y: Tensor) -> Tensor:
         return y - 0.5

@@ -49,6 +49,11 @@ class Transformed(Around):
         if inner == "mass":
             raise ValueError("a mass of counts has no log-determinant: put Dequantised outside, Transformed inside")
 
+    @property
+    def keeps_precision(self) -> bool:  # type: ignore[override]
+        """Always: values are rounded to the inner pair's dtype, where it needs that, after they are transformed."""
+        return True
+
     def layout(self, batch: Any, seed: int = 0) -> Layout:
         """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
         if self._layout is None and isinstance(batch, Tensor):
@@ -83,7 +88,7 @@ class Transformed(Around):
                 raise ValueError(f"site 'x': row {row} is outside the domain of the transform ({takes}): {got}…")
 
     def apply_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y = T(x) (..., D) and the log-determinant (...)."""
+        """y = T(x) (..., D), taken in the precision of x, and the log-determinant (...)."""
         total = x.new_zeros(x.shape[:-1])
         for step in self.steps:
             if self.missing is not None:  # what is missing has no density, and its map no slope
@@ -93,6 +98,8 @@ class Transformed(Around):
             else:
                 x, log_det = step(x)
             total = total + log_det
+        if not self.inner.keeps_precision and (dtype := self.inner.dtype) is not None:
+            x, total = x.to(dtype), total.to(dtype)
         return x, total.sum(list(range(1 - self.event_dim, 0))) if self.event_dim > 1 else total
 
     def model(self, x: Tensor) -> None:
