@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
+
+from probae.missing import observed
+from probae.precision import float64
 
 
 class DiscretisedNormal(TorchDistribution):
@@ -151,3 +155,153 @@ class Truncation(TorchDistribution):
         """Zero: y was drawn within the bin of x."""
         batch = value.shape[: value.dim() - len(self.event_shape)]
         return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
+
+
+class NormalFrom(dist.Normal):
+    r"""N(origin + loc, scale²): values are seen from the origin in their own precision, and then cast to that of loc.
+
+    Far from 0 a float32 has no digits left for what varies; values in float64 then keep theirs, as long as the origin is
+    exact (a float32, whatever its dtype). Draws are float64 where the dtype of loc would round them visibly.
+
+    Args:
+        origin, loc, scale: tensors that broadcast; loc is what an origin of 0 would leave of the mean.
+
+    Example:
+        >>> d = NormalFrom(torch.tensor(1e8), torch.tensor(0.5), torch.tensor(1.0))
+        >>> round(float(d.log_prob(torch.tensor(1e8 + 1.5, dtype=torch.float64))), 4)
+        -1.4189
+    """
+
+    def __init__(self, origin: Tensor, loc: Tensor, scale: Tensor):
+        self.origin = origin
+        self.near, scale = broadcast_all(loc, scale)
+        super().__init__(origin + self.near, scale, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same distribution with another batch shape."""
+        return NormalFrom(self.origin, self.near.expand(batch_shape), self.scale.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), in nats, in the dtype of loc."""
+        away = (value - self.origin.to(value.dtype)).to(self.near.dtype) - self.near
+        return -0.5 * (away / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.near.dtype, device=self.near.device)
+        return _far(self.origin, self.near + self.scale * noise, self.scale)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+class LowRankNormal(TorchDistribution):
+    r"""x = μ + W z + ψ ε with z and ε standard Normal: N(μ, W Wᵀ + diag(ψ)²), without the cancellation of Woodbury's form.
+
+    .. math:: -2 \log p(x) = \lVert r - A \hat z \rVert^2 + \lVert \hat z \rVert^2 + \ln\det P + \sum_d \ln 2\pi\psi_d^2,
+              \qquad r = \frac{x - \mu}{\psi}, \quad A = \frac{W}{\psi}, \quad P = I + A^\top A, \quad
+              \hat z = P^{-1} A^\top r
+
+    The squared distance is a sum of squares at the posterior mean of z; sums are in float64. O(D L) a datum, and
+    O(D L² + L³) once.
+
+    Args:
+        loc, weight, scale: μ (D,), W (D, L) and ψ, () or (D,).
+        dtype: of draws, where it can hold them; by default the weight's.
+
+    Example:
+        >>> d = LowRankNormal(torch.zeros(3), torch.ones(3, 1), torch.tensor(0.1))
+        >>> d.log_prob(torch.zeros(5, 3)).shape, d.sample((2,)).shape
+        (torch.Size([5]), torch.Size([2, 3]))
+    """
+
+    arg_constraints = {
+        "loc": constraints.real_vector,
+        "weight": constraints.independent(constraints.real, 2),
+        "scale": constraints.positive,
+    }
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype | None = None):
+        self.loc, self.weight, self.scale = loc, weight, scale.expand(loc.shape)
+        self.dtype = weight.dtype if dtype is None else dtype
+        super().__init__(torch.Size(), loc.shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same distribution with another batch shape."""
+        new = LowRankNormal(self.loc, self.weight, self.scale, self.dtype)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def posterior(self, r: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean (..., L) of z given r (..., D), and a factor T of its covariance T Tᵀ; ``seen`` (..., D) says what counts of r."""
+        scaled = self._scaled()
+        if seen is None:
+            tril = _inverse_root(scaled.mT @ scaled)
+            return r @ (tril @ (tril.mT @ scaled.mT)).mT.to(r.dtype), tril
+        inside = seen.to(scaled.dtype)
+        products = (scaled.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(1)
+        tril = _inverse_root((inside @ products).unflatten(-1, (scaled.shape[1], scaled.shape[1])))
+        projected = (r * inside) @ scaled
+        return (tril @ (tril.mT @ projected.unsqueeze(-1))).squeeze(-1), tril
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value) (...), in nats."""
+        return self._log_prob(value, None)
+
+    def log_observed(self, value: Tensor) -> Tensor:
+        """log p of what is observed of value (..., D), where NaN is missing at random: O(D L² + L³) for each."""
+        values, seen = observed(value, self.loc)
+        return self._log_prob(values, seen)
+
+    def _log_prob(self, value: Tensor, seen: Tensor | None) -> Tensor:
+        scale = float64(self.scale)
+        r, noise = (float64(value) - float64(self.loc)) / scale, 2 * scale.log() + math.log(2 * math.pi)
+        z, tril = self.posterior(r, seen)
+        away = r - z @ self._scaled().mT
+        if seen is not None:
+            away, noise = away * seen, noise * seen
+        distance = away.square().sum(-1) + z.square().sum(-1)
+        log_det = -2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        values = -0.5 * (distance + log_det + noise.sum(-1)).to(value)
+        return values.expand(torch.broadcast_shapes(values.shape, self.batch_shape))
+
+    def _scaled(self) -> Tensor:
+        return float64(self.weight) / float64(self.scale).unsqueeze(-1)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws."""
+        weight, scale = self.weight.to(self.dtype), self.scale.to(self.dtype)
+        shape = self._extended_shape(torch.Size(sample_shape))
+        z = torch.randn(*shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
+        noise = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        return _far(self.loc, z @ weight.mT + scale * noise, scale)
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        """μ (D,)."""
+        return self.loc.to(self.dtype).expand(self._extended_shape())
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        """The diagonal of W Wᵀ + diag(ψ)² (D,)."""
+        return (self.weight.square().sum(-1) + self.scale.square()).to(self.dtype).expand(self._extended_shape())
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """The lower triangular T (..., L, L) with T Tᵀ = (I + gram)⁻¹."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    upper = torch.linalg.cholesky((gram + eye).flip(-2, -1)).flip(-2, -1)
+    return torch.linalg.solve_triangular(upper.mT, eye.expand_as(gram), upper=False)
+
+
+def _far(origin: Tensor, near: Tensor, scale: Tensor) -> Tensor:
+    """origin + near in the dtype of near, or in float64 where that would round visibly."""
+    rounding = origin.abs() * torch.finfo(near.dtype).eps
+    if near.dtype == torch.float32 and near.device.type != "mps" and bool((rounding > 1e-5 * scale).any()):
+        return origin.double() + near.double()
+    return (origin + near).to(near.dtype)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from probae.arguments import positive, whole
 from probae.missing import require_numbers, require_observed
-from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, float64, result, signed
+from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
+from probae.precision import float64
 from probae.seeding import checked_seed
 
 __all__ = ["expectation_maximisation"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from probae.arguments import positive, whole
 from probae.batches import as_matrix
+from probae.precision import float64
 from probae.models.profile_likelihood import descending_eigh, newton, starting_points
 from probae.seeding import checked_seed
 
@@ -214,11 +215,6 @@ def signed(weight: Tensor) -> Tensor:
     """Loadings (D, L) whose entry largest in magnitude is positive in each column."""
     largest = weight.gather(0, weight.abs().argmax(0, keepdim=True))
     return torch.where(largest < 0, -weight, weight)
-
-
-def float64(x: Tensor) -> Tensor:
-    """x in float64, on a device that has it."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)  # MPS has no float64
 
 
 def result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelihood: float) -> Solution:
