@@ -144,10 +144,14 @@ class LinearGaussian(Pair):
                 "(of a DataLoader these rows are the first batch: make it larger)"
             )
         with torch.no_grad():
-            loc, scale = (torch.cat(parts) for parts in zip(*(moments(float64(part)) for part in _columns(x)), strict=True))
+            loc, scale = (
+                torch.cat(parts) for parts in zip(*(moments(float64(part)) for part in _columns(x)), strict=True)
+            )
             overall = scale.square().mean().sqrt()
             if not overall > 0:
-                raise ValueError("site 'x': expected data that vary, got rows that are all the same: their density is unbounded")
+                raise ValueError(
+                    "site 'x': expected data that vary, got rows that are all the same: their density is unbounded"
+                )
             unit = torch.where(scale > 0, scale, overall) if self.log_scale.dim() else overall
             self._move_to(loc)
             self.unit.copy_(unit)

@@ -1,0 +1,104 @@
+"""Columns that make a density unbounded: constant ones, and sets that are linearly dependent to the data's precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probae.models.second_moments import SecondMoments, descending_eigh
+
+_EPS = torch.finfo(torch.float64).eps
+_SHARE = 1e-5  # of a dependency's largest coefficient, on the correlation scale, below which a column has no part in it
+
+
+def rounding_of(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
+    """The rounding of each column (D,), in its standard deviations, in the precision in which the data came."""
+    eps = torch.finfo(x.dtype).eps if x.is_floating_point() else _EPS
+    return eps * (loc.square() + variances).sqrt() / variances.sqrt()
+
+
+def constant_columns(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
+    """Which columns of data (N, D) are constant, or vary by their rounding alone."""
+    return (x == x[0]).all(0) | ~(rounding_of(x, loc, variances) < 0.5)
+
+
+def require_variation(constant: Tensor) -> None:
+    """Raise a ValueError that names the features that are constant (D,)."""
+    if constant.any():
+        raise ValueError(
+            f"expected features that vary, got variance 0 in the features {_listed(constant.nonzero()[:, 0].tolist())}: the "
+            "density is unbounded; drop them or dequantise the data"
+        )
+
+
+def require_independence(sets: list[list[int]], latents: int) -> None:
+    """Raise a ValueError if so few columns are dependent that the latents explain them without noise."""
+    within = [columns for columns in sets if len(columns) <= latents + 1]
+    if within:
+        raise ValueError(
+            f"the density is unbounded: the columns {' and '.join(map(_listed, within[:5]))} are linear combinations of each "
+            f"other, to the data's precision, and latents={latents} explain them without noise; drop one of each set"
+        )
+
+
+def dependent_sets(correlation: Tensor, rounding: Tensor) -> list[list[int]]:
+    """Sets of columns, each as small as elimination finds it, of which a linear combination is constant.
+
+    Args:
+        correlation: (D, D).
+        rounding: of the columns (D,), in their standard deviations.
+    """
+    least = 16 * float(rounding.square().max()) + 8 * len(correlation) ** 1.5 * _EPS
+    shifted = correlation - least * torch.eye(len(correlation)).to(correlation)
+    if not torch.linalg.cholesky_ex(shifted).info:
+        return []
+    values, vectors = descending_eigh(correlation)
+    noise = 16 * vectors.square().mT @ rounding.square() + 8 * len(values) * _EPS * values[0]
+    rows = vectors[:, values <= noise].mT.clone()
+    for i in range(len(rows)):  # Gauss-Jordan with complete pivoting: each row keeps a column that the others have not
+        at = int(rows[i:].abs().argmax())
+        row, column = i + at // rows.shape[1], at % rows.shape[1]
+        rows[[i, row]] = rows[[row, i]]
+        rows[i] /= rows[i, column].clone()
+        others = torch.arange(len(rows)) != i
+        rows[others] -= rows[others, column, None] * rows[i]
+    return [(row.abs() > _SHARE * row.abs().max()).nonzero()[:, 0].tolist() for row in rows]
+
+
+def dependent_columns(x: Tensor, loc: Tensor, second: SecondMoments) -> list[str]:
+    """What makes a covariance singular, in words; nothing where there are too few data to say."""
+    constant, told = constant_columns(x, loc, second.variances), []
+    if constant.any():
+        told.append(f", since the columns {_listed(constant.nonzero()[:, 0].tolist())} do not vary")
+    if second.formed is not None and len(x) > second.features:
+        varied = (~constant).nonzero()[:, 0]
+        units = second.variances[varied].rsqrt()
+        correlation = second.among(varied) * units * units[:, None]
+        sets = dependent_sets(correlation, rounding_of(x, loc, second.variances)[varied])
+        told += [
+            f", since the columns {_listed([int(varied[i]) for i in columns])} are linear combinations of each other"
+            for columns in sets[:5]
+        ]
+    return told
+
+
+def copied_columns(second: SecondMoments, rounding: Tensor) -> list[list[int]]:
+    """Pairs of columns with a correlation of ±1, found along one random direction: no D × D matrix."""
+    rows = second.rows
+    if rows is None:
+        raise TypeError("expected second moments that are not formed")
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(len(rows), generator=generator, dtype=rows.dtype).to(rows)
+    units = second.units / second.variances.sqrt()
+    places, order = ((direction @ rows) * units).abs().sort()
+    near = (places.diff() <= 1e-5 + 8 * rounding.max()).nonzero()[:, 0]
+    found = []
+    for a, b in zip(order[near].split(1024), order[near + 1].split(1024), strict=True):
+        product = ((rows[:, a] * rows[:, b]).sum(0) * units[a] * units[b]).abs()
+        same = 1 - product <= 8 * (rounding[a].square() + rounding[b].square()) + 64 * _EPS
+        found += [sorted(pair) for pair in torch.stack([a[same], b[same]], 1).tolist()]
+    return found
+
+
+def _listed(columns: list[int]) -> str:
+    return str(columns) if len(columns) <= 20 else f"{columns[:20]} … ({len(columns)} in all)".replace("]", ",", 1)
