@@ -198,6 +198,9 @@ class NormalFrom(dist.Normal):
             return self.rsample(sample_shape)
 
 
+_CELLS = 2**18  # rows × features at a time
+
+
 class LowRankNormal(TorchDistribution):
     r"""x = μ + W z + ψ ε with z and ε standard Normal: N(μ, W Wᵀ + diag(ψ)²), without the cancellation of Woodbury's form.
 
@@ -238,36 +241,37 @@ class LowRankNormal(TorchDistribution):
         return new
 
     def posterior(self, r: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean (..., L) of z given r (..., D), and a factor T of its covariance T Tᵀ; ``seen`` (..., D) says what counts of r."""
-        scaled = self._scaled()
-        if seen is None:
-            tril = _inverse_root(scaled.mT @ scaled)
-            return r @ (tril @ (tril.mT @ scaled.mT)).mT.to(r.dtype), tril
-        inside = seen.to(scaled.dtype)
-        products = (scaled.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(1)
-        tril = _inverse_root((inside @ products).unflatten(-1, (scaled.shape[1], scaled.shape[1])))
-        projected = (r * inside) @ scaled
-        return (tril @ (tril.mT @ projected.unsqueeze(-1))).squeeze(-1), tril
+        """Mean (..., L) of z given r (..., D), and a factor T of its covariance T Tᵀ; ``seen`` says what counts of r."""
+        return _posterior(r, seen, self._scaled())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) (...), in nats."""
-        return self._log_prob(value, None)
+        return self._log_prob(value, gaps=False)
 
     def log_observed(self, value: Tensor) -> Tensor:
         """log p of what is observed of value (..., D), where NaN is missing at random: O(D L² + L³) for each."""
-        values, seen = observed(value, self.loc)
-        return self._log_prob(values, seen)
+        return self._log_prob(value, gaps=True)
 
-    def _log_prob(self, value: Tensor, seen: Tensor | None) -> Tensor:
-        scale = float64(self.scale)
-        r, noise = (float64(value) - float64(self.loc)) / scale, 2 * scale.log() + math.log(2 * math.pi)
-        z, tril = self.posterior(r, seen)
-        away = r - z @ self._scaled().mT
-        if seen is not None:
-            away, noise = away * seen, noise * seen
-        distance = away.square().sum(-1) + z.square().sum(-1)
-        log_det = -2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        values = -0.5 * (distance + log_det + noise.sum(-1)).to(value)
+    def _log_prob(self, value: Tensor, gaps: bool) -> Tensor:
+        loc, scale, scaled = float64(self.loc), float64(self.scale), self._scaled()
+        noise = 2 * scale.log() + math.log(2 * math.pi)
+        gain, log_det = _gain(scaled) if not gaps else (scaled, scaled)
+        features, latents = scaled.shape
+        # blocks that stay in a core's cache, or hold a few precisions
+        rows, found = max(1, _CELLS // max(features, latents**2 if gaps else 0)), []
+        for part in value.reshape(-1, features).split(rows):
+            if not gaps:
+                r = (float64(part) - loc) / scale
+                z = r @ gain.mT
+                away, constant = torch.addmm(r, z, scaled.mT, alpha=-1), log_det + noise.sum()
+            else:
+                values, seen = observed(part, self.loc)
+                r = (float64(values) - loc) / scale
+                z, tril = _posterior(r, seen, scaled)
+                away = torch.addmm(r, z, scaled.mT, alpha=-1) * seen
+                constant = -2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (noise * seen).sum(-1)
+            found.append(-0.5 * (_squares(away) + _squares(z) + constant))
+        values = torch.cat(found).reshape(value.shape[:-1]).to(value)
         return values.expand(torch.broadcast_shapes(values.shape, self.batch_shape))
 
     def _scaled(self) -> Tensor:
@@ -290,6 +294,28 @@ class LowRankNormal(TorchDistribution):
     def variance(self) -> Tensor:  # type: ignore[override]
         """The diagonal of W Wᵀ + diag(ψ)² (D,)."""
         return (self.weight.square().sum(-1) + self.scale.square()).to(self.dtype).expand(self._extended_shape())
+
+
+def _posterior(r: Tensor, seen: Tensor | None, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    if seen is None:
+        tril = _inverse_root(scaled.mT @ scaled)
+        return r @ (tril @ (tril.mT @ scaled.mT)).mT.to(r.dtype), tril
+    inside = seen.to(scaled.dtype)
+    products = (scaled.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(1)
+    tril = _inverse_root((inside @ products).unflatten(-1, (scaled.shape[1], scaled.shape[1])))
+    projected = (r * inside) @ scaled
+    return (tril @ (tril.mT @ projected.unsqueeze(-1))).squeeze(-1), tril
+
+
+def _gain(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """P⁻¹ Aᵀ (L, D), which takes r to the mean of z, and ln det P."""
+    tril = _inverse_root(scaled.mT @ scaled)
+    return tril @ (tril.mT @ scaled.mT), -2 * tril.diagonal().log().sum()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """The sum of squares of each row of x (N, D)."""
+    return (x.unsqueeze(-2) @ x.unsqueeze(-1)).flatten()
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive, whole
-from probae.missing import require_numbers, require_observed
+from probae.missing import moments, require_numbers, require_observed
 from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
+from probae.models.second_moments import FEW
+from probae.models.singular import dependent_sets, require_independence, require_variation, rounding_of
 from probae.precision import float64
 from probae.seeding import checked_seed
 
@@ -33,7 +35,7 @@ def expectation_maximisation(
     latents: int,
     *,
     shared: bool = False,
-    floor: float = 1e-6,
+    floor: float | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 2_000,
     starts: int = 2,
@@ -54,7 +56,8 @@ def expectation_maximisation(
         x: The data, shape (N, D), NaN where a value is missing.
         latents: The number L of latent variables, 1 <= L < D.
         shared: Whether the features share their noise variance.
-        floor: The smallest noise variance allowed, as a fraction of the observed one.
+        floor: The smallest noise variance allowed, as a fraction of the observed one; unless told 1e-6, and 1e-12 where it is
+            shared.
         tolerance: Convergence: the largest derivative of the mean log-likelihood of an observation of a feature by
             :math:`\mu_d / \psi_d`, :math:`w_d / \psi_d` or :math:`\ln \psi_d^2`, over those above the floor. Its sampling
             error is of order :math:`N^{-1/2}`; with several variances at the floor rounding stops it near 1e-7.
@@ -91,9 +94,11 @@ def expectation_maximisation(
     given, latents = checked_data(x, latents)
     require_numbers(given, "x", "mask")
     require_observed(given)
-    floor, tolerance = positive("floor", floor, below=1), positive("tolerance", tolerance)
+    floor = (1e-12 if shared else 1e-6) if floor is None else positive("floor", floor, below=1)
+    tolerance = positive("tolerance", tolerance)
     starts, seed = whole("starts", starts), checked_seed(seed)
     max_iterations = whole("max_iterations", max_iterations)
+    _check_columns(given, latents, shared)
     data, loc, unit = standardised(float64(given), shared)
     fits = [
         _ascend(data, start, latents, math.log(floor), tolerance, max_iterations)
@@ -120,6 +125,23 @@ def expectation_maximisation(
     total = best.value - float((data.seen @ unit.log()).sum()) / len(given)
     scale = unit[0] * scale[0] if shared else unit * scale
     return result(given, loc + unit * shift, weight, scale, total)
+
+
+def _check_columns(x: Tensor, latents: int, shared: bool) -> None:
+    """Refuse columns that vary by their rounding alone, or, with noise of their own, depend on each other where complete."""
+    loc, scale = moments(float64(x))
+    rounding = rounding_of(x, loc, scale.square())
+    constant = ~(rounding < 0.5)
+    if not shared or constant.all():
+        require_variation(constant)
+    complete = x[~x.isnan().any(1)]
+    if not shared and len(complete) > 2 * x.shape[1] and x.shape[1] <= FEW:
+        standard = (float64(complete) - loc) / scale
+        standard = standard - standard.mean(0)
+        spread = standard.square().mean(0).sqrt()
+        if (spread > rounding).all():
+            correlation = standard.mT @ standard / len(standard) / spread / spread[:, None]
+            require_independence(dependent_sets(correlation, rounding / spread), latents)
 
 
 def _starting_points(data: Data, latents: int, shared: bool, starts: int, seed: int) -> list[Tensor]:

@@ -38,7 +38,8 @@ class LinearGaussian(Pair):
 
     #: x may keep a precision above the parameters': it is centred before it is cast
     keeps_precision = True
-    fitted_by = "EM or Newton's method"
+    #: what a run says that took steps all the same
+    fit_note = "maximum_likelihood(data) finds the optimum of this model without steps"
     log_scale: nn.Parameter
     origin: Tensor
     rest: Tensor
@@ -127,11 +128,10 @@ class LinearGaussian(Pair):
 
     def log_marginal(self, x: Tensor) -> Tensor:
         """log p(x) (N,), exactly, in float64; of what is observed, where values are missing: O(D L² + L³) a datum."""
-        marginal, gaps = self._marginal(), self.missing is not None and bool(x.isnan().any())
-        # what is held at a time: the rows, and the precisions of data with gaps
-        rows = max(1, 2**22 // max(self.features, self.latents**2 if gaps else 0))
-        log_prob = marginal.log_observed if gaps else marginal.log_prob
-        return torch.cat([log_prob(float64(part)) for part in x.split(rows)])
+        marginal, x = self._marginal(), float64(x)
+        if self.missing is not None and x.isnan().any():
+            return marginal.log_observed(x)
+        return marginal.log_prob(x)
 
     def initialise(self, x: Tensor) -> None:
         """Start at the data's mean, with its scales, once."""
@@ -179,7 +179,25 @@ class LinearGaussian(Pair):
 
 def _stored(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """A value in the data's units: the parameter itself where its units are 1, so that it may be written in place."""
-    return parameter if torch.equal(parameter, value) else value
+    return parameter if torch.equal(parameter, value) else value.as_subclass(_Computed)
+
+
+class _Computed(Tensor):
+    """Numbers computed from parameters: to write into them would change nothing, and is refused."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        inplace = name in {"__setitem__", "__set__"} or (name.endswith("_") and not name.endswith("__"))
+        if inplace and name != "requires_grad_" and args and isinstance(args[0], cls):
+            raise ValueError(
+                "weight and loc are computed once a model knows its units: assign to them, as model.loc = values"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:
+        return repr(self.as_subclass(Tensor))
 
 
 def _columns(x: Tensor) -> Iterator[Tensor]:

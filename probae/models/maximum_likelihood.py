@@ -22,17 +22,18 @@ from probae.models.second_moments import FEW, SecondMoments, second_moments
 from probae.models.singular import (
     constant_columns,
     copied_columns,
-    dependent_columns,
     dependent_sets,
+    rank_told,
     require_independence,
     require_variation,
     rounding_of,
+    rounding_variances,
+    singular_columns,
 )
 from probae.precision import float64
 from probae.seeding import checked_seed
 
 __all__ = ["Solution", "factor_analysis", "ppca"]
-
 
 
 class Solution(NamedTuple):
@@ -52,8 +53,8 @@ def ppca(x: Tensor, latents: int) -> Solution:
         \sigma^2 = \frac{1}{D - L} \sum_{i > L} \lambda_i, \qquad W = U_L (\Lambda_L - \sigma^2 I)^{1/2}
 
     with the eigenvalues :math:`\lambda_1 \ge \lambda_2 \ge \dots` and eigenvectors :math:`U` of the covariance (which
-    divides by N), or, when N < D, those of the N × N Gram matrix; of many the leading L alone. Of each column of :math:`W` the entry largest in
-    magnitude is positive.
+    divides by N), or, when N < D, those of the N × N Gram matrix; of many features or rows, the leading L alone. Of each
+    column of :math:`W` the entry largest in magnitude is positive.
 
     Args:
         x: The data, shape (N, D).
@@ -84,13 +85,11 @@ def ppca(x: Tensor, latents: int) -> Solution:
     rest = total - values.sum()
     if rest <= 1e-8 * total:  # a difference without digits: singular values have twice as many
         values, vectors = _by_singular_values(x, loc)
-        rest, rounding = values[latents:].sum(), rounding_of(x, loc, second.variances)
+        rest, rounding = values[latents:].sum(), rounding_variances(x, loc, second.variances).sum()
         # what rounding leaves of it: of the data in their own precision, of the decomposition in float64
-        least = (
-            4 * (rounding.square() @ second.variances) + features * (64 * torch.finfo(torch.float64).eps) ** 2 * total
-        )
+        least = 4 * rounding + features * (64 * torch.finfo(torch.float64).eps) ** 2 * total
         if rest <= least:
-            raise ValueError(_rank_told(int((values > least).sum()), latents, dependent_columns(x, loc, second)))
+            raise ValueError(rank_told(int((values > least).sum()), latents, singular_columns(x, loc, second)))
         values, vectors = values[:latents], vectors[:, :latents]
     noise = rest / (features - latents)
     weight = signed(vectors * (values - noise).clamp_min(0).sqrt())
@@ -132,7 +131,7 @@ def factor_analysis(
         covariance: A covariance that divides by N, or a correlation matrix, shape (D, D). ``loc`` is then 0.
         floor: The smallest noise variance allowed, as a fraction of the feature's variance.
         tolerance: Convergence: the largest :math:`|\Sigma_{ii} - S_{ii}| / \psi_i^2` over features above the floor. Unless
-            told 1e-8, and 1e-5 with more than 200 features; what the likelihood lacks is of the order of its square.
+            told 1e-8, and 1e-6 with more than 200 features; what the likelihood lacks is of the order of its square.
         max_iterations: The most steps from one start; 100 unless told, and 500 with more than 200 features.
         starts: How many starts, of which the best is kept: first no common variance, then Jöreskog's guess (1967), where
             the covariance is formed, then random ones. Unless told 2, and 1 with more than 200 features.
@@ -184,14 +183,18 @@ def factor_analysis(
     # On the correlation scale the fit does not depend on units, and one floor serves every feature.
     deviation = second.variances.sqrt()
     second.scale_by(1 / deviation)
+    sets = []
+    if second.formed is None:
+        sets = copied_columns(second, rounding)
+    elif x is None or len(given) > second.features:  # fewer data are dependent in any case
+        sets = dependent_sets(second.formed, rounding)
     top = second.leading(latents, accuracy=1e-3).values
     least = 16 * rounding.square().sum() + second.features**2 * torch.finfo(torch.float64).eps
     if second.features - top.sum() <= least:
-        raise ValueError(_rank_told(int((top > least).sum()), latents, []))
-    sets = copied_columns(second, rounding) if second.formed is None else dependent_sets(second.formed, rounding)
+        raise ValueError(rank_told(int((top > least).sum()), latents, sets))
     require_independence(sets, latents)
     few = second.formed is not None and second.features <= FEW
-    tolerance = (1e-8 if few else 1e-5) if tolerance is None else tolerance
+    tolerance = (1e-8 if few else 1e-6) if tolerance is None else tolerance
     max_iterations = (100 if few else 500) if max_iterations is None else max_iterations
     begin = starting_points(second, latents, starts if starts is not None else 2 if few else 1, seed)
     how = latents, math.log(floor), tolerance, max_iterations
@@ -225,13 +228,6 @@ def _by_singular_values(x: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
             factor = torch.linalg.qr(torch.cat([factor, float64(rows) - loc]), mode="r").R
     _, values, vectors = torch.linalg.svd(factor, full_matrices=False)
     return values.square() / len(x), vectors.mT
-
-
-def _rank_told(rank: int, latents: int, named: list[str]) -> str:
-    return (
-        f"expected a covariance of rank above latents={latents}, got rank {rank}: the noise scale would be 0 and the density "
-        f"unbounded{''.join(named)}; use fewer latents, or more or dequantised data"
-    )
 
 
 def signed(weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ r"""The covariance of data as an operator: its leading eigenpairs from products,
 
 .. math:: S = \tfrac1N X^\top X, \qquad \tilde S = \operatorname{diag}(c)\, S \operatorname{diag}(c)
 
-of centred data X (N, D). The covariance is formed where it is small, or no larger than the data; else products with X stand
+of centred data X (N, D). The covariance is formed where it is small, or much smaller than the data; else products with X stand
 for it, and nothing that is D × D is built.
 """
 
@@ -119,7 +119,7 @@ def second_moments(x: Tensor) -> tuple[Tensor, SecondMoments]:
     """
     size, features = x.shape
     loc = _mean(x)
-    if features <= (_FORMED if size >= features else FEW):
+    if features <= (_FORMED if size >= 4 * features else FEW):
         moments = SecondMoments(_bounded(_covariance(x, loc)))
     else:
         moments = SecondMoments(None, float64(x) - loc)

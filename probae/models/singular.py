@@ -11,10 +11,15 @@ _EPS = torch.finfo(torch.float64).eps
 _SHARE = 1e-5  # of a dependency's largest coefficient, on the correlation scale, below which a column has no part in it
 
 
-def rounding_of(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
-    """The rounding of each column (D,), in its standard deviations, in the precision in which the data came."""
+def rounding_variances(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
+    """What rounding adds to the variance of each column (D,), at most, in the precision in which the data came."""
     eps = torch.finfo(x.dtype).eps if x.is_floating_point() else _EPS
-    return eps * (loc.square() + variances).sqrt() / variances.sqrt()
+    return eps**2 * (loc.square() + variances)
+
+
+def rounding_of(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
+    """The rounding of each column (D,), in its standard deviations."""
+    return (rounding_variances(x, loc, variances) / variances).sqrt()
 
 
 def constant_columns(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
@@ -41,6 +46,15 @@ def require_independence(sets: list[list[int]], latents: int) -> None:
         )
 
 
+def rank_told(rank: int, latents: int, sets: list[list[int]]) -> str:
+    """That a covariance has too low a rank, and the columns to blame."""
+    named = f": see the columns {' and '.join(map(_listed, sets[:5]))}, constant or linear combinations of each other"
+    return (
+        f"expected a covariance of rank above latents={latents}, got rank {rank}: the noise scale would be 0 and the density "
+        f"is unbounded{named if sets else ''}; use fewer latents, or more or dequantised data"
+    )
+
+
 def dependent_sets(correlation: Tensor, rounding: Tensor) -> list[list[int]]:
     """Sets of columns, each as small as elimination finds it, of which a linear combination is constant.
 
@@ -65,21 +79,17 @@ def dependent_sets(correlation: Tensor, rounding: Tensor) -> list[list[int]]:
     return [(row.abs() > _SHARE * row.abs().max()).nonzero()[:, 0].tolist() for row in rows]
 
 
-def dependent_columns(x: Tensor, loc: Tensor, second: SecondMoments) -> list[str]:
-    """What makes a covariance singular, in words; nothing where there are too few data to say."""
-    constant, told = constant_columns(x, loc, second.variances), []
-    if constant.any():
-        told.append(f", since the columns {_listed(constant.nonzero()[:, 0].tolist())} do not vary")
-    if second.formed is not None and len(x) > second.features:
+def singular_columns(x: Tensor, loc: Tensor, second: SecondMoments) -> list[list[int]]:
+    """Columns that make a covariance singular, the constant ones first; none where there are too few data to say."""
+    constant = constant_columns(x, loc, second.variances)
+    sets = [constant.nonzero()[:, 0].tolist()] if constant.any() else []
+    if second.formed is not None and len(x) > second.features and not constant.all():
         varied = (~constant).nonzero()[:, 0]
         units = second.variances[varied].rsqrt()
         correlation = second.among(varied) * units * units[:, None]
-        sets = dependent_sets(correlation, rounding_of(x, loc, second.variances)[varied])
-        told += [
-            f", since the columns {_listed([int(varied[i]) for i in columns])} are linear combinations of each other"
-            for columns in sets[:5]
-        ]
-    return told
+        found = dependent_sets(correlation, rounding_of(x, loc, second.variances)[varied])
+        sets += [[int(varied[i]) for i in columns] for columns in found]
+    return sets
 
 
 def copied_columns(second: SecondMoments, rounding: Tensor) -> list[list[int]]:
