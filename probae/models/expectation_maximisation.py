@@ -20,7 +20,7 @@ from probae.missing import moments, require_numbers, require_observed
 from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
 from probae.models.second_moments import FEW
-from probae.models.singular import dependent_sets, require_independence, require_variation, rounding_of
+from probae.models.dependence import dependent_sets, require_independence, require_variation, rounding_of
 from probae.precision import float64
 from probae.seeding import checked_seed
 

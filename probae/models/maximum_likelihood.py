@@ -19,7 +19,7 @@ from probae.batches import as_matrix
 from probae.models.profile_likelihood import newton, starting_points
 from probae.models.quasi_newton import quasi_newton
 from probae.models.second_moments import FEW, SecondMoments, second_moments
-from probae.models.singular import (
+from probae.models.dependence import (
     constant_columns,
     copied_columns,
     dependent_sets,
