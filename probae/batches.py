@@ -14,26 +14,41 @@ type_names = "a tensor, a NumPy array, a DataFrame, or a tuple or dict of these"
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def as_batch(data: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Batch:
+_MATTERS = 1e-5  # of a column's spread: a rounding error below it is none
+_ROWS = 20  # that tell a column's spread
+
+
+def as_batch(
+    data: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keeps: bool | None = None,
+) -> Batch:
     """Turn arrays of any kind into a batch of tensors that share N.
 
     Floating leaves are cast to ``dtype``. A lone array is cast too when it holds whole numbers or booleans, since that
     is what networks and densities take; inside a tuple or dict whole numbers stay whole (they may be labels).
 
+    Args:
+        keeps: what is done where float32 would lose digits that matter, more than 10⁻⁵ of a column's spread or any digit
+            of a whole number: True leaves the leaf in float64, False refuses it, None casts it all the same.
+
     Raises:
         TypeError: if ``data`` is no array, or holds something else than real numbers.
-        ValueError: if it is empty, or its leaves differ in N.
+        ValueError: if it is empty, or its leaves differ in N; if digits that matter would be lost.
 
     Example:
         >>> as_batch(np.ones((3, 2), dtype="uint8"), torch.float32).dtype
         torch.float32
     """
     if isinstance(data, dict):
-        batch: Batch = {str(k): _as_leaf(v, f"the batch's leaf {k!r}", dtype, device, False) for k, v in data.items()}
+        batch: Batch = {
+            str(k): _as_leaf(v, f"the batch's leaf {k!r}", dtype, device, False, keeps) for k, v in data.items()
+        }
     elif isinstance(data, tuple):
-        batch = tuple(_as_leaf(v, f"the batch's leaf {i}", dtype, device, False) for i, v in enumerate(data))
+        batch = tuple(_as_leaf(v, f"the batch's leaf {i}", dtype, device, False, keeps) for i, v in enumerate(data))
     else:
-        batch = _as_leaf(data, "the data", dtype, device, True)
+        batch = _as_leaf(data, "the data", dtype, device, True, keeps)
     sizes = {name: leaf.shape[0] for name, leaf in leaves(batch)}
     if not sizes:
         raise ValueError("the data is an empty tuple or dict: expected at least one array")
@@ -55,7 +70,9 @@ def as_matrix(name: str, data: Any, axes: str) -> Tensor:
     return matrix
 
 
-def _as_leaf(data: Any, what: str, dtype: torch.dtype | None, device: Any, whole_to_float: bool) -> Tensor:
+def _as_leaf(
+    data: Any, what: str, dtype: torch.dtype | None, device: Any, whole_to_float: bool, keeps: bool | None = None
+) -> Tensor:
     tensor = data.detach() if isinstance(data, Tensor) else _from_array(data, what)
     if tensor.is_complex() or tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
         kind = f"{tensor.dtype}, layout {tensor.layout}{', nested' * tensor.is_nested}"
@@ -69,9 +86,68 @@ def _as_leaf(data: Any, what: str, dtype: torch.dtype | None, device: Any, whole
         tensor.is_floating_point() and tensor.element_size() == 1
     )  # which torch keeps, and does not compute with
     if cast is None and (eight_bits or (whole_to_float and not tensor.is_floating_point())):
-        cast = torch.get_default_dtype()
+        cast, keeps = torch.get_default_dtype(), keeps if keeps is not None else True
+    if keeps is not None and cast is torch.float32 and (column := _lost(tensor, keeps)) is not None:
+        if not keeps:
+            raise ValueError(_too_fine(tensor, what, column))
+        cast = torch.float64
     # however it lay in memory, the same numbers then give the same bits
     return tensor.as_subclass(Tensor).to(device=device, dtype=cast).contiguous()
+
+
+def _lost(x: Tensor, keeps: bool) -> int | None:
+    """A column of data in which float32 loses digits that matter, or None.
+
+    Where it only decides what data are held in, a column whose spread is not known counts; it does not where they would
+    be refused.
+    """
+    fine = x.dtype is torch.float64
+    if not fine and (x.is_floating_point() or x.element_size() < 4):
+        return None
+    x = x.detach().reshape(len(x), -1)
+    error = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(max(1, 2**22 // x.shape[1])):
+        error = torch.maximum(error, _rounding(rows).amax(0))
+    if not bool((error > 0).any()):
+        return None
+    whole = torch.full_like(error, not fine, dtype=torch.bool)
+    if fine:  # whole numbers too large for float32, held in float64
+        some = [int(i) for i in error.nonzero()[:, 0]]
+        whole[some] = torch.stack([(c == c.round()).all() for c in x[:, some].nan_to_num(0.0, 0.5, 0.5).unbind(1)])
+    spread = _spread(x, keeps)
+    bad = (error > 0) & (whole | (error > _MATTERS * spread if keeps or len(x) >= _ROWS else False))
+    if not keeps:
+        bad &= whole | (spread > 0)
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+
+def _rounding(x: Tensor) -> Tensor:
+    """What float32 leaves out of each number, 0 of those that are none."""
+    return (x - x.float().to(x.dtype)).abs().double().nan_to_num(0.0)
+
+
+def _spread(x: Tensor, robust: bool) -> Tensor:
+    """The standard deviation of each column; a robust one is that of its middle half, which no outlier widens."""
+    some = x[:: max(1, len(x) // 2**12)] if robust else x
+    some = some.double()
+    if not robust:
+        seen = some.isfinite()
+        count = seen.sum(0).clamp_min(1)
+        away = torch.where(seen, some - torch.where(seen, some, 0.0).sum(0) / count, 0.0)
+        return (away.square().sum(0) / count).sqrt()
+    ordered, places = some.sort(0).values, some.isfinite().sum(0)  # NaN comes last
+    low, high = (ordered.gather(0, ((places - 1).clamp_min(0) * q).long()[None])[0] for q in (0.25, 0.75))
+    return ((high - low) / 1.349).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _too_fine(x: Tensor, what: str, column: int) -> str:
+    values = x.reshape(len(x), -1)[:, column]
+    value = values[_rounding(values).argmax()].item()
+    return (
+        f"{what}: column {column} has digits that matter and that float32 cannot hold: it would take {value!r} for "
+        f"{float(np.float32(value))!r}. Give the pair float64 parameters, model.double(), or centre and scale the data "
+        "first; probae.Transformed(model, probae.transforms.Affine.standardising(x)) does, and counts the log-determinant"
+    )
 
 
 def _from_array(data: Any, what: str) -> Tensor:
@@ -137,12 +213,26 @@ def rebuilt(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
 
 
 def checksums(batch: Batch) -> Tensor:
-    """A checksum of each datum (N,), int64, by which it is known again, whatever the dtype of the floating numbers."""
-    parts = [leaf.detach().to("cpu", torch.float32).flatten(1) if leaf.dim() > 1 else leaf.float().cpu()[:, None]
-             for _, leaf in leaves(batch)]  # fmt: skip
-    rows = torch.cat(parts, 1) + 0.0  # no zero has a sign
-    rows[rows.isnan()] = torch.nan  # nor do gaps have kinds
-    return torch.tensor([zlib.crc32(row.tobytes()) for row in rows.numpy()])
+    """A checksum of each datum (N,), int64, by which it is known again, whatever the dtype of the numbers.
+
+    Its upper half is of the numbers in float32, its lower half of what that leaves out, 0 where it is nothing.
+    """
+    coarse, fine = [], []
+    for _, leaf in leaves(batch):
+        rows = leaf.detach().cpu().reshape(len(leaf), -1)
+        coarse.append(rows.float())
+        exact = rows.dtype is torch.float64 or (not rows.is_floating_point() and rows.element_size() >= 4)
+        fine.append((rows - coarse[-1].to(rows.dtype)).float() if exact else torch.zeros_like(coarse[-1]))
+    halves = torch.cat(coarse, 1) + 0.0, torch.cat(fine, 1).nan_to_num(0.0, 0.0, 0.0) + 0.0  # no zero has a sign
+    halves[0][halves[0].isnan()] = torch.nan  # nor do gaps have kinds
+    upper, lower = (torch.tensor([zlib.crc32(row.tobytes()) for row in half.numpy()]) for half in halves)
+    return (upper >> 1 << 32) | torch.where(halves[1].any(1), lower, 0)
+
+
+def same_data(a: Tensor, b: Tensor) -> Tensor:
+    """Where two checksums (N,) are of one datum: to all digits, or to those of float32 if one has no others."""
+    rest_a, rest_b = a & 0xFFFFFFFF, b & 0xFFFFFFFF
+    return (a >> 32 == b >> 32) & ((rest_a == rest_b) | (rest_a == 0) | (rest_b == 0))
 
 
 def length(batch: Batch) -> int:

@@ -11,6 +11,195 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
+from torch.nn.functional import logsigmoid
+
+
+class Translated(TorchDistribution):
+    r"""A distribution moved by an origin: :math:`x = \text{origin} + y`, y drawn from ``base``.
+
+    A density at x takes the difference in x's own precision before it is rounded to that of ``base``. So data that lie far
+    from zero, such as dates, lose no digits to the dtype of the parameters.
+
+    Args:
+        base: of y, with batch shape (..., D), or event shape (D,).
+        origin: (D,).
+        low: what ``origin`` leaves out of a float64 number, (D,), or None. Where it is not 0, draws and moments are float64.
+
+    Example:
+        >>> year = Translated(dist.Normal(torch.zeros(1), 1e-6), torch.tensor([2015.0]))
+        >>> exact = dist.Normal(torch.tensor(2015.0, dtype=torch.float64), 1e-6)
+        >>> x = torch.tensor([2015.0 + 3e-6], dtype=torch.float64)
+        >>> bool((year.log_prob(x) - exact.log_prob(x)).abs() < 1e-5)
+        True
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, base: Any, origin: Tensor, low: Tensor | None = None):
+        self.base, self.origin, self.low = base, origin, low
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @constraints.dependent_property
+    def support(self) -> Any:  # type: ignore[override]
+        """That of the base, which has to be all real numbers or vectors."""
+        return self.base.support
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether the base has."""
+        return self.base.has_rsample
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same with another batch shape."""
+        return Translated(self.base.expand(batch_shape), self.origin, self.low)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), in nats."""
+        return self.base.log_prob(centred(value, self.origin, self.low))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws, differentiable."""
+        return self._moved(self.base.rsample(sample_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws."""
+        with torch.no_grad():
+            return self._moved(self.base.sample(sample_shape))
+
+    @property
+    def loc(self) -> Tensor:
+        """The centre, where the base has one."""
+        return self._moved(self.base.loc)
+
+    @property
+    def scale(self) -> Tensor:
+        """The base's scale, where it has one."""
+        return self.base.scale
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        """The base's mean, moved."""
+        return self._moved(self.base.mean)
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        """The base's variance."""
+        return self.base.variance
+
+    def _moved(self, y: Tensor) -> Tensor:
+        if self.low is None or not bool(self.low.any()):
+            return self.origin + y
+        return self.origin.double() + self.low.double() + y
+
+
+def centred(x: Tensor, origin: Tensor, low: Tensor | None = None) -> Tensor:
+    """x − origin − low, taken in the precision of x and rounded to that of the origin."""
+    away = x - origin
+    return (away if low is None else away - low).to(origin.dtype)
+
+
+def parts(x: Tensor, like: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers in the dtype of ``like``, and what that leaves out, 0 where it is nothing beside ``unit``."""
+    high = x.to(like.dtype)
+    low = x - high.to(x.dtype)
+    return high, torch.where(low.abs() > 1e-5 * unit, low, torch.zeros_like(low)).to(like.dtype)
+
+
+class Poisson(dist.Poisson):
+    r"""A Poisson law by the logarithm of its rate, exact for counts of any size.
+
+    .. math:: \log P(k) = -k\,(e^t - 1 - t) - \log\frac{k!}{k^k e^{-k}}, \qquad t = \log \text{rate} - \log k
+
+    The terms of the usual form, k log rate − rate − log k!, are of the size of k and cancel: at 10⁶ float32 keeps none of
+    their digits. These are of the size of the result, and are taken in float64.
+
+    Args:
+        log_rate: in the dtype of the parameters, or float64; that of the result.
+        dtype: of the result, where it is another.
+
+    Reference: Loader (2000), *Fast and accurate computation of binomial probabilities*.
+
+    Example:
+        >>> law = Poisson(torch.tensor(1e6).log())
+        >>> round(float(law.log_prob(torch.tensor(1e6))), 4)
+        -7.8267
+    """
+
+    def __init__(self, log_rate: Tensor, dtype: torch.dtype | None = None):
+        self.log_rate, self.dtype = log_rate, dtype or log_rate.dtype
+        super().__init__(log_rate.exp().to(self.dtype), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same with another batch shape."""
+        return Poisson(self.log_rate.expand(batch_shape), self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), in nats."""
+        k = value.double()
+        some = k.clamp_min(1.0)
+        logarithm = some.log()
+        normaliser = torch.lgamma(k + 1) - k * logarithm + k
+        large = k > 30  # Stirling's series, whose terms do not cancel
+        inverse = 1 / some
+        series = ((1 / 1260 * inverse.square() - 1 / 360) * inverse.square() + 1 / 12) * inverse
+        normaliser = torch.where(large, (2 * math.pi * some).log() / 2 + series, normaliser)
+        t = self.log_rate.double() - logarithm
+        return (k * t - some * torch.expm1(t) - (k == 0).double() - normaliser).to(self.dtype)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws, in float64 where the dtype cannot tell them apart."""
+        with torch.no_grad():
+            rate = self.log_rate.double().exp().expand(self._extended_shape(torch.Size(sample_shape)))
+            return _counted(torch.poisson(rate), self.dtype)
+
+
+class Binomial(dist.Binomial):
+    """A binomial law whose density is taken in float64, and rounded to a dtype: its terms are of the size of the counts.
+
+    Args:
+        total_count: the most that can be counted.
+        logits: in the dtype of the parameters, or float64.
+        dtype: of the result; that of the logits, where none is given.
+
+    Example:
+        >>> law = Binomial(2**20, torch.zeros(()))
+        >>> round(float(law.log_prob(torch.tensor(2.0**19))), 4)
+        -7.1573
+    """
+
+    def __init__(self, total_count: int, logits: Tensor, dtype: torch.dtype | None = None):
+        self.most, self.dtype = total_count, dtype or logits.dtype
+        super().__init__(total_count, logits=logits, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same with another batch shape."""
+        return Binomial(self.most, self.logits.expand(batch_shape), self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), in nats."""
+        n, k = float(self.most), value.double()
+        choose = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+        logits = self.logits
+        if self.most > _SMALL:
+            logits = logits.double()
+            return (choose + k * logits + n * logsigmoid(-logits)).to(self.dtype)
+        return choose.to(self.dtype) + k.to(self.dtype) * logits + n * logsigmoid(-logits)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws, in float64 where the dtype cannot tell them apart."""
+        return _counted(super().sample(sample_shape) if self.most <= _EXACT else self._large(sample_shape), self.dtype)
+
+    def _large(self, sample_shape: Any) -> Tensor:
+        wide = dist.Binomial(self.most, logits=self.logits.double(), validate_args=False)
+        return wide.sample(torch.Size(sample_shape))
+
+
+_SMALL = 64  # counts up to here lose no digits that their sum keeps
+_EXACT = 2**24  # beyond it float32 does not tell whole numbers apart
+
+
+def _counted(draws: Tensor, dtype: torch.dtype) -> Tensor:
+    return draws if dtype is torch.float32 and bool((draws > _EXACT).any()) else draws.to(dtype)
 
 from probae.missing import observed
 from probae.precision import float64
@@ -27,6 +216,7 @@ class DiscretisedNormal(TorchDistribution):
     Args:
         loc, scale: of the Normal before rounding, in the units of the counts.
         low, high: the ends of the interval.
+        dtype: of the result, where it is not that of the parameters (float64 ones tell large counts apart).
 
     Example:
         >>> d = DiscretisedNormal(torch.tensor(3.0), torch.tensor(2.0), 0, 16)
@@ -36,9 +226,17 @@ class DiscretisedNormal(TorchDistribution):
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
 
-    def __init__(self, loc: Any, scale: Any, low: int, high: int, validate_args: bool | None = None):
+    def __init__(
+        self,
+        loc: Any,
+        scale: Any,
+        low: int,
+        high: int,
+        validate_args: bool | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.loc, self.scale = broadcast_all(loc, scale)
-        self.low, self.high = low, high
+        self.low, self.high, self.dtype = low, high, dtype
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
@@ -50,7 +248,7 @@ class DiscretisedNormal(TorchDistribution):
         """The same distribution with another batch shape."""
         new = self._get_checked_instance(DiscretisedNormal, _instance)
         new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
-        new.low, new.high = self.low, self.high
+        new.low, new.high, new.dtype = self.low, self.high, self.dtype
         super(DiscretisedNormal, new).__init__(new.loc.shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -59,6 +257,7 @@ class DiscretisedNormal(TorchDistribution):
         """log P(value), in nats."""
         if self._validate_args:
             self._validate_sample(value)
+        value = value.to(torch.promote_types(value.dtype, self.loc.dtype))
         ends = (value <= self.low) | (value >= self.high)
         # one tail at an end: P(low) = Φ(upper edge), P(high) = Φ(−lower edge)
         sign = torch.where(value <= self.low, 1.0, -1.0).to(value.dtype)
@@ -66,7 +265,8 @@ class DiscretisedNormal(TorchDistribution):
             torch.where(ends, (sign * (value - self.loc) + 0.5) / self.scale, torch.zeros_like(self.scale))
         )
         inner = _log_interval(torch.where(ends, torch.zeros_like(self.loc), value - self.loc), self.scale)
-        return torch.where(ends, tail, inner)
+        found = torch.where(ends, tail, inner)
+        return found.to(self.dtype or found.dtype)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Rounding has no gradient."""
@@ -77,7 +277,7 @@ class DiscretisedNormal(TorchDistribution):
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
             draw = torch.normal(self.loc.expand(shape), self.scale.expand(shape))
-            return draw.round().clamp(self.low, self.high)
+            return _counted(draw.round().clamp(self.low, self.high), self.dtype or draw.dtype)
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]

@@ -18,28 +18,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probae.arguments import flag, positive, size, whole
+from probae.distributions import Binomial as BinomialDistribution
 from probae.distributions import DiscretisedNormal as DiscretisedNormalDistribution
+from probae.distributions import Poisson as PoissonDistribution
+from probae.distributions import Translated, parts
+from probae.missing import moments as observed_moments
 from probae.missing import observed, sums
 from probae.nn import moments
 from probae.recipe import recorded
 
 T = TypeVar("T", bound="Head")
+_WIDE = 255  # counts beyond which distances are taken in float64
 
 
 class Head(nn.Module):
     """What every head has; a head of one's own subclasses it and gives ``forward`` and, if it likes, ``start``."""
 
     width = 1
+    #: whether its densities take data in float64 beside float32 parameters, and lose no digits of them
+    keeps_precision = False
     origin: Tensor
     features: int | None = None
+    latent = False
 
-    def bind(self: T, features: int) -> T:
-        """A fresh head for a number of features."""
+    def bind(self: T, features: int, latent: bool = False) -> T:
+        """A fresh head for a number of features; of latents, which have no units to be taken from data."""
         if self.features is not None:
             raise ValueError(f"this {type(self).__name__} head already belongs to a model: make a new one")
         features = size("features", features)
         bound = copy.deepcopy(self)
-        bound.features = features
+        bound.features, bound.latent = features, latent
         bound.register_buffer("origin", torch.zeros(features * bound.width))
         bound.attach(features)
         return bound
@@ -53,6 +61,8 @@ class Head(nn.Module):
 
 class _LocationScale(Head):
     family: Callable[..., Any]
+    keeps_precision = True
+    origin_low: Tensor
     unit: Tensor
 
     def __init__(self, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-4):
@@ -69,6 +79,7 @@ class _LocationScale(Head):
 
     def attach(self, features: int) -> None:
         """Make the parameters that depend on the number of features."""
+        self.register_buffer("origin_low", torch.zeros(features))
         self.register_buffer("unit", torch.ones(features))
         self.origin = self.origin[:features].clone()
         if self.kind != "predicted":
@@ -80,13 +91,26 @@ class _LocationScale(Head):
 
     def start(self, x: Tensor) -> None:
         """Take units, and a learned scale's start, from data (N, D)."""
+        self._require_spread(x)
         loc, scale = moments(x)
-        self.origin.copy_(loc)
         self.unit.copy_(scale)
+        high, low = parts(loc, self.origin, scale)
+        self.origin.copy_(high), self.origin_low.copy_(low)
         if self.kind != "predicted" and not self.fixed:
             with torch.no_grad():
                 start = scale if self.kind == "feature" else scale.square().mean().sqrt()
                 self.log_scale.copy_(start.log())
+
+    def _require_spread(self, x: Tensor) -> None:
+        """Raise a ValueError if a feature with a scale of its own does not vary: the scale would go to 0."""
+        constant = observed_moments(x.reshape(-1, x.shape[-1]))[1] == 0
+        if self.kind in {"feature", "predicted"} and not self.fixed and bool(constant.any()):
+            columns = ", ".join(map(str, constant.nonzero()[:, 0].tolist()))
+            raise ValueError(
+                f"site 'x': column {columns} does not vary in the {len(x)} rows that units are taken from, so that under a "
+                f"scale of its own its density is unbounded: leave it out, or share a scale, {type(self).__name__}('shared') "
+                "(of a DataLoader these rows are the first batch: make it larger)"
+            )
 
     def __getattr__(self, name: str) -> Any:
         # a property would do, were its AttributeErrors not taken for a missing attribute by torch modules
@@ -100,20 +124,26 @@ class _LocationScale(Head):
             raise AttributeError("this head predicts a scale for each datum: read it from its distribution")
         if self.fixed and not self.learned:
             return self.origin.new_tensor(self.initial)
-        return self.log_scale.exp() + self.floor
+        return self.log_scale.exp() + self._least(self.unit if self.kind == "feature" else self.unit.mean())
+
+    def _least(self, unit: Tensor) -> Tensor:
+        """The floor, in the units of the data."""
+        return self.floor * unit
 
     def parameters_at(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """loc and scale at the decoder's output."""
+        """loc, from the origin, and scale at the decoder's output, in the units of the data."""
         if self.kind != "predicted":
-            return self.origin + self.unit * output, self.scale
+            return self.unit * output, self.scale
         loc, raw = output.chunk(2, -1)
         # softplus, shifted to be 1 at 0: unlike exp it cannot overflow early in training
-        return self.origin + self.unit * loc, self.unit * F.softplus(raw + math.log(math.e - 1)) + self.floor
+        scale = self.unit * F.softplus(raw + math.log(math.e - 1)) + self._least(self.unit)
+        return self.unit * loc, scale
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
         loc, scale = self.parameters_at(output)
-        return self.family(loc, scale, validate_args=False).to_event(1)
+        law = self.family(loc, scale, validate_args=False)
+        return (law if self.latent else Translated(law, self.origin, self.origin_low)).to_event(1)
 
 
 @recorded
@@ -121,9 +151,15 @@ class Normal(_LocationScale):
     r"""x_d | z ~ N(loc_d, scale_d²), a density.
 
     Args:
-        scale: ``"shared"`` by all features, one per ``"feature"``, ``"predicted"`` by the network, or a number.
+        scale: ``"shared"`` by all features, one per ``"feature"``, ``"predicted"`` by the network, or a number. A shared
+            scale and a number are in the units of the data, and for features of one unit, as PPCA's is; features with units
+            of their own take ``"feature"`` or ``"predicted"``.
         learned: whether a shared scale is learned; by default it is, unless it is given as a number.
-        floor: the least scale that can be learned, in the units of the data.
+        floor: the least scale that can be learned, as a share of the feature's standard deviation in the training data; of
+            their mean, where the scale is shared.
+
+    Raises:
+        ValueError: in training, if a feature with a scale of its own does not vary: its density is unbounded.
 
     Example:
         >>> Normal(scale="feature").bind(3)(torch.zeros(5, 3)).log_prob(torch.zeros(3)).shape
@@ -146,7 +182,8 @@ class DiscretisedNormal(_LocationScale):
 
     Args:
         high, low: the ends of the interval.
-        scale, learned, floor: as for `Normal`.
+        scale, learned: as for `Normal`.
+        floor: the least scale that can be learned, in counts.
     """
 
     def __init__(
@@ -156,10 +193,23 @@ class DiscretisedNormal(_LocationScale):
         self.low = whole("low", low, -(2**53), 2**53 - 1)
         self.high = whole("high", high, self.low + 1, 2**53)
 
+    def _require_spread(self, x: Tensor) -> None:
+        """A mass has a maximum where nothing varies."""
+
+    def _least(self, unit: Tensor) -> Tensor:
+        return unit.new_tensor(self.floor)
+
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
         loc, scale = self.parameters_at(output)
-        return DiscretisedNormalDistribution(loc, scale, self.low, self.high, validate_args=False).to_event(1)
+        dtype = loc.dtype
+        if max(abs(self.low), self.high) > _WIDE:  # float32 would round the distance from a count
+            loc, scale = self.origin.double() + self.origin_low + loc, scale.double()
+        else:
+            loc = self.origin + loc
+        return DiscretisedNormalDistribution(
+            loc, scale, self.low, self.high, validate_args=False, dtype=dtype
+        ).to_event(1)
 
 
 @recorded
@@ -180,6 +230,8 @@ class Bernoulli(Head):
 class Binomial(Head):
     """x_d | z ~ Binomial(total_count, logits = output), for counts from 0 to ``total_count``."""
 
+    keeps_precision = True
+
     def __init__(self, total_count: int):
         super().__init__()
         self.total_count = size("total_count", total_count)
@@ -191,12 +243,14 @@ class Binomial(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        return dist.Binomial(self.total_count, logits=self.origin + output, validate_args=False).to_event(1)
+        return BinomialDistribution(self.total_count, self.origin + output).to_event(1)
 
 
 @recorded
 class Poisson(Head):
     """x_d | z ~ Poisson(rate = exp(output)), for counts without an upper end."""
+
+    keeps_precision = True
 
     def start(self, x: Tensor) -> None:
         """Take the data's mean (N, D) as the start."""
@@ -205,7 +259,7 @@ class Poisson(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        return dist.Poisson((self.origin + output).exp(), validate_args=False).to_event(1)
+        return PoissonDistribution(self.origin.double() + output, output.dtype).to_event(1)
 
 
 @recorded

@@ -9,7 +9,7 @@ from pyro.distributions import Independent
 from torch import Tensor
 
 from probae.arguments import one_of
-from probae.sites import support_of
+from probae.sites import base, support_of
 
 WAYS = (None, "mask")
 
@@ -89,12 +89,29 @@ def masked(fn: Any, x: Tensor) -> tuple[Any, Tensor]:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and scale (D,) of what is observed in each column of data (N, D); the scale divides by the count."""
-    if not x.isnan().any():
-        return x.mean(0), x.std(0, unbiased=False)
-    total, count = sums(x)
+    """Mean and scale (D,) in float64 of what is observed in each column of data (N, D); the scale divides by the count.
+
+    The scale is 0 where values differ by no more than their dtype's rounding.
+    """
+    rows = max(1, 2**22 // x.shape[1])  # in float64 at a time
+    count = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    total, square, low, high = torch.zeros_like(count), torch.zeros_like(count), count + torch.inf, count - torch.inf
+    for part in x.split(rows):
+        values, seen = observed(part.double())
+        total, count = total + values.sum(0), count + seen.sum(0)
+        low = torch.minimum(low, torch.where(seen, values, torch.inf).amin(0))
+        high = torch.maximum(high, torch.where(seen, values, -torch.inf).amax(0))
     loc = total / count
-    return loc, (sums((x - loc).square())[0] / count).sqrt()
+    rest = torch.zeros_like(loc)
+    for part in x.split(rows):
+        values, seen = observed(part.double(), loc)
+        away = values - loc
+        rest, square = rest + away.sum(0), square + away.square().sum(0)
+    loc, rest = loc + rest / count, rest / count
+    scale = (square / count - rest.square()).clamp_min(0).sqrt()
+    rounding = 2 * torch.finfo(x.dtype).eps * torch.maximum(low.abs(), high.abs())
+    constant = high - low <= rounding
+    return torch.where(constant & (high == low), low, loc), torch.where(constant, 0.0, scale)
 
 
 def sums(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +121,9 @@ def sums(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _within(fn: Any) -> Any:
-    """A number inside the support of a distribution."""
+    """A number inside the support of a distribution; where it has an origin, that, whose density does not overflow."""
+    if (origin := getattr(base(fn), "origin", None)) is not None:
+        return origin
     support = support_of(fn)
     lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if support.is_discrete:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from probae import missing
 from probae.arguments import one_of, size
+from probae.distributions import centred, parts
 from probae.recipe import recorded
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -31,7 +32,9 @@ class MLP(nn.Module):
 
     .. math:: y = A_k\, a(\dots a(A_0\, (x - \text{origin}) / \text{unit} + b_0)) + b_k
 
-    Shapes: (..., inputs) -> (..., outputs). ``origin`` and ``unit`` are buffers, 0 and 1 until `standardise` sets them.
+    Shapes: (..., inputs) -> (..., outputs). ``origin`` and ``unit`` are buffers, 0 and 1 until `standardise` sets them;
+    ``origin_low`` is what the origin leaves out of a float64 number. x may be float64 beside float32 weights: it is rounded once
+    it is standardised.
 
     Args:
         hidden: widths of the hidden layers; none makes the network affine.
@@ -43,6 +46,7 @@ class MLP(nn.Module):
     """
 
     origin: Tensor
+    origin_low: Tensor
     unit: Tensor
 
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"):
@@ -54,18 +58,23 @@ class MLP(nn.Module):
             layers += [nn.Linear(a, b), *([ACTIVATIONS[activation]()] if i < len(sizes) - 2 else [])]
         self.layers = nn.Sequential(*layers)
         self.register_buffer("origin", torch.zeros(sizes[0]))
+        self.register_buffer("origin_low", torch.zeros(sizes[0]))
         self.register_buffer("unit", torch.ones(sizes[0]))
 
     def standardise(self, x: Tensor) -> None:
-        """Take origin and unit of the first D inputs from the mean and the overall scale of data (N, D)."""
+        """Take origin and unit of the first D inputs from data (N, D), each from its own column.
+
+        The unit is the column's standard deviation, or a fifth of its largest deviation, so that a feature that is rarely
+        other than 0 is not blown up.
+        """
         origin, scale = moments(x)
-        self.origin[: len(origin)].copy_(origin)
-        # one unit for all: features that hardly vary are not blown up
-        self.unit[: len(origin)].copy_(scale.square().mean().sqrt().expand_as(scale))
+        d, unit = len(origin), torch.maximum(scale, largest_deviation(x, origin) / 5)
+        high, low = parts(origin, self.origin, unit)
+        self.origin[:d], self.origin_low[:d], self.unit[:d] = high, low, unit.to(self.unit.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output at x."""
-        return self.layers((x - self.origin) / self.unit)
+        return self.layers(centred(x, self.origin, self.origin_low) / self.unit)
 
 
 @recorded
@@ -119,9 +128,17 @@ def widths(hidden: Any) -> tuple[int, ...]:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and scale (D,) of what is observed in data (N, D); a feature that does not vary takes the scale of all, or 1."""
+    """Mean and scale (D,), float64, of what is observed in data (..., D).
+
+    A feature that does not vary takes the largest scale of the others, or 1: whatever becomes of it, it is not blown up.
+    """
+    loc, scale = missing.moments(x.reshape(-1, x.shape[-1]))
+    varies = scale > 0
+    return loc, torch.where(varies, scale, scale.max() if varies.any() else torch.ones_like(scale[:1]))
+
+
+def largest_deviation(x: Tensor, origin: Tensor) -> Tensor:
+    """The largest |x − origin| (D,), float64, of what is observed in data (..., D)."""
     x = x.reshape(-1, x.shape[-1])
-    loc, scale = missing.moments(x)
-    overall = x[~x.isnan()].std(unbiased=False) if x.isnan().any() else x.std(unbiased=False)
-    fallback = torch.where(overall > 0, overall, torch.ones_like(overall))
-    return loc, torch.where(scale > 0, scale, fallback)
+    each = [(part.double() - origin).abs().nan_to_num(0.0).amax(0) for part in x.split(max(1, 2**22 // x.shape[1]))]
+    return torch.stack(each).amax(0)

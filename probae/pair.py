@@ -55,6 +55,9 @@ class Pair(Passes, nn.Module):
     event_dim = 1
     #: ``"mask"`` where NaN in the data is a value missing at random, whose density the programs leave out
     missing: str | None = None
+    #: whether the programs take data in float64 beside float32 parameters, and round them once centred and scaled; other
+    #: pairs refuse data that float32 cannot hold
+    keeps_precision = False
     # what a class may have; methods or modules, so that p(x | z) is written in one place
     prior: Any
     likelihood: Any
@@ -93,6 +96,7 @@ class Pair(Passes, nn.Module):
             "validate",
             "default_objective",
             "missing",
+            "keeps_precision",
         )
         for name in taken:
             if hasattr(owner, name):
@@ -246,9 +250,18 @@ class Pair(Passes, nn.Module):
         if args[0].dim() != 2 or args[0].shape[1] != features:
             raise ValueError(f"site 'x': expected data of shape (N, {features}), got {tuple(args[0].shape)}")
 
+    def as_batch(self, x: Any) -> Batch:
+        """Data as tensors on the pair's device, in its dtype, or in float64 where that loses digits and the pair keeps them.
+
+        Raises:
+            TypeError: if they are no arrays of real numbers.
+            ValueError: if they are empty, or the pair's dtype loses digits that matter.
+        """
+        return as_batch(x, self.dtype, self.device, self.keeps_precision)
+
     def as_data(self, x: Any) -> Tensor:
         """One array (N, D) as a tensor of the pair's dtype and device; its shape and its numbers, but for gaps, checked."""
-        batch = as_batch(x, self.dtype, self.device)
+        batch = self.as_batch(x)
         call(self.validate, batch)
         if not isinstance(batch, Tensor):
             raise ValueError(f"site 'x': expected one array of finite numbers, got a {type(batch).__name__} of arrays")

@@ -44,7 +44,7 @@ class Passes:
                     return _alone({"x": self.marginal().sample((n,))})
                 if like is None:
                     raise ValueError("a pair of plain programs draws data in the form of a batch: give one as like=")
-                rows = as_batch(like, self.dtype, self.device)
+                rows = self.as_batch(like)
                 batch = rows_at(rows, torch.arange(n) % length(rows))
                 layout = _about_all(self.layout(rows))
                 with blamed("model", batch):
@@ -149,7 +149,7 @@ class _Centres(Messenger):
 
 def _of_numbers(pair: Any, x: Any) -> Batch:
     """Data as a batch, refused where they do not fit, or a number is missing and the pair does not take that."""
-    batch = as_batch(x, pair.dtype, pair.device)
+    batch = pair.as_batch(x)
     call(pair.validate, batch)
     for name, leaf in leaves(batch):
         require_numbers(leaf, f"the batch's leaf {name!r}", pair.missing)

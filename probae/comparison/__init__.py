@@ -11,7 +11,7 @@ from torch import Tensor
 from probae.arguments import whole
 from probae.batches import as_batch, length
 from probae.checks import check
-from probae.comparison.baselines import fit_baselines
+from probae.comparison.baselines import checked_training, fit_baselines
 from probae.comparison.comparable import require_one_kind, require_one_measure, require_these_data
 from probae.comparison.entry import Entry, evaluated, given
 from probae.comparison.folds import held_out
@@ -46,7 +46,8 @@ def compare(
             data to a fitted model, or a list of such functions.
         x: N held-out data in memory, the same for all; with ``folds`` all of the data.
         train: training data, one array (N, D): with them come baselines (independent features, a full-covariance Gaussian,
-            and a mixture of ten Gaussians where scikit-learn is installed), dequantised where the models are of counts.
+            and a mixture of ten Gaussians where scikit-learn is installed), dequantised where the models are of counts. One
+            that cannot be fitted, such as a Gaussian of features that depend on each other, is left out with a note.
         folds: K, for data too few to hold some out: each datum is held out once, from the fits to the other folds, models
             and baselines alike.
         method, particles, seed, options: as for `log_evidence`; ``seed`` deals out the folds too.
@@ -74,6 +75,7 @@ def compare(
     options_of(method, particles, options)
     settings = {**options, "method": method, "particles": particles, "seed": checked_seed(seed)}
     data = as_batch(x, torch.float64)
+    left_out: list[str] = []
 
     from tqdm import tqdm
 
@@ -87,7 +89,7 @@ def compare(
                     f"models: with folds=, expected functions from training data to a fitted model, as {name!r}"
                 )
         with tqdm(total=folds * len(fits), disable=not progress, unit="fit", desc="log p(x)") as bar:
-            entries = held_out(fits, x, folds, settings, bar)
+            entries = held_out(fits, x, folds, settings, bar, left_out)
     else:
         for name, found in fits.items():
             for evidence in found:
@@ -95,18 +97,18 @@ def compare(
                     require_these_data(name, evidence, x)
         require_one_measure([(name, _measure(fit, x)) for name, found in fits.items() for fit in found])
         if train is not None:
-            require_one_kind(train, x)
+            require_one_kind(checked_training(train), x)
         bar = tqdm(fits.items(), disable=not progress, unit="model", desc="log p(x)")
         entries = [_entry(name, found, x, settings) for name, found in bar]
         if train is not None:
-            for name, model in fit_baselines(train, entries[0].measure == "mass", seed, like=data).items():
+            for name, model in fit_baselines(train, entries[0].measure == "mass", seed, data, left_out).items():
                 if name in fits:
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
                 entries.append(
                     evaluated(name, [model], x, True, {"method": "auto", "particles": particles, "seed": seed})
                 )
     comparison = Comparison(entries, data if isinstance(data, Tensor) else torch.empty(length(data), 0))
-    comparison.notes = notes_on(comparison)
+    comparison.notes = [*notes_on(comparison), *left_out]
     if folds is not None:
         comparison.notes.append(f"each datum was held out once: the values of {folds} folds are of as many fits")
     return comparison
@@ -143,4 +145,4 @@ def _measure(fit: Any, x: Any) -> str:
     if isinstance(fit, Evidence):
         return fit.measure
     pair = as_pair(fit)
-    return check(pair, as_batch(x, pair.dtype, pair.device)).measure
+    return check(pair, pair.as_batch(x)).measure

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, as_batch, checksums, leaves, length
+from probae.batches import Batch, as_batch, checksums, leaves, length, same_data
 from probae.evidence import Evidence
 
 _SCALES = 5.0  # between training and held-out data of one kind, standard deviations do not differ by so much
@@ -42,9 +42,9 @@ def require_these_data(name: str, evidence: Evidence, x: Any) -> None:
     if evidence.rows is None:
         return
     rows = checksums(batch)
-    if not (other := evidence.rows != rows).any():
+    if not (other := ~same_data(evidence.rows, rows)).any():
         return
-    if torch.equal(evidence.rows.sort().values, rows.sort().values):
+    if bool(same_data(evidence.rows.sort().values, rows.sort().values).all()):
         raise ValueError(
             f"models: the evidence of {name!r} is of the same data as x in another order: differences are paired by datum"
         )

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import as_batch
 from probae.checks import check
 from probae.diagnostics.units import latents
 from probae.evidence import Evidence, log_evidence, no_bound
@@ -100,7 +99,7 @@ def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: d
     """An entry for fitted models on held-out data x; ``options`` are those of `log_evidence`, with a ``seed``."""
     start = time.perf_counter()
     pairs = [as_pair(fit) for fit in fits]
-    layouts = [check(pair, as_batch(x, pair.dtype, pair.device)) for pair in pairs]
+    layouts = [check(pair, pair.as_batch(x)) for pair in pairs]
     found = [_evidence(pair, layout, x, options) for pair, layout in zip(pairs, layouts, strict=True)]
     evidence = [each for each in found if isinstance(each, Evidence)]
     why_not = next((each for each in found if isinstance(each, str)), None)
@@ -109,7 +108,7 @@ def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: d
     seconds = time.perf_counter() - start
     reconstruction = active = math.nan
     if pairs[0].has_guide and layouts[0].latents:
-        batch = as_batch(x, pairs[0].dtype, pairs[0].device)
+        batch = pairs[0].as_batch(x)
         kept = latents(pairs[0], layouts[0], batch, _DRAWS, options["seed"])
         if kept.reconstruction is not None:
             reconstruction = float(kept.reconstruction.mean())

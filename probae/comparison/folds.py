@@ -24,14 +24,20 @@ def parts(size: int, folds: int, seed: int) -> list[Tensor]:
     return [order[fold::folds].sort().values for fold in range(folds)]
 
 
-def held_out(fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dict[str, Any], bar: Any) -> list[Entry]:
-    """An entry for each name and baseline, with the evidence of every datum by the fit that had not seen it."""
+def held_out(
+    fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dict[str, Any], bar: Any, notes: list[str]
+) -> list[Entry]:
+    """An entry for each name and baseline, with the evidence of every datum by the fit that had not seen it.
+
+    ``notes`` takes a sentence for each baseline that is left out, since it cannot be fitted to all folds.
+    """
     batch = as_batch(x)
     if not 2 <= folds <= length(batch):
         raise ValueError(f"folds: expected a whole number from 2 to {length(batch)}, the number of data, got {folds}")
     found: dict[str, list[Entry]] = {}
     held = parts(length(batch), folds, options["seed"])
-    for part in held:
+    said: dict[str, str] = {}
+    for number, part in enumerate(held, 1):
         seen = torch.ones(length(batch), dtype=torch.bool)
         seen[part] = False
         train, test = rows_at(batch, seen.nonzero().flatten()), rows_at(batch, part)
@@ -42,12 +48,18 @@ def held_out(fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dic
         require_one_measure((entry.name, entry.measure) for entry in entries)
         plain = {name: options[name] for name in ("particles", "seed")} | {"method": "auto"}
         if isinstance(batch, Tensor) and batch.dim() == 2:
-            for name, model in fit_baselines(train, entries[0].measure == "mass", options["seed"], like=batch).items():
+            here: list[str] = []
+            mass = entries[0].measure == "mass"
+            for name, model in fit_baselines(train, mass, options["seed"], batch, here).items():
                 if name in fits:
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
                 entries.append(evaluated(name, [model], test, True, plain))
+            for note in here:
+                name, why = note.split(": ", 1)
+                said.setdefault(name, f"{name}: without fold {number} of the data, {why}")
         for entry in entries:
             found.setdefault(entry.name, []).append(entry)
+    notes += said.values()
     order = torch.cat(held).argsort()
     return [_over_folds(entries, order) for entries in found.values() if len(entries) == folds]
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from probae.arguments import one_of, whole
-from probae.batches import Batch, checksums, rows_of
+from probae.batches import Batch, as_batch, checksums, rows_of
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.bidirectional import Sandwich, sandwich
 from probae.evidence.importance import elbo, iwae
@@ -109,7 +109,7 @@ def log_evidence(
         return _by_blocks(model, x, method, particles, seed, compile, shard, options)
     pair, batch, layout = prepare(model, x)
     found = _estimated(pair, batch, layout, method, particles, settings, seed, compile)
-    rows = checksums(batch)
+    rows = checksums(as_batch(x))  # as they were given, whatever the pair holds them in
     return replace(found, rows=rows, elbo=None if found.elbo is None else replace(found.elbo, rows=rows))
 
 
@@ -174,7 +174,7 @@ def _by_blocks(
     team = processes(device) if shard else ALONE
     if isinstance(x, DataLoader) and not isinstance(x.sampler, SequentialSampler):
         raise ValueError("x: expected a DataLoader that keeps the order of its data, got one that shuffles")
-    stream = source(x, _ROWS, seed, pair.dtype, device)
+    stream = source(x, _ROWS, seed, pair.dtype, device, keeps=pair.keeps_precision)
     blocks = stream.passes() if streams_from_disk(x) else rows_of(stream.some(), math.ceil(stream.size / team.count))
     parts: dict[int, Evidence] = {}
     with seeded(seed, device), fetching():  # a DataLoader draws from the process's stream

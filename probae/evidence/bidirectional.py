@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.arguments import size
-from probae.batches import Batch, as_batch, checksums, leaves, length, rebuilt, rows_at
+from probae.batches import Batch, checksums, leaves, length, rebuilt, rows_at
 from probae.checks import check
 from probae.evidence.annealed import Annealer, Annealing, Block, evidence
 from probae.evidence.result import Evidence
@@ -116,7 +116,7 @@ def sandwich(
     pair, n, seed = as_pair(model), size("n", n), checked_seed(seed)
     if like is None:
         like = pair.sample(n, seed=seed)
-    rows = as_batch(like, pair.dtype, pair.device)
+    rows = pair.as_batch(like)
     batch, values = _drawn(pair, rows_at(rows, torch.arange(n) % length(rows)), seed)
     layout = check(pair, batch)
     annealer = Annealer(pair, batch, layout, annealing, seed, compile, runs=2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import one_of, whole
-from probae.batches import Batch, as_batch, each, leaves, length, rebuilt, rows_of
+from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
 from probae.checks import check
 from probae.enumeration import log_joint
 from probae.flat import Graph, Untraceable, fall_back, fixed, trace
@@ -73,7 +73,7 @@ def log_weights(
 def prepare(model: Any, x: Any) -> tuple[Pair, Batch, Layout]:
     """A pair, a batch of its dtype and on its device, and its layout, all checked."""
     pair = as_pair(model)
-    batch = as_batch(x, pair.dtype, pair.device)
+    batch = pair.as_batch(x)
     return pair, batch, check(pair, batch)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size
+from probae.distributions import parts
 from probae.layout import PROGRAM_ERRORS
 from probae.likelihoods import Head, Normal
 from probae.missing import known, moments, observed, require_observed
@@ -29,6 +30,7 @@ class Amortised(Pair):
 
     initialised: Tensor
     fill: Tensor
+    fill_low: Tensor
 
     def __init__(
         self,
@@ -53,10 +55,11 @@ class Amortised(Pair):
         features, latents = size("features", features), size("latents", latents)
         self.features, self.latents = features, latents
         self.prior = prior
-        self.code = code.bind(latents)
+        self.code = code.bind(latents, latent=True)
         self.head = (likelihood if likelihood is not None else Normal()).bind(features)
         if missing is not None:
             self.register_buffer("fill", torch.zeros(features))
+            self.register_buffer("fill_low", torch.zeros(features))
         seen = features if missing is None else 2 * features
         sizes = (seen, self.code.width * latents), (latents, self.head.width * features)
         self.encoder = encoder if encoder is not None else MLP(*sizes[0], layers, activation)
@@ -66,6 +69,11 @@ class Amortised(Pair):
             if network is not None:
                 _check_network(name, network, inputs, outputs)
 
+    @property
+    def keeps_precision(self) -> bool:  # type: ignore[override]
+        """Whether the likelihood does."""
+        return self.head.keeps_precision
+
     def likelihood(self, z: Tensor) -> Any:
         """p(x | z): the head at the decoder's output."""
         return self.head(self.decoder(z))
@@ -73,9 +81,9 @@ class Amortised(Pair):
     def posterior(self, x: Tensor) -> Any:
         """q(z | x): the code head at the encoder's output."""
         if self.missing is not None:
-            values, seen = observed(x, self.fill)
+            values, seen = observed(x, self.fill.to(x.dtype) + self.fill_low)
             x = torch.cat([values, seen.to(x.dtype)], -1)
-        return self.code(self.encoder(x))
+        return self.code(self.encoder(x if isinstance(self.encoder, MLP) else x.to(self.head.origin.dtype)))
 
     def initialise(self, x: Tensor) -> None:
         """Take the units of input and output from training data (N, D), once: a network then starts at the data's mean."""
@@ -84,7 +92,9 @@ class Amortised(Pair):
             return
         self.head.start(x)
         if self.missing is not None:
-            self.fill.copy_(moments(x)[0])
+            loc, scale = moments(x)
+            high, low = parts(loc, self.fill, scale)
+            self.fill.copy_(high), self.fill_low.copy_(low)
         if isinstance(self.encoder, MLP):
             self.encoder.standardise(x)
         self.initialised.fill_(True)

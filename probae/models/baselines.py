@@ -11,11 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import flag, positive, size
+from probae.distributions import Translated, parts
 from probae.missing import known, moments, observed, require_observed
 from probae.models.gaussian_gaps import fit_mixture, observed_gaussians, regressions
+from probae.models.singular import require_full_rank
 from probae.pair import Pair
 from probae.recipe import recorded
 from probae.seeding import checked_seed, still
+
+
+def _varying(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and scale (D,), float64, of data (N, D).
+
+    Raises:
+        ValueError: if there is one row, or a feature does not vary: its density is unbounded.
+    """
+    if len(x) < 2:
+        raise ValueError("site 'x': expected at least two rows, got 1: the density of a single datum is unbounded")
+    loc, scale = moments(x)
+    if not (scale > 0).all():
+        constant = (scale == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"site 'x': features {constant} do not vary: their density is unbounded; drop them, or dequantise counts"
+        )
+    return loc, scale
+
+
+def _take(loc: nn.Parameter, low: Tensor, value: Tensor, unit: Tensor) -> None:
+    high, rest = parts(value, loc, unit)
+    loc.copy_(high)
+    low.copy_(rest)
 
 
 @recorded
@@ -35,6 +60,9 @@ class Independent(Pair):
         torch.Size([2])
     """
 
+    keeps_precision = True
+    loc_low: Tensor
+
     def __init__(self, features: int, classes: int | None = None, *, missing: str | None = None):
         super().__init__()
         self.missing = known(missing)
@@ -42,13 +70,15 @@ class Independent(Pair):
         self.classes = classes = None if classes is None else size("classes", classes, 2)
         if classes is None:
             self.loc, self.log_scale = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(features))
+            self.register_buffer("loc_low", torch.zeros(features))
         else:
             self.logits = nn.Parameter(torch.zeros(features, classes))
 
     def marginal(self) -> Any:
         """p(x)."""
         if self.classes is None:
-            return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
+            law = dist.Normal(torch.zeros_like(self.loc), self.log_scale.exp(), validate_args=False)
+            return Translated(law, self.loc, self.loc_low).to_event(1)
         if self.classes == 2:
             return dist.Bernoulli(logits=self.logits[:, 1] - self.logits[:, 0], validate_args=False).to_event(1)
         return dist.Categorical(logits=self.logits, validate_args=False).to_event(1)
@@ -60,11 +90,8 @@ class Independent(Pair):
         require_observed(x)
         with torch.no_grad():
             if self.classes is None:
-                loc, scale = moments(x)
-                if not (scale > 0).all():
-                    constant = (scale == 0).nonzero().flatten().tolist()
-                    raise ValueError(f"features {constant} do not vary: their density is unbounded; drop or dequantise")
-                self.loc.copy_(loc)
+                loc, scale = _varying(x)
+                _take(self.loc, self.loc_low, loc, scale)
                 self.log_scale.copy_(scale.log())
             else:
                 x, seen = observed(x)
@@ -90,6 +117,9 @@ class GaussianMixture(Pair):
         torch.Size([5])
     """
 
+    keeps_precision = True
+    loc_low: Tensor
+
     def __init__(self, features: int, components: int = 1, diagonal: bool = False, *, missing: str | None = None):
         super().__init__()
         self.missing = known(missing)
@@ -98,6 +128,7 @@ class GaussianMixture(Pair):
         self.diagonal = flag("diagonal", diagonal)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.zeros(components, features))
+        self.register_buffer("loc_low", torch.zeros(components, features))
         if diagonal:
             self.log_scale = nn.Parameter(torch.zeros(components, features))
         else:
@@ -105,12 +136,14 @@ class GaussianMixture(Pair):
 
     def marginal(self) -> Any:
         """p(x)."""
-        weights = dist.Categorical(logits=self.logits, validate_args=False)
+        weights, zero = dist.Categorical(logits=self.logits, validate_args=False), torch.zeros_like(self.loc)
         if self.diagonal:
-            parts: Any = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
+            law = dist.Normal(zero, self.log_scale.exp(), validate_args=False)
+            each: Any = Translated(law, self.loc, self.loc_low).to_event(1)
         else:
-            parts = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
-        return dist.MixtureSameFamily(weights, parts, validate_args=False)
+            law = dist.MultivariateNormal(zero, scale_tril=self.scale_tril, validate_args=False)
+            each = Translated(law, self.loc, self.loc_low)
+        return dist.MixtureSameFamily(weights, each, validate_args=False)
 
     @property
     def covariances(self) -> Tensor:
@@ -136,70 +169,85 @@ class GaussianMixture(Pair):
         return torch.cat([self._observed(seen).log_prob(values) for values, seen in parts])
 
     def _observed(self, seen: Tensor) -> Any:
-        parts = observed_gaussians(self.loc, self.covariances, seen)
-        weights = dist.Categorical(logits=self.logits.expand(parts.batch_shape), validate_args=False)
-        return dist.MixtureSameFamily(weights, parts, validate_args=False)
+        # in float64: a covariance has twice the digits of its factor
+        covariances, inside = self.covariances.double(), seen.unsqueeze(-2)
+        law = observed_gaussians(torch.zeros_like(self.loc), covariances, seen)
+        each = Translated(law, self.loc * inside, self.loc_low * inside)
+        weights = dist.Categorical(logits=self.logits.expand(each.batch_shape), validate_args=False)
+        return dist.MixtureSameFamily(weights, each, validate_args=False)
 
     def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
         """Exact draws of what is missing given what was observed, (draws, N, D); there are no particles to choose."""
         x, draws = self.as_data(x), size("draws", draws)
-        values, seen = observed(x)
+        values, seen = observed(x.double())
         with still(self, seed):
-            joint = observed_gaussians(self.loc, self.covariances, seen).log_prob(values.unsqueeze(-2)) + self.logits
+            loc, covariances = self.loc.double() + self.loc_low, self.covariances.double()
+            joint = self._observed(seen).component_distribution.log_prob(values.unsqueeze(-2)) + self.logits
             chosen = dist.Categorical(logits=joint).sample((draws,))
-            factor = torch.linalg.cholesky(self.covariances)[chosen]
-            drawn = self.loc[chosen] + (factor @ torch.randn_like(x.expand(draws, *x.shape)).unsqueeze(-1)).squeeze(-1)
+            factor = torch.linalg.cholesky(covariances)[chosen]
+            noise = torch.randn_like(x.expand(draws, *x.shape)).double()
+            drawn = loc[chosen] + (factor @ noise.unsqueeze(-1)).squeeze(-1)
             # a draw of everything, moved by what its error where x was observed says of the rest
-            gain = regressions(self.covariances, seen)[torch.arange(len(x), device=x.device), chosen]
+            gain = regressions(covariances, seen)[torch.arange(len(x), device=x.device), chosen]
             drawn = drawn + (gain @ ((values - drawn) * seen).unsqueeze(-1)).squeeze(-1)
-        return torch.where(seen, x, drawn)
+        return torch.where(seen, x, drawn.to(x.dtype))
 
     def maximum_likelihood(self, x: Any, floor: float = 5e-3, start: int = 0) -> GaussianMixture:
-        """Fit to data (N, D): in closed form for one component, else by scikit-learn's EM, and from there by one for data
-        with gaps where values are missing; returns the model.
+        """Fit to data (N, D), each feature in units of its standard deviation: in closed form for one component, else by
+        scikit-learn's EM, and from there by one for data with gaps where values are missing; returns the model.
 
         Args:
-            floor: added to the covariances' diagonals of several components, as a multiple of the mean variance: with few
-                data a component it is what keeps a baseline strong (of 1e-6 to 2e-2, this is the best on the digits'
-                validation images).
+            floor: added to the covariances' diagonals of several components, and of one that has no more than 2 D data, as
+                a multiple of the feature's variance: with few data a component it is what keeps a baseline strong (of 1e-6
+                to 2e-2, this is the best on the digits' validation images).
             start: the seed of the EM's start.
+
+        Raises:
+            ValueError: if there are fewer data than components, or than two; if the density is unbounded, since a feature
+                does not vary or, to the precision of the data, is a linear function of others.
         """
-        x, floor, start = self.as_data(x).double(), positive("floor", floor, zero=True), checked_seed(start)
+        x, floor, start = self.as_data(x), positive("floor", floor, zero=True), checked_seed(start)
         if len(x) < self.components:
             raise ValueError(f"site 'x': expected at least as many data as components, {self.components}, got {len(x)}")
         require_observed(x)
-        gaps = x if x.isnan().any() else None
+        origin, unit = _varying(x)
+        z = (x.double() - origin) / unit
+        gaps = z if z.isnan().any() else None
         if gaps is not None:  # filled by means to start from
-            x = observed(x, moments(x)[0])[0]
+            z = observed(z)[0]
+        if not self.diagonal and len(x) > self.features:
+            require_full_rank(z, x, unit)
+        few = len(x) <= 2 * self.features  # the covariance has no full rank of its own
+        ridge = floor if self.components > 1 or few else 0.0
         if self.components == 1:
-            covariance = torch.cov(x.mT, correction=0).reshape(self.features, self.features)
-            # with few data the covariance has no full rank of its own
-            covariance.diagonal().add_(covariance.diagonal().mean() * (1e-9 if len(x) > 2 * self.features else floor))
-            weights, loc = torch.ones(1), x.mean(0, keepdim=True)
-            covariances = covariance.diagonal().unsqueeze(0) if self.diagonal else covariance.unsqueeze(0)
+            weights, loc = torch.ones(1), torch.zeros(1, self.features).to(z)
+            if self.diagonal:
+                covariances = 1 + ridge + torch.zeros_like(loc)
+            else:
+                covariances = torch.cov(z.mT, correction=0).reshape(1, self.features, self.features)
+                covariances.diagonal(dim1=-2, dim2=-1).add_(ridge)
         else:
-            ridge = floor * float(x.var(0, unbiased=False).mean())
-            weights, loc, covariances = self._mixture(x, ridge, start)
+            weights, loc, covariances = self._mixture(z, ridge, start)
         if gaps is not None:
-            start_from = torch.diag_embed(covariances) if self.diagonal else covariances
-            ridge = ridge if self.components > 1 else float(start_from.diagonal(dim1=-2, dim2=-1).mean()) * 1e-9
+            first = torch.diag_embed(covariances) if self.diagonal else covariances
             accuracy = 1e-5 if self.components > 1 else 1e-10
-            weights, loc, covariances = fit_mixture(
-                gaps, weights.to(x), loc, start_from, ridge, self.diagonal, accuracy
-            )
+            weights, loc, covariances = fit_mixture(gaps, weights.to(z), loc, first, ridge, self.diagonal, accuracy)
             covariances = covariances.diagonal(dim1=-2, dim2=-1) if self.diagonal else covariances
-        if not covariances.abs().sqrt().to(self.loc).isfinite().all():
+        factor = covariances.sqrt() if self.diagonal else torch.linalg.cholesky(covariances)
+        factor = factor * unit if self.diagonal else factor * unit.unsqueeze(-1)
+        lengths = factor if self.diagonal else factor.diagonal(dim1=-2, dim2=-1)
+        if not (factor.to(self.loc).isfinite().all() and (lengths.to(self.loc) > 0).all()):
             raise ValueError(f"floor: expected covariances that {self.loc.dtype} can hold, got {floor} for these data")
         with torch.no_grad():
             self.logits.copy_(weights.log())
-            self.loc.copy_(loc)
+            _take(self.loc, self.loc_low, origin + unit * loc, unit)
             if self.diagonal:
-                self.log_scale.copy_(covariances.log() / 2)
+                self.log_scale.copy_(factor.log())
             else:
-                self.scale_tril.copy_(torch.linalg.cholesky(covariances))
+                self.scale_tril.copy_(factor)
         return self.eval()
 
-    def _mixture(self, x: Tensor, ridge: float, start: int) -> list[Tensor]:
+    def _mixture(self, z: Tensor, ridge: float, start: int) -> list[Tensor]:
         try:
             from sklearn.mixture import GaussianMixture as Mixture
         except ImportError as error:
@@ -210,5 +258,5 @@ class GaussianMixture(Pair):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a baseline that stops at 100 iterations is good enough to be beaten
-            mixture.fit(x.cpu().numpy())
+            mixture.fit(z.cpu().numpy())
         return [torch.as_tensor(a) for a in (mixture.weights_, mixture.means_, mixture.covariances_)]

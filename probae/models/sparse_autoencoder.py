@@ -54,7 +54,8 @@ class SparseAutoencoder(Amortised):
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers.
         prior: ``"laplace"``, ``"student_t"``, or ``"exponential"``, which goes with ReLU codes.
-        rate: λ > 0.
+        rate: λ > 0, per unit of the data where the likelihood's scale is a number; where that is learned, per standard
+            deviation of the data (of all features, or of each where they have a scale of their own).
         learned_rate: whether λ is learned (the unit columns keep that bounded).
         posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head.
         likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
@@ -104,8 +105,13 @@ class SparseAutoencoder(Amortised):
         super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
 
     def initialise(self, x: Tensor) -> None:
-        """As for every autoencoder, but in the data's own scale: λ is per unit of z, and the columns have length 1."""
+        """As for every autoencoder, but the columns keep their length: one unit for all features that share a scale.
+
+        Where the scale is a number, that unit is 1: then it and λ are both in the units of the data.
+        """
         super().initialise(x)
         unit = getattr(self.head, "unit", None)
-        if unit is not None:
+        if unit is not None and self.head.fixed:
             unit.fill_(1.0)
+        elif unit is not None and self.head.kind == "shared":
+            unit.copy_(unit.double().square().mean().sqrt().expand_as(unit))

@@ -23,7 +23,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from probae.batches import Batch, as_batch
+from probae.batches import Batch
 from probae.processes import ALONE, Processes
 from probae.seeding import seeded
 from probae.streams.minibatches import Minibatch, Shuffle, Source
@@ -52,8 +52,10 @@ class Fetched(Source):
         device: torch.device,
         workers: int | None = None,
         processes: Processes = ALONE,
+        keeps: bool | None = None,
     ):
         self.rows, self.size, self.dtype, self.device = _Rows(data, seed), _length(data), dtype, device
+        self.keeps = keeps
         self.shuffle = Shuffle(self.size, batch_size, seed, processes=processes)
         self.number = 0
         self.taken = self._now()
@@ -114,7 +116,7 @@ class Fetched(Source):
         )
 
     def _batch(self, item: Any) -> Batch:
-        return as_batch(_unpacked(item), self.dtype, self.device)
+        return self.as_batch(_unpacked(item))
 
 
 class _Rows(Dataset[Any]):
@@ -151,8 +153,10 @@ class Streamed(Source):
         dtype: torch.dtype | None,
         device: torch.device,
         processes: Processes = ALONE,
+        keeps: bool | None = None,
     ):
         self.loader, self.dtype, self.device, self.size = loader, dtype, device, _length(loader.dataset)
+        self.keeps = keeps
         # with a DistributedSampler the loader gives this process's rows; else all have the same batches, and share them
         self.distributed = isinstance(loader.sampler, DistributedSampler)
         self.processes = processes
@@ -205,7 +209,7 @@ class Streamed(Source):
             self.loader.sampler.set_epoch(self.epoch)
         for item in self.loader:
             empty = False
-            yield as_batch(_unpacked(item), self.dtype, self.device)
+            yield self.as_batch(_unpacked(item))
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
 

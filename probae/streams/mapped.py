@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, as_batch
+from probae.batches import Batch
 from probae.processes import ALONE, Processes
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 
@@ -44,10 +44,12 @@ class Mapped(Source):
         dtype: torch.dtype | None,
         device: torch.device,
         processes: Processes = ALONE,
+        keeps: bool | None = None,
     ):
         if array.ndim == 0 or array.size == 0:
             raise ValueError(f"the data: expected N >= 1 rows, got shape {array.shape}")
         self.rows, self.size, self.dtype, self.device = _Rows(array), len(array), dtype, device
+        self.keeps = keeps
         self.width = array[0].nbytes
         self.shuffle = Shuffle(self.size, batch_size, seed, processes=processes)
         self.taken = self.shuffle.state()
@@ -91,7 +93,7 @@ class Mapped(Source):
         self.taken = self.shuffle.state()
 
     def _rows(self, places: Any) -> Batch:
-        return as_batch(self.rows.at(places), self.dtype, self.device)
+        return self.as_batch(self.rows.at(places))
 
 
 class _Rows:

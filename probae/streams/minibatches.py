@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, leaves, length, rows_at
+from probae.batches import Batch, as_batch, leaves, length, rows_at
 from probae.processes import ALONE, Processes
 
 
@@ -33,6 +34,18 @@ class Source:
 
     #: the number of data
     size: int
+    dtype: torch.dtype | None
+    device: torch.device
+    keeps: bool | None
+
+    def as_batch(self, data: Any) -> Batch:
+        """Data as they were read, as a batch; whether ``dtype`` can hold them is judged once, on the first."""
+        batch = as_batch(data, self.dtype, self.device, self.keeps)
+        if self.keeps is not None:
+            found = [leaf.dtype for _, leaf in leaves(batch) if leaf.is_floating_point()]
+            self.dtype = torch.float64 if self.keeps and torch.float64 in found else self.dtype
+            self.keeps = None
+        return batch
 
     def __iter__(self) -> Iterator[Minibatch]:
         raise NotImplementedError

@@ -29,22 +29,26 @@ def source(
     device: torch.device,
     workers: int | None = None,
     processes: Processes = ALONE,
+    keeps: bool = False,
 ) -> Source:
     """The minibatches of arrays, in memory or mapped, a Dataset or a DataLoader (whose own batch size and order then hold).
+
+    Args:
+        keeps: whether data that ``dtype`` cannot hold stay in float64, or are refused; judged on the first that are read.
 
     Raises:
         TypeError, ValueError: if ``data`` is none of these, or empty.
     """
     if isinstance(data, np.memmap):
-        return Mapped(data, batch_size, seed, dtype, device, processes)
+        return Mapped(data, batch_size, seed, dtype, device, processes, keeps)
     if isinstance(data, DataLoader):
-        return Streamed(data, dtype, device, processes)
+        return Streamed(data, dtype, device, processes, keeps)
     if isinstance(data, TensorDataset):
         leaves: tuple[Tensor, ...] = data.tensors
         data = leaves if len(leaves) > 1 else leaves[0]
     elif _is_set(data):
-        return Fetched(data, batch_size, seed, dtype, device, workers, processes)
-    return InMemory(as_batch(data, dtype, device), batch_size, seed, processes)
+        return Fetched(data, batch_size, seed, dtype, device, workers, processes, keeps)
+    return InMemory(as_batch(data, dtype, device, keeps), batch_size, seed, processes)
 
 
 def _is_set(data: Any) -> bool:

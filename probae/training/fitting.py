@@ -131,7 +131,7 @@ def fit(
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
     team = processes(where)
-    stream = source(data, batch_size, seed, pair.dtype, where, workers, team)
+    stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
     with seeded(seed, where), fetching():
         for batch in stream.passes():
             layout = check(pair, batch)
@@ -202,7 +202,7 @@ def _keep(loop: Loop, checkpoints: Checkpoints) -> None:
 
 
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
-    stream = source(data, 4096, 0, pair.dtype, device)
+    stream = source(data, 4096, 0, pair.dtype, device, keeps=pair.keeps_precision)
     if isinstance(stream, InMemory):
         return stream.batch
     blocks = list(stream.passes())
