@@ -13,6 +13,22 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
+from probae.missing import observed
+from probae.precision import float64
+
+
+class Normal(dist.Normal):
+    """A Normal whose density divides before it squares, so that no unit of the data is too small or too large for it.
+
+    Example:
+        >>> round(float(Normal(torch.tensor(0.0), torch.tensor(1e-25)).log_prob(torch.tensor(0.0))), 4)
+        56.6457
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), in nats."""
+        return -0.5 * ((value - self.loc) / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
+
 
 class Translated(TorchDistribution):
     r"""A distribution moved by an origin: :math:`x = \text{origin} + y`, y drawn from ``base``.
@@ -201,9 +217,6 @@ _EXACT = 2**24  # beyond it float32 does not tell whole numbers apart
 def _counted(draws: Tensor, dtype: torch.dtype) -> Tensor:
     return draws if dtype is torch.float32 and bool((draws > _EXACT).any()) else draws.to(dtype)
 
-from probae.missing import observed
-from probae.precision import float64
-
 
 class DiscretisedNormal(TorchDistribution):
     r"""A Normal rounded to the whole numbers of an interval, its tails gathered in the two ends.
@@ -357,47 +370,6 @@ class Truncation(TorchDistribution):
         return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
 
 
-class NormalFrom(dist.Normal):
-    r"""N(origin + loc, scale²): values are seen from the origin in their own precision, and then cast to that of loc.
-
-    Far from 0 a float32 has no digits left for what varies; values in float64 then keep theirs, as long as the origin is
-    exact (a float32, whatever its dtype). Draws are float64 where the dtype of loc would round them visibly.
-
-    Args:
-        origin, loc, scale: tensors that broadcast; loc is what an origin of 0 would leave of the mean.
-
-    Example:
-        >>> d = NormalFrom(torch.tensor(1e8), torch.tensor(0.5), torch.tensor(1.0))
-        >>> round(float(d.log_prob(torch.tensor(1e8 + 1.5, dtype=torch.float64))), 4)
-        -1.4189
-    """
-
-    def __init__(self, origin: Tensor, loc: Tensor, scale: Tensor):
-        self.origin = origin
-        self.near, scale = broadcast_all(loc, scale)
-        super().__init__(origin + self.near, scale, validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        """The same distribution with another batch shape."""
-        return NormalFrom(self.origin, self.near.expand(batch_shape), self.scale.expand(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), in nats, in the dtype of loc."""
-        away = (value - self.origin.to(value.dtype)).to(self.near.dtype) - self.near
-        return -0.5 * (away / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        noise = torch.randn(shape, dtype=self.near.dtype, device=self.near.device)
-        return _far(self.origin, self.near + self.scale * noise, self.scale)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
-
 _CELLS = 2**18  # rows × features at a time
 
 
@@ -413,7 +385,7 @@ class LowRankNormal(TorchDistribution):
 
     Args:
         loc, weight, scale: μ (D,), W (D, L) and ψ, () or (D,).
-        dtype: of draws, where it can hold them; by default the weight's.
+        dtype: of draws, unless it loses digits that matter; by default the weight's.
 
     Example:
         >>> d = LowRankNormal(torch.zeros(3), torch.ones(3, 1), torch.tensor(0.1))
@@ -483,7 +455,8 @@ class LowRankNormal(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         z = torch.randn(*shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
         noise = torch.randn(shape, dtype=weight.dtype, device=weight.device)
-        return _far(self.loc, z @ weight.mT + scale * noise, scale)
+        high, low = parts(self.loc, weight, scale.to(self.loc.dtype))
+        return Translated(dist.Delta(z @ weight.mT + scale * noise), high, low).mean
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
@@ -523,11 +496,3 @@ def _inverse_root(gram: Tensor) -> Tensor:
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     upper = torch.linalg.cholesky((gram + eye).flip(-2, -1)).flip(-2, -1)
     return torch.linalg.solve_triangular(upper.mT, eye.expand_as(gram), upper=False)
-
-
-def _far(origin: Tensor, near: Tensor, scale: Tensor) -> Tensor:
-    """origin + near in the dtype of near, or in float64 where that would round visibly."""
-    rounding = origin.abs() * torch.finfo(near.dtype).eps
-    if near.dtype == torch.float32 and near.device.type != "mps" and bool((rounding > 1e-5 * scale).any()):
-        return origin.double() + near.double()
-    return (origin + near).to(near.dtype)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from probae.arguments import positive, whole
 from probae.missing import moments, require_numbers, require_observed
+from probae.models.dependence import dependent_sets, require_independence, require_variation, rounding_of
 from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
 from probae.models.second_moments import FEW
-from probae.models.dependence import dependent_sets, require_independence, require_variation, rounding_of
 from probae.precision import float64
 from probae.seeding import checked_seed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size, whole
-from probae.distributions import LowRankNormal, NormalFrom
+from probae.distributions import LowRankNormal, Normal, Translated, centred
 from probae.missing import known, moments, observed, require_observed
 from probae.models import maximum_likelihood
 from probae.models.expectation_maximisation import expectation_maximisation
@@ -75,7 +74,7 @@ class LinearGaussian(Pair):
     @property
     def loc(self) -> Tensor:
         """μ (D,)."""
-        return _stored(self.shift, self.origin + self._near)
+        return _stored(self.shift, self.origin + (self.rest + self.unit * self.shift))
 
     @loc.setter
     def loc(self, value: Tensor) -> None:
@@ -96,23 +95,19 @@ class LinearGaussian(Pair):
     def _weight(self) -> Tensor:
         return self.unit.unsqueeze(-1) * self.loadings
 
-    @property
-    def _near(self) -> Tensor:
-        """μ as seen from the origin."""
-        return self.rest + self.unit * self.shift
-
     def prior(self) -> Any:
         """p(z) = N(0, I)."""
         return dist.Normal(self.zero, 1.0, validate_args=False).to_event(1)
 
     def likelihood(self, z: Tensor) -> Any:
         """p(x | z) = N(W z + μ, Ψ²)."""
-        return NormalFrom(self.origin, z @ self._weight.mT + self._near, self.scale).to_event(1)
+        near = Normal(z @ self._weight.mT + self.unit * self.shift, self.scale, validate_args=False)
+        return Translated(near, self.origin, self.rest).to_event(1)
 
     def posterior(self, x: Tensor) -> Any:
         """p(z | x), exactly; given what is observed of x, where values are missing."""
         values, seen = (x, None) if self.missing is None else observed(x, self.origin)
-        away = (values - self.origin.to(x.dtype)).to(self.log_scale.dtype) - self._near
+        away = centred(values, self.origin, self.rest) - self.unit * self.shift
         loc, tril = self._marginal().posterior(away / self.scale, seen)
         return dist.MultivariateNormal(loc.to(away), scale_tril=tril.to(away), validate_args=False)
 
@@ -144,33 +139,34 @@ class LinearGaussian(Pair):
                 "(of a DataLoader these rows are the first batch: make it larger)"
             )
         with torch.no_grad():
-            loc, scale = (
-                torch.cat(parts) for parts in zip(*(moments(float64(part)) for part in _columns(x)), strict=True)
-            )
+            loc, scale = moments(x)
             overall = scale.square().mean().sqrt()
             if not overall > 0:
                 raise ValueError(
                     "site 'x': expected data that vary, got rows that are all the same: their density is unbounded"
                 )
             unit = torch.where(scale > 0, scale, overall) if self.log_scale.dim() else overall
-            self._move_to(loc)
             self.unit.copy_(unit)
+            self._move_to(loc)
             self.log_scale.copy_(unit.log())
         self.initialised.fill_(True)
 
     def _move_to(self, loc: Tensor) -> None:
-        """The mean (D,), given in float64: the digits of a float32, and the rest, so that no cast of the model loses them."""
-        self.origin.copy_(loc.float())
-        self.rest.copy_(loc - loc.float())
-        self.shift.zero_()
+        """The mean (D,), given in float64, by the digits of a float32 and the rest, so that no cast of the model loses them."""
+        high, unit = loc.float().double(), float64(self.unit)
+        rest = loc - high
+        matters = rest.abs() > 1e-5 * unit
+        self.origin.copy_(high)
+        self.rest.copy_(torch.where(matters, rest, 0.0))
+        self.shift.copy_(torch.where(matters, 0.0, rest / unit))
 
     def _take(self: T, solution: Any) -> T:
         with torch.no_grad():
             weight, scale = float64(solution.weight), float64(solution.scale)
             spread = (weight.square().sum(1) + scale.square()).sqrt()
             unit = spread if scale.dim() else spread.square().mean().sqrt()
-            self._move_to(float64(solution.loc))
             self.unit.copy_(unit)
+            self._move_to(float64(solution.loc))
             self.loadings.copy_(weight / unit.unsqueeze(-1))
             self.log_scale.copy_(scale.log())
         self.initialised.fill_(True)
@@ -198,11 +194,6 @@ class _Computed(Tensor):
 
     def __repr__(self, **_: Any) -> str:
         return repr(self.as_subclass(Tensor))
-
-
-def _columns(x: Tensor) -> Iterator[Tensor]:
-    """The columns of data (N, D), a few at a time."""
-    return iter(x.split(max(1, 2**24 // len(x)), dim=1))
 
 
 @recorded

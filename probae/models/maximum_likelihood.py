@@ -16,9 +16,6 @@ from torch import Tensor
 
 from probae.arguments import positive, whole
 from probae.batches import as_matrix
-from probae.models.profile_likelihood import newton, starting_points
-from probae.models.quasi_newton import quasi_newton
-from probae.models.second_moments import FEW, SecondMoments, second_moments
 from probae.models.dependence import (
     constant_columns,
     copied_columns,
@@ -30,6 +27,9 @@ from probae.models.dependence import (
     rounding_variances,
     singular_columns,
 )
+from probae.models.profile_likelihood import newton, starting_points
+from probae.models.quasi_newton import quasi_newton
+from probae.models.second_moments import FEW, SecondMoments, second_moments
 from probae.precision import float64
 from probae.seeding import checked_seed
 
