@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from probae.models.second_moments import SecondMoments, descending_eigh
+from probae.missing import moments
+from probae.models.second_moments import FEW, SecondMoments, descending_eigh
+from probae.precision import float64
 
 _EPS = torch.finfo(torch.float64).eps
-_SHARE = 1e-5  # of a dependency's largest coefficient, on the correlation scale, below which a column has no part in it
 
 
 def rounding_variances(x: Tensor, loc: Tensor, variances: Tensor) -> Tensor:
@@ -46,6 +47,38 @@ def require_independence(sets: list[list[int]], latents: int) -> None:
         )
 
 
+def require_bounded(x: Tensor, latents: int, shared: bool) -> None:
+    """Raise a ValueError that names what makes the density of data (N, D), with gaps or without, unbounded.
+
+    Dependent columns are looked for in complete rows, where these are more than twice as many, and the work is little.
+
+    Args:
+        latents: that explain so many directions without noise.
+        shared: whether the features share the scale of the noise, so that one that does not vary does no harm.
+    """
+    loc, scale = moments(x)
+    varied = (scale > 0).nonzero()[:, 0]
+    if not shared or not len(varied):
+        require_variation(scale == 0)
+    complete = x[~x.isnan().any(1)][:, varied]
+    size, features = complete.shape
+    if features > FEW or not 2 * features < size or size * features**2 > 2**32:
+        return
+    standard = (float64(complete) - loc[varied]) / scale[varied]
+    standard = standard - standard.mean(0)
+    spread = standard.square().mean(0).sqrt()
+    rounding = rounding_of(x[:, varied], loc[varied], scale[varied].square()) / spread
+    if not (rounding < 0.5).all():  # what varies does so in rows with gaps alone
+        return
+    standard = standard / spread
+    found = dependent_sets(standard.mT @ standard / size, rounding)
+    sets = [[int(varied[i]) for i in columns] for columns in found]
+    if not shared:
+        require_independence(sets, latents)
+    elif features - len(sets) <= latents:
+        raise ValueError(rank_told(features - len(sets), latents, sets))
+
+
 def rank_told(rank: int, latents: int, sets: list[list[int]]) -> str:
     """That a covariance has too low a rank, and the columns to blame."""
     named = f": see the columns {' and '.join(map(_listed, sets[:5]))}, constant or linear combinations of each other"
@@ -68,7 +101,14 @@ def dependent_sets(correlation: Tensor, rounding: Tensor) -> list[list[int]]:
         return []
     values, vectors = descending_eigh(correlation)
     noise = 16 * vectors.square().mT @ rounding.square() + 8 * len(values) * _EPS * values[0]
-    rows = vectors[:, values <= noise].mT.clone()
+    null = values <= noise
+    if not null.any():
+        return []
+    # coefficients that rounding would make, of the data and of the eigenvectors, are none
+    smallest = float(values[~null].min()) if not null.all() else 1.0
+    share = float(noise[null].max()) ** 0.5 + 4 * float(rounding.max()) / smallest**0.5
+    share += 8 * len(values) * _EPS / smallest
+    rows = vectors[:, null].mT.clone()
     for i in range(len(rows)):  # Gauss-Jordan with complete pivoting: each row keeps a column that the others have not
         at = int(rows[i:].abs().argmax())
         row, column = i + at // rows.shape[1], at % rows.shape[1]
@@ -76,7 +116,7 @@ def dependent_sets(correlation: Tensor, rounding: Tensor) -> list[list[int]]:
         rows[i] /= rows[i, column].clone()
         others = torch.arange(len(rows)) != i
         rows[others] -= rows[others, column, None] * rows[i]
-    return [(row.abs() > _SHARE * row.abs().max()).nonzero()[:, 0].tolist() for row in rows]
+    return [(row.abs() > share * row.abs().max()).nonzero()[:, 0].tolist() for row in rows]
 
 
 def singular_columns(x: Tensor, loc: Tensor, second: SecondMoments) -> list[list[int]]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive, whole
-from probae.missing import moments, require_numbers, require_observed
-from probae.models.dependence import dependent_sets, require_independence, require_variation, rounding_of
+from probae.missing import require_numbers, require_observed
+from probae.models.dependence import require_bounded
 from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
-from probae.models.second_moments import FEW
 from probae.precision import float64
 from probae.seeding import checked_seed
 
@@ -98,7 +97,7 @@ def expectation_maximisation(
     tolerance = positive("tolerance", tolerance)
     starts, seed = whole("starts", starts), checked_seed(seed)
     max_iterations = whole("max_iterations", max_iterations)
-    _check_columns(given, latents, shared)
+    require_bounded(given, latents, shared)
     data, loc, unit = standardised(float64(given), shared)
     fits = [
         _ascend(data, start, latents, math.log(floor), tolerance, max_iterations)
@@ -125,23 +124,6 @@ def expectation_maximisation(
     total = best.value - float((data.seen @ unit.log()).sum()) / len(given)
     scale = unit[0] * scale[0] if shared else unit * scale
     return result(given, loc + unit * shift, weight, scale, total)
-
-
-def _check_columns(x: Tensor, latents: int, shared: bool) -> None:
-    """Refuse columns that vary by their rounding alone, or, with noise of their own, depend on each other where complete."""
-    loc, scale = moments(float64(x))
-    rounding = rounding_of(x, loc, scale.square())
-    constant = ~(rounding < 0.5)
-    if not shared or constant.all():
-        require_variation(constant)
-    complete = x[~x.isnan().any(1)]
-    if not shared and len(complete) > 2 * x.shape[1] and x.shape[1] <= FEW:
-        standard = (float64(complete) - loc) / scale
-        standard = standard - standard.mean(0)
-        spread = standard.square().mean(0).sqrt()
-        if (spread > rounding).all():
-            correlation = standard.mT @ standard / len(standard) / spread / spread[:, None]
-            require_independence(dependent_sets(correlation, rounding / spread), latents)
 
 
 def _starting_points(data: Data, latents: int, shared: bool, starts: int, seed: int) -> list[Tensor]:

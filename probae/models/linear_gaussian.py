@@ -12,6 +12,7 @@ from probae.arguments import size, whole
 from probae.distributions import LowRankNormal, Normal, Translated, centred
 from probae.missing import known, moments, observed, require_observed
 from probae.models import maximum_likelihood
+from probae.models.dependence import require_bounded
 from probae.models.expectation_maximisation import expectation_maximisation
 from probae.models.rotation import Rotation, rotate
 from probae.pair import Pair
@@ -133,19 +134,18 @@ class LinearGaussian(Pair):
         require_observed(x)
         if bool(self.initialised):
             return
-        if len(x) < 2:
+        try:
+            if len(x) < 2:
+                raise ValueError("expected two rows or more to take units from, got one: the density is unbounded")
+            require_bounded(x, self.latents, shared=self.log_scale.dim() == 0)
+        except ValueError as error:
             raise ValueError(
-                f"site 'x': expected two rows or more to take units from, got {len(x)}: the density of one is unbounded "
-                "(of a DataLoader these rows are the first batch: make it larger)"
-            )
+                f"site 'x': {error} (of a DataLoader these are the rows of the first batch: make it larger)"
+            ) from error
         with torch.no_grad():
             loc, scale = moments(x)
             overall = scale.square().mean().sqrt()
-            if not overall > 0:
-                raise ValueError(
-                    "site 'x': expected data that vary, got rows that are all the same: their density is unbounded"
-                )
-            unit = torch.where(scale > 0, scale, overall) if self.log_scale.dim() else overall
+            unit = scale if self.log_scale.dim() else overall
             self.unit.copy_(unit)
             self._move_to(loc)
             self.log_scale.copy_(unit.log())
@@ -192,7 +192,7 @@ class _Computed(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return repr(self.as_subclass(Tensor))
 
 
