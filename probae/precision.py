@@ -1,4 +1,4 @@
-"""Matrix products and convolutions in bfloat16, everything else as it was: what ``precision="bf16"`` trains with."""
+"""Float64 where digits would be lost, and products in bfloat16, everything else as it was: ``precision="bf16"``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 PRECISIONS = ("float32", "bf16")
+
+
+def float64(x: Tensor) -> Tensor:
+    """x in float64, on a device that has it."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)  # MPS has no float64
 
 
 def products(precision: str) -> AbstractContextManager[Any]:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from probae.arguments import positive, whole
 from probae.missing import require_numbers, require_observed
-from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, float64, result, signed
+from probae.models.dependence import require_bounded
+from probae.models.maximum_likelihood import Solution, checked_data, factor_analysis, result, signed
 from probae.models.observed_likelihood import Data, Step, parts_of, standardised, step_from
+from probae.precision import float64
 from probae.seeding import checked_seed
 
 __all__ = ["expectation_maximisation"]
@@ -32,7 +34,7 @@ def expectation_maximisation(
     latents: int,
     *,
     shared: bool = False,
-    floor: float = 1e-6,
+    floor: float | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 2_000,
     starts: int = 2,
@@ -53,7 +55,8 @@ def expectation_maximisation(
         x: The data, shape (N, D), NaN where a value is missing.
         latents: The number L of latent variables, 1 <= L < D.
         shared: Whether the features share their noise variance.
-        floor: The smallest noise variance allowed, as a fraction of the observed one.
+        floor: The smallest noise variance allowed, as a fraction of the observed one; unless told 1e-6, and 1e-12 where it is
+            shared.
         tolerance: Convergence: the largest derivative of the mean log-likelihood of an observation of a feature by
             :math:`\mu_d / \psi_d`, :math:`w_d / \psi_d` or :math:`\ln \psi_d^2`, over those above the floor. Its sampling
             error is of order :math:`N^{-1/2}`; with several variances at the floor rounding stops it near 1e-7.
@@ -90,9 +93,11 @@ def expectation_maximisation(
     given, latents = checked_data(x, latents)
     require_numbers(given, "x", "mask")
     require_observed(given)
-    floor, tolerance = positive("floor", floor, below=1), positive("tolerance", tolerance)
+    floor = (1e-12 if shared else 1e-6) if floor is None else positive("floor", floor, below=1)
+    tolerance = positive("tolerance", tolerance)
     starts, seed = whole("starts", starts), checked_seed(seed)
     max_iterations = whole("max_iterations", max_iterations)
+    require_bounded(given, latents, shared)
     data, loc, unit = standardised(float64(given), shared)
     fits = [
         _ascend(data, start, latents, math.log(floor), tolerance, max_iterations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -10,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size, whole
+from probae.distributions import LowRankNormal, Normal, Translated, centred
 from probae.missing import known, moments, observed, require_observed
 from probae.models import maximum_likelihood
+from probae.models.dependence import require_bounded
 from probae.models.expectation_maximisation import expectation_maximisation
 from probae.models.rotation import Rotation, rotate
 from probae.pair import Pair
+from probae.precision import float64
 from probae.recipe import recorded
 
 T = TypeVar("T", bound="LinearGaussian")
@@ -28,26 +30,71 @@ class LinearGaussian(Pair):
 
     With ``missing="mask"`` the sums over features run over those of a datum that are observed, m_n = 1: its precision is
     :math:`P_n = I + W^\top \operatorname{diag}(m_n) \Psi^{-2} W`, and posterior and log p(x_observed) stay exact.
+
+    ``weight`` W, ``loc`` μ and ``scale`` Ψ are in the data's units; assign to set them. What an optimizer moves is free of
+    units: W = u ``loadings`` and μ = ``origin`` + ``rest`` + u ``shift``, with u the spread of the features (of all of them
+    together where they share the noise) and the origin known to more digits than one float32 holds. ``log_scale`` is ln Ψ.
     """
 
+    #: x may keep a precision above the parameters': it is centred before it is cast
+    keeps_precision = True
+    #: what a run says that took steps all the same
+    fit_note = "maximum_likelihood(data) finds the optimum of this model without steps"
     log_scale: nn.Parameter
+    origin: Tensor
+    rest: Tensor
+    unit: Tensor
     zero: Tensor
     initialised: Tensor
 
-    def __init__(self, features: int, latents: int, missing: str | None):
+    def __init__(self, features: int, latents: int, missing: str | None, shared: bool):
         super().__init__()
         self.missing = known(missing)
         self.features = size("features", features)
         self.latents = whole("latents", latents, most=self.features)
-        self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
-        self.loc = nn.Parameter(torch.zeros(features))
+        each = () if shared else (features,)
+        self.loadings = nn.Parameter(torch.randn(features, latents) / features**0.5)
+        self.shift = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(each))
+        self.register_buffer("origin", torch.zeros(features))
+        self.register_buffer("rest", torch.zeros(features))
+        self.register_buffer("unit", torch.ones(each))
         self.register_buffer("zero", torch.zeros(latents))
         self.register_buffer("initialised", torch.tensor(False))
 
     @property
+    def weight(self) -> Tensor:
+        """W (D, L)."""
+        return _stored(self.loadings, self._weight)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.loadings.copy_(value.to(self.loadings) / self.unit.unsqueeze(-1))
+
+    @property
+    def loc(self) -> Tensor:
+        """μ (D,)."""
+        return _stored(self.shift, self.origin + (self.rest + self.unit * self.shift))
+
+    @loc.setter
+    def loc(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self._move_to(float64(value))
+
+    @property
     def scale(self) -> Tensor:
-        """The noise's scale, () or (D,)."""
+        """The noise's scale Ψ, () or (D,)."""
         return self.log_scale.exp()
+
+    @scale.setter
+    def scale(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.log_scale.copy_(value.log())
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.unit.unsqueeze(-1) * self.loadings
 
     def prior(self) -> Any:
         """p(z) = N(0, I)."""
@@ -55,75 +102,98 @@ class LinearGaussian(Pair):
 
     def likelihood(self, z: Tensor) -> Any:
         """p(x | z) = N(W z + μ, Ψ²)."""
-        return dist.Normal(z @ self.weight.mT + self.loc, self.scale, validate_args=False).to_event(1)
+        near = Normal(z @ self._weight.mT + self.unit * self.shift, self.scale, validate_args=False)
+        return Translated(near, self.origin, self.rest).to_event(1)
 
     def posterior(self, x: Tensor) -> Any:
         """p(z | x), exactly; given what is observed of x, where values are missing."""
-        if self.missing is not None:
-            loc, precision = self._given_observed(x)
-            return dist.MultivariateNormal(loc, precision_matrix=precision, validate_args=False)
-        weighted = self.weight / self.scale.square().expand(self.features).unsqueeze(-1)
-        precision = torch.eye(self.latents, dtype=x.dtype, device=x.device) + self.weight.mT @ weighted
-        factor = torch.linalg.cholesky(precision)
-        loc = torch.cholesky_solve(((x - self.loc) @ weighted).unsqueeze(-1), factor).squeeze(-1)
-        return dist.MultivariateNormal(loc, precision_matrix=precision, validate_args=False)
+        values, seen = (x, None) if self.missing is None else observed(x, self.origin)
+        away = centred(values, self.origin, self.rest) - self.unit * self.shift
+        loc, tril = self._marginal().posterior(away / self.scale, seen)
+        return dist.MultivariateNormal(loc.to(away), scale_tril=tril.to(away), validate_args=False)
 
     def marginal(self) -> Any:
         """p(x) = N(μ, W Wᵀ + Ψ²), exactly."""
-        diagonal = self.scale.square().expand(self.features)
-        return dist.LowRankMultivariateNormal(self.loc, self.weight, diagonal, validate_args=False)
+        return self._marginal()
+
+    def _marginal(self) -> LowRankNormal:
+        # the sums and products in float64: under little noise the rounding of W alone would show
+        loc = float64(self.origin) + (float64(self.rest) + float64(self.unit) * float64(self.shift))
+        weight = float64(self.unit).unsqueeze(-1) * float64(self.loadings)
+        return LowRankNormal(loc, weight, float64(self.log_scale).exp(), dtype=self.log_scale.dtype)
 
     def log_marginal(self, x: Tensor) -> Tensor:
-        """log p(x) (N,), exactly; of what is observed, where values are missing: O(D L² + L³) a datum."""
-        if self.missing is None or not x.isnan().any():
-            return self.marginal().log_prob(x)
-        rows = max(1, 2**22 // self.latents**2)  # whose precisions are held at a time
-        return torch.cat([self._log_observed(part) for part in x.split(rows)])
-
-    def _given_observed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (..., L) and precision (..., L, L) of z given what is observed of x (..., D)."""
-        values, seen = observed(x)
-        inside = seen.to(x.dtype)
-        scale = self.scale.expand(self.features).unsqueeze(-1)
-        scaled = self.weight / scale
-        products = (scaled.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(1)
-        eye = torch.eye(self.latents, dtype=x.dtype, device=x.device)
-        precision = eye + (inside @ products).unflatten(-1, (self.latents, self.latents))
-        projected = ((values - self.loc) * inside) @ (scaled / scale)
-        factor = torch.linalg.cholesky(precision)
-        return torch.cholesky_solve(projected.unsqueeze(-1), factor).squeeze(-1), precision
-
-    def _log_observed(self, x: Tensor) -> Tensor:
-        loc, precision = self._given_observed(x)
-        values, seen = observed(x)
-        # the squared distance at its least over z: a sum of squares, where Woodbury's difference would cancel
-        away = (values - self.loc - loc @ self.weight.mT) * seen / self.scale
-        distance = away.square().sum(-1) + loc.square().sum(-1)
-        log_noise = (2 * self.log_scale.expand(self.features) + math.log(2 * math.pi)) * seen
-        log_det = 2 * torch.linalg.cholesky(precision).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (distance + log_noise.sum(-1) + log_det)
+        """log p(x) (N,), exactly, in float64; of what is observed, where values are missing: O(D L² + L³) a datum."""
+        marginal, x = self._marginal(), float64(x)
+        if self.missing is not None and x.isnan().any():
+            return marginal.log_observed(x)
+        return marginal.log_prob(x)
 
     def initialise(self, x: Tensor) -> None:
         """Start at the data's mean, with its scales, once."""
         require_observed(x)
         if bool(self.initialised):
             return
+        try:
+            if len(x) < 2:
+                raise ValueError("expected two rows or more to take units from, got one: the density is unbounded")
+            require_bounded(x, self.latents, shared=self.log_scale.dim() == 0)
+        except ValueError as error:
+            raise ValueError(
+                f"site 'x': {error} (of a DataLoader these are the rows of the first batch: make it larger)"
+            ) from error
         with torch.no_grad():
             loc, scale = moments(x)
-            self.loc.copy_(loc)
             overall = scale.square().mean().sqrt()
-            scale = torch.where(scale > 0, scale, overall) if self.log_scale.dim() else overall
-            self.log_scale.copy_(scale.clamp_min(torch.finfo(scale.dtype).tiny).log())
-            self.weight.mul_(overall.clamp_min(torch.finfo(scale.dtype).tiny))
+            unit = scale if self.log_scale.dim() else overall
+            self.unit.copy_(unit)
+            self._move_to(loc)
+            self.log_scale.copy_(unit.log())
         self.initialised.fill_(True)
+
+    def _move_to(self, loc: Tensor) -> None:
+        """The mean (D,), given in float64, by the digits of a float32 and the rest, so that no cast of the model loses them."""
+        high, unit = loc.float().double(), float64(self.unit)
+        rest = loc - high
+        matters = rest.abs() > 1e-5 * unit
+        self.origin.copy_(high)
+        self.rest.copy_(torch.where(matters, rest, 0.0))
+        self.shift.copy_(torch.where(matters, 0.0, rest / unit))
 
     def _take(self: T, solution: Any) -> T:
         with torch.no_grad():
-            self.loc.copy_(solution.loc)
-            self.weight.copy_(solution.weight)
-            self.log_scale.copy_(solution.scale.log())
+            weight, scale = float64(solution.weight), float64(solution.scale)
+            spread = (weight.square().sum(1) + scale.square()).sqrt()
+            unit = spread if scale.dim() else spread.square().mean().sqrt()
+            self.unit.copy_(unit)
+            self._move_to(float64(solution.loc))
+            self.loadings.copy_(weight / unit.unsqueeze(-1))
+            self.log_scale.copy_(scale.log())
         self.initialised.fill_(True)
         return self.eval()
+
+
+def _stored(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A value in the data's units: the parameter itself where its units are 1, so that it may be written in place."""
+    return parameter if torch.equal(parameter, value) else value.as_subclass(_Computed)
+
+
+class _Computed(Tensor):
+    """Numbers computed from parameters: to write into them would change nothing, and is refused."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        inplace = name in {"__setitem__", "__set__"} or (name.endswith("_") and not name.endswith("__"))
+        if inplace and name != "requires_grad_" and args and isinstance(args[0], cls):
+            raise ValueError(
+                "weight and loc are computed once a model knows its units: assign to them, as model.loc = values"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
 
 
 @recorded
@@ -151,8 +221,7 @@ class PPCA(LinearGaussian):
     """
 
     def __init__(self, features: int, latents: int, *, missing: str | None = None):
-        super().__init__(features, latents, missing)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        super().__init__(features, latents, missing, shared=True)
 
     def maximum_likelihood(self, x: Any, **options: Any) -> PPCA:
         """Set the parameters to the maximum of the likelihood of data (N, D), in closed form; returns the model.
@@ -195,8 +264,7 @@ class FactorAnalysis(LinearGaussian):
     """
 
     def __init__(self, features: int, latents: int, *, missing: str | None = None):
-        super().__init__(features, latents, missing)
-        self.log_scale = nn.Parameter(torch.zeros(features))
+        super().__init__(features, latents, missing, shared=False)
 
     def maximum_likelihood(self, x: Any, **options: Any) -> FactorAnalysis:
         """Set the parameters to the maximum of the likelihood of data (N, D), without gradients; returns the model.

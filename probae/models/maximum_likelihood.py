@@ -3,7 +3,8 @@ r"""Maximum likelihood for models with linear-Gaussian latent variables, from su
 .. math:: z \sim N(0, I_L), \qquad x \mid z \sim N(W z + \mu, \operatorname{diag}(\psi)^2)
 
 Probabilistic PCA (one scale) has a closed form; factor analysis (a scale per feature) is solved by Newton steps on the
-profile likelihood. Both read the data once: after the mean and the covariance, the cost does not depend on N.
+profile likelihood. With more data than features both read the data once: after the mean and the covariance, the cost does not
+depend on N. With fewer, products with the data take the covariance's place.
 """
 
 import math
@@ -15,12 +16,24 @@ from torch import Tensor
 
 from probae.arguments import positive, whole
 from probae.batches import as_matrix
-from probae.models.profile_likelihood import descending_eigh, newton, starting_points
+from probae.models.dependence import (
+    constant_columns,
+    copied_columns,
+    dependent_sets,
+    rank_told,
+    require_independence,
+    require_variation,
+    rounding_of,
+    rounding_variances,
+    singular_columns,
+)
+from probae.models.profile_likelihood import newton, starting_points
+from probae.models.quasi_newton import quasi_newton
+from probae.models.second_moments import FEW, SecondMoments, second_moments
+from probae.precision import float64
 from probae.seeding import checked_seed
 
 __all__ = ["Solution", "factor_analysis", "ppca"]
-
-_ROWS, _COLUMNS = 2048, 196  # blocks of the covariance: small beside the data, large enough for a fast product
 
 
 class Solution(NamedTuple):
@@ -40,8 +53,8 @@ def ppca(x: Tensor, latents: int) -> Solution:
         \sigma^2 = \frac{1}{D - L} \sum_{i > L} \lambda_i, \qquad W = U_L (\Lambda_L - \sigma^2 I)^{1/2}
 
     with the eigenvalues :math:`\lambda_1 \ge \lambda_2 \ge \dots` and eigenvectors :math:`U` of the covariance (which
-    divides by N), or, when N < D, those of the N × N Gram matrix. Of each column of :math:`W` the entry largest in
-    magnitude is positive.
+    divides by N), or, when N < D, those of the N × N Gram matrix; of many features or rows, the leading L alone. Of each
+    column of :math:`W` the entry largest in magnitude is positive.
 
     Args:
         x: The data, shape (N, D).
@@ -66,21 +79,22 @@ def ppca(x: Tensor, latents: int) -> Solution:
         (torch.Size([8, 2]), torch.Size([]))
     """
     x, latents = checked_data(x, latents)
-    size, features = x.shape
-    if size < features:
-        loc = _mean(x)
-        centred = float64(x) - loc
-        values, vectors = descending_eigh(_bounded(centred @ centred.mT / size))
-        # Xᵀv has length √(Nλ), but only up to the rounding of λ: dividing by its own length keeps the columns unit.
-        vectors = torch.nn.functional.normalize(centred.mT @ vectors[:, :latents], dim=0)
-    else:
-        loc, covariance = _moments(x)
-        values, vectors = descending_eigh(covariance)
-    _check_rank(values, latents, max(size, features))
-    top, noise = values[:latents], values[latents:].sum() / (features - latents)
-    weight = signed(vectors[:, :latents] * (top - noise).clamp_min(0).sqrt())
-    total = features * (math.log(2 * math.pi) + 1) + top.log().sum() + (features - latents) * noise.log()
-    return result(x, loc, weight, noise.sqrt(), -0.5 * total.item())
+    loc, second = second_moments(x)
+    features, total = second.features, second.variances.sum()
+    values, vectors, _ = second.leading(latents, accuracy=1e-10)
+    rest = total - values.sum()
+    if rest <= 1e-8 * total:  # a difference without digits: singular values have twice as many
+        values, vectors = _by_singular_values(x, loc)
+        rest, rounding = values[latents:].sum(), rounding_variances(x, loc, second.variances).sum()
+        # what rounding leaves of it: of the data in their own precision, of the decomposition in float64
+        least = 4 * rounding + features * (64 * torch.finfo(torch.float64).eps) ** 2 * total
+        if rest <= least:
+            raise ValueError(rank_told(int((values > least).sum()), latents, singular_columns(x, loc, second)))
+        values, vectors = values[:latents], vectors[:, :latents]
+    noise = rest / (features - latents)
+    weight = signed(vectors * (values - noise).clamp_min(0).sqrt())
+    likelihood = features * (math.log(2 * math.pi) + 1) + values.log().sum() + (features - latents) * noise.log()
+    return result(x, loc, weight, noise.sqrt(), -0.5 * likelihood.item())
 
 
 @torch.no_grad()
@@ -90,9 +104,9 @@ def factor_analysis(
     *,
     covariance: Tensor | None = None,
     floor: float = 1e-6,
-    tolerance: float = 1e-8,
-    max_iterations: int = 100,
-    starts: int = 2,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+    starts: int | None = None,
     seed: int = 0,
 ) -> Solution:
     r"""Maximum likelihood of factor analysis, from data or from a covariance (or correlation) matrix.
@@ -100,10 +114,11 @@ def factor_analysis(
     .. math:: \max_{W, \psi} \; -\tfrac12 \left[ D \ln 2\pi + \ln\det\Sigma + \operatorname{tr}(\Sigma^{-1} S) \right],
         \qquad \Sigma = W W^\top + \operatorname{diag}(\psi)^2
 
-    For given :math:`\psi` the best :math:`W` is known from the eigendecomposition of
+    For given :math:`\psi` the best :math:`W` is known from the leading eigenpairs of
     :math:`\psi^{-1} S \psi^{-1}`; what is left, a function of :math:`\ln \psi^2`, is minimised by Newton's method (the
-    exact Hessian by conjugate gradients, an Armijo line search). Where no bound is met, the solution has
-    :math:`\operatorname{diag} \Sigma = \operatorname{diag} S`. Rescaled features give the same solution, rescaled.
+    exact Hessian by conjugate gradients, an Armijo line search), and with more than 200 features by quasi-Newton steps:
+    these need products with the data alone, O(N D L) each, and nothing that is D × D. Where no bound is met, the solution
+    has :math:`\operatorname{diag} \Sigma = \operatorname{diag} S`. Rescaled features give the same solution, rescaled.
 
     A noise variance that the likelihood would drive to 0 (a *Heywood case*) stops at ``floor`` times the feature's
     variance, and there :math:`\Sigma_{ii}` may exceed :math:`S_{ii}`. Few data or many latents make such cases and
@@ -115,10 +130,11 @@ def factor_analysis(
         latents: The number L of latent variables, 1 <= L < D; one unless told.
         covariance: A covariance that divides by N, or a correlation matrix, shape (D, D). ``loc`` is then 0.
         floor: The smallest noise variance allowed, as a fraction of the feature's variance.
-        tolerance: Convergence: the largest :math:`|\Sigma_{ii} - S_{ii}| / \psi_i^2` over features above the floor.
-        max_iterations: The most Newton steps from one start.
-        starts: How many starts, of which the best is kept: first no common variance, then Jöreskog's guess (1967),
-            then random ones.
+        tolerance: Convergence: the largest :math:`|\Sigma_{ii} - S_{ii}| / \psi_i^2` over features above the floor. Unless
+            told 1e-8, and 1e-6 with more than 200 features; what the likelihood lacks is of the order of its square.
+        max_iterations: The most steps from one start; 100 unless told, and 500 with more than 200 features.
+        starts: How many starts, of which the best is kept: first no common variance, then Jöreskog's guess (1967), where
+            the covariance is formed, then random ones. Unless told 2, and 1 with more than 200 features.
         seed: Seed of the random starts.
 
     Returns:
@@ -128,8 +144,8 @@ def factor_analysis(
     Raises:
         TypeError: If the input is no array of real numbers, or the seed no whole number.
         ValueError: If the input is not a finite matrix (data with N >= 2; a symmetric positive semi-definite
-            covariance), if ``latents`` or an option is out of range, or if a feature is constant or the covariance
-            has rank L or less: the density is then unbounded.
+            covariance), if ``latents`` or an option is out of range, or if the density is unbounded: a feature is
+            constant, the covariance has rank L or less, or L + 1 features or fewer are linearly dependent, copies say.
 
     Warns:
         RuntimeWarning: If the best start has not converged; the message holds the residual.
@@ -146,30 +162,48 @@ def factor_analysis(
     """
     if (x is None) == (covariance is None):
         raise ValueError(f"expected either x or covariance, got {'neither' if x is None else 'both'}")
-    floor, tolerance = positive("floor", floor, below=1), positive("tolerance", tolerance)
-    starts, seed = whole("starts", starts), checked_seed(seed)
-    max_iterations = whole("max_iterations", max_iterations, 0)
+    floor, seed = positive("floor", floor, below=1), checked_seed(seed)
+    tolerance = None if tolerance is None else positive("tolerance", tolerance)
+    starts = None if starts is None else whole("starts", starts)
+    max_iterations = None if max_iterations is None else whole("max_iterations", max_iterations, 0)
     if x is not None:
         given, latents = checked_data(x, latents)
-        loc, second = _moments(given)
-        # the first is exact, where the variance may be a rounding error; small squares vanish
-        _check_constant((given == given[0]).all(0) | (second.diagonal() == 0))
+        loc, second = second_moments(given)
+        require_variation(constant_columns(given, loc, second.variances))
+        rounding = rounding_of(given, loc, second.variances)
     else:
         given = as_matrix("covariance", covariance, "(D, D)")
         latents = _checked_latents(latents, given.shape[1])
         _check_covariance(given)
-        second = float64(given)
-        second = (second + second.mT) / 2
-        loc = second.new_zeros(len(second))
+        formed = float64(given)
+        second = SecondMoments((formed + formed.mT) / 2)
+        loc = torch.zeros_like(second.variances)
+        eps = torch.finfo(given.dtype if given.is_floating_point() else torch.float64).eps
+        rounding = torch.full_like(loc, eps)
     # On the correlation scale the fit does not depend on units, and one floor serves every feature.
-    deviation = second.diagonal().sqrt()
-    correlation = second / deviation / deviation[:, None]
-    _check_rank(torch.linalg.eigvalsh(correlation).flip(0), latents, len(correlation))
-    fits = [
-        newton(correlation, latents, start, math.log(floor), tolerance, max_iterations)
-        for start in starting_points(correlation, latents, starts, seed)
-    ]
+    deviation = second.variances.sqrt()
+    second.scale_by(1 / deviation)
+    sets = []
+    if second.formed is None:
+        sets = copied_columns(second, rounding)
+    elif x is None or len(given) > second.features:  # fewer data are dependent in any case
+        sets = dependent_sets(second.formed, rounding)
+    top = second.leading(latents, accuracy=1e-3).values
+    least = 16 * rounding.square().sum() + second.features**2 * torch.finfo(torch.float64).eps
+    if second.features - top.sum() <= least:
+        raise ValueError(rank_told(int((top > least).sum()), latents, sets))
+    require_independence(sets, latents)
+    few = second.formed is not None and second.features <= FEW
+    tolerance = (1e-8 if few else 1e-6) if tolerance is None else tolerance
+    max_iterations = (100 if few else 500) if max_iterations is None else max_iterations
+    begin = starting_points(second, latents, starts if starts is not None else 2 if few else 1, seed)
+    how = latents, math.log(floor), tolerance, max_iterations
+    fits = [(newton if few else quasi_newton)(second, start, *how) for start in begin]
     profile, log_noise, residual = min(fits, key=lambda fit: fit[0].value)
+    held = (log_noise <= math.log(floor)).nonzero()[:, 0]
+    if len(held) > 1:  # without noise: a set too large to be found beforehand
+        sets = dependent_sets(second.among(held), rounding[held])
+        require_independence([[int(held[i]) for i in columns] for columns in sets], latents)
     if not residual <= tolerance:
         warnings.warn(
             f"factor_analysis did not converge: |Σᵢᵢ − Sᵢᵢ| / ψᵢ² is {residual:.3g} at its largest, above "
@@ -184,41 +218,22 @@ def factor_analysis(
     return result(given, loc, signed(scale[:, None] * weight), scale, -total)
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance (divided by N) in float64, by blocks of rows so that no float64 copy of x is made."""
-    features, loc = x.shape[1], _mean(x)
-    covariance = loc.new_zeros(features, features)
-    for rows in x.split(_ROWS):
-        rows = float64(rows) - loc
-        # The matrix is symmetric: only the blocks on and below the diagonal are worth a product.
-        for i in range(0, features, _COLUMNS):
-            covariance[i:, i : i + _COLUMNS].addmm_(rows[:, i:].mT, rows[:, i : i + _COLUMNS])
-    return loc, _bounded((covariance.tril() + covariance.tril(-1).mT) / len(x))
-
-
-def _mean(x: Tensor) -> Tensor:
-    loc = torch.stack([float64(rows).sum(0) for rows in x.split(_ROWS)]).sum(0) / len(x)
-    if not loc.isfinite().all():  # one bad entry spoils its mean, so x need not be read once more
-        raise ValueError("expected finite x, got NaN or infinite values")
-    return loc
-
-
-def _bounded(products: Tensor) -> Tensor:
-    """Mean products of data as they are, unless they overflow."""
-    if not products.isfinite().all():
-        raise ValueError("expected x whose squares are finite, got values too large for that: rescale the data")
-    return products
+def _by_singular_values(x: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenpairs of the covariance by singular values, of the data or of their triangular factor, found by blocks."""
+    if len(x) < x.shape[1]:
+        factor = float64(x) - loc
+    else:
+        factor = loc.new_zeros(0, x.shape[1])
+        for rows in x.split(2 * x.shape[1] + 1024):
+            factor = torch.linalg.qr(torch.cat([factor, float64(rows) - loc]), mode="r").R
+    _, values, vectors = torch.linalg.svd(factor, full_matrices=False)
+    return values.square() / len(x), vectors.mT
 
 
 def signed(weight: Tensor) -> Tensor:
     """Loadings (D, L) whose entry largest in magnitude is positive in each column."""
     largest = weight.gather(0, weight.abs().argmax(0, keepdim=True))
     return torch.where(largest < 0, -weight, weight)
-
-
-def float64(x: Tensor) -> Tensor:
-    """x in float64, on a device that has it."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)  # MPS has no float64
 
 
 def result(like: Tensor, loc: Tensor, weight: Tensor, scale: Tensor, log_likelihood: float) -> Solution:
@@ -247,29 +262,12 @@ def _checked_latents(latents: Any, features: int) -> int:
     return whole("latents", latents, most=features - 1)
 
 
-def _check_rank(values: Tensor, latents: int, dimension: int) -> None:
-    rank = int((values > values[0] * dimension * torch.finfo(torch.float64).eps).sum())
-    if rank <= latents:
-        raise ValueError(
-            f"expected a covariance of rank above latents={latents}, got rank {rank}: the noise scale would be 0 and "
-            "the density unbounded; use fewer latents, or more or dequantised data"
-        )
-
-
-def _check_constant(constant: Tensor) -> None:
-    if constant.any():
-        raise ValueError(
-            f"expected features that vary, got variance 0 in the features {constant.nonzero()[:, 0].tolist()}: the "
-            f"density is unbounded; drop them or dequantise the data"
-        )
-
-
 def _check_covariance(covariance: Tensor) -> None:
     if covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"expected a covariance of shape (D, D), got {tuple(covariance.shape)}")
     if not covariance.isfinite().all():
         raise ValueError("expected a finite covariance, got NaN or infinite values")
-    _check_constant(covariance.diagonal() == 0)
+    require_variation(covariance.diagonal() == 0)
     # Judged to the rounding of the dtype it came in, on the correlation scale, where 1 is the unit of every entry.
     second = float64(covariance)
     rounding = len(second) * torch.finfo(covariance.dtype if covariance.is_floating_point() else torch.float64).eps

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probae.models.second_moments import SecondMoments, descending_eigh
+
 
 class Profile(NamedTuple):
     """Negative log-likelihood at log noise variances, the weight at its best; the first `rank` eigenpairs make it."""
@@ -39,9 +41,12 @@ def profile_at(correlation: Tensor, latents: int, log_noise: Tensor) -> Profile:
 
 
 def newton(
-    correlation: Tensor, latents: int, log_noise: Tensor, lower: float, tolerance: float, steps: int
+    second: SecondMoments, log_noise: Tensor, latents: int, lower: float, tolerance: float, steps: int
 ) -> tuple[Profile, Tensor, float]:
     """Projected Newton: features at the floor that would go below it are held, the others move."""
+    correlation = second.formed
+    if correlation is None:
+        raise TypeError("expected second moments that are formed")
     log_noise = log_noise.clamp(lower, 0)
     now = profile_at(correlation, latents, log_noise)
     for step in range(steps + 1):
@@ -111,20 +116,15 @@ def _newton_direction(at: Profile, free: Tensor, accuracy: float) -> Tensor:
     return torch.zeros_like(at.gradient).index_put((free,), solution)
 
 
-def starting_points(correlation: Tensor, latents: int, starts: int, seed: int) -> Iterator[Tensor]:
+def starting_points(second: SecondMoments, latents: int, starts: int, seed: int) -> Iterator[Tensor]:
     """Log noise variances to start from: no common variance, then Jöreskog's guess, then random ones."""
-    features = len(correlation)
-    yield correlation.new_zeros(features)
-    if starts > 1:
+    features, found = second.features, 1
+    yield torch.zeros_like(second.variances)
+    if starts > 1 and second.formed is not None:
         # A small ridge, because the correlation of few data has no inverse.
-        inverse = torch.linalg.inv(correlation + 1e-3 * torch.eye(features).to(correlation))
+        inverse = torch.linalg.inv(second.formed + 1e-3 * torch.eye(features).to(second.formed))
         yield ((1 - latents / (2 * features)) / inverse.diagonal()).log()
+        found = 2
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(starts - 2):
-        yield (0.1 + 0.9 * torch.rand(features, generator=generator, dtype=torch.float64)).log().to(correlation)
-
-
-def descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, largest first, and their eigenvectors as columns."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), vectors.flip(1)
+    for _ in range(starts - found):
+        yield (0.1 + 0.9 * torch.rand(features, generator=generator, dtype=torch.float64)).log().to(second.variances)

@@ -162,7 +162,8 @@ def fit(
             with torch.no_grad():
                 call(pair.initialise, stream.some())
         team.agree([pair, goal])
-        run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None)
+        note = getattr(getattr(pair, "inner", pair), "fit_note", "")
+        run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None, note=note)
         rate = make_scheduler(chosen)
         if folder is not None and rate is not None and not hasattr(rate, "state_dict"):
             raise TypeError(f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}")

@@ -23,6 +23,7 @@ class Run:
         best_step: the step whose parameters were kept, where validation data were given.
         stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         compile: why the steps were taken as they were; ``history`` says how, in the column ``ran``.
+        note: what there is to know besides, of a model whose optimum needs no steps say.
     """
 
     model: Any
@@ -32,6 +33,7 @@ class Run:
     best_step: int | None = None
     stopped: str = "steps"
     compile: str = ""
+    note: str = ""
 
     @property
     def history(self) -> pandas.DataFrame:
@@ -56,7 +58,8 @@ class Run:
         if self.watched is not None and self.best_step is not None:
             value = max(r["validation"] for r in self.records)
             best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
+        note = f"; {self.note}" if self.note else ""
         return (
             f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "
-            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}; {last['ran']}: {self.compile}>"
+            f"loss {last['loss']:.4f}{best}, ended by {self.stopped}; {last['ran']}: {self.compile}{note}>"
         )
