@@ -91,8 +91,7 @@ def latents(pair: Pair, layout: Layout, batch: Batch, draws: int, seed: int) -> 
         for some in rows_of(batch, rows):
             traces = pair.traces(some, draws)
             blocks.append({name: _block(name, traces, keep) for name in sites})
-            likelihood, prior, posterior = traces.likelihood(), traces.prior(), traces.posterior()
-            parts = likelihood.local.mean(0), traces.kl().local.mean(0), (likelihood + prior - posterior).local[:keep]
+            parts = traces.likelihood().local.mean(0), traces.kl().local.mean(0), traces.log_weights()[:keep]
             totals.append(tuple(as_values(part) for part in parts))
     units = {}
     for name, site in sites.items():
