@@ -155,10 +155,12 @@ def _stated(fn: Any) -> Any:
     try:
         return fn.support
     except (NotImplementedError, AttributeError):
-        inner = getattr(fn, "dist", None)  # what a wrapper such as ZukoToPyro holds
-        if inner is None:
+        if (inner := getattr(fn, "dist", None)) is not None:  # what a wrapper such as ZukoToPyro holds
+            return _stated(inner)
+        # a flow of zuko's, whose transform leads from the data to the base
+        if not hasattr(fn, "base") or (domain := getattr(getattr(fn, "transform", None), "domain", None)) is None:
             raise NotImplementedError(f"{type(fn).__name__} states no support") from None
-        return _stated(inner)
+        return domain
 
 
 def free_of(site: Site) -> Transform:
@@ -171,8 +173,8 @@ def free_of(site: Site) -> Transform:
         return _free(site["fn"])
     except NotImplementedError as error:
         raise ValueError(
-            f"the support of site {site['name']!r} ({type(base(site['fn'])).__name__}) has no coordinates"
-            f"{f': {error}' if str(error) else ''}: use method='iwae'"
+            f"the support of site {site['name']!r} ({type(base(site['fn'])).__name__}) has no coordinates: use method='iwae' "
+            f"({error})"
         ) from error
 
 

@@ -149,9 +149,11 @@ class Evidence:
 
     def __repr__(self) -> str:
         what = {"exact": "log p(x)", "lower": "lower bound on log p(x)", "upper": "upper bound on log p(x)"}[self.bound]
-        draws = f", {self.particles} particles" if self.particles else ""
+        draws = f", {self.particles} particle{'s' if self.particles > 1 else ''}" if self.particles else ""
+        alone = "no Monte Carlo error: one draw tells none"
+        error = alone if math.isnan(self.mean_mc_stderr) else f"Monte Carlo {self.mean_mc_stderr:.4f}"
         return (
-            f"<{what}: {self.mean:.4f} ± {self.mean_stderr:.4f} nats per datum (Monte Carlo {self.mean_mc_stderr:.4f}), "
+            f"<{what}: {self.mean:.4f} ± {self.mean_stderr:.4f} nats per datum ({error}), "
             f"{len(self)} data, {self.method}{draws}>"
         )
 
