@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probae.batches import Batch, length, rows_of
 from probae.enumeration import log_joint
+from probae.evidence.marginal import require_marginal
 from probae.evidence.result import Evidence, as_values
 from probae.layout import run_both
 from probae.pair import Pair
@@ -28,7 +29,7 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
     """log p(x) by the pair's marginal.
 
     Raises:
-        ValueError: if the pair has none.
+        ValueError: if the pair has none, or a few importance weights contradict it.
     """
     if not pair.tractable:
         raise ValueError(
@@ -39,6 +40,7 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
         raise ValueError(reason)
     if not isinstance(batch, Tensor):
         raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
+    require_marginal(pair, batch, layout)
     with still(pair):
         values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
     if values.isnan().any():
