@@ -148,8 +148,8 @@ class Space:
             return "the pair has no guide"
         if layout.points:
             return f"the guide is a point at site {layout.points[0]!r} and has no density"
-        if layout.no_density is not None:
-            return layout.no_density
+        if reason := layout.no_density or layout.not_normalised:
+            return reason
         with still(pair, 0):
             guide = pair.run(pair.guide, rows, 1, layout)
         drawn = [s for s in samples(guide) if not s["is_observed"]]
