@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probae.agreement import check_event
 from probae.batches import Batch, call, leaves, length, rows_of
-from probae.layout import check_event, run_at, run_both
+from probae.layout import run_at, run_both
 from probae.masks import Site, kept, splits_an_event, unmasked
 from probae.missing import known, require_numbers
 from probae.pair import Pair
