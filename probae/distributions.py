@@ -482,8 +482,8 @@ class LowRankNormal(TorchDistribution):
 def _posterior(r: Tensor, seen: Tensor | None, scaled: Tensor) -> tuple[Tensor, Tensor]:
     if seen is None:
         tril = _inverse_root(scaled.mT @ scaled)
-        return r @ (tril @ (tril.mT @ scaled.mT)).mT.to(r.dtype), tril
-    inside = seen.to(scaled.dtype)
+        return r @ (tril @ (tril.mT @ scaled.mT)).mT.to(r), tril
+    inside, r = seen.to(scaled), r.to(scaled)
     products = (scaled.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(1)
     tril = _inverse_root((inside @ products).unflatten(-1, (scaled.shape[1], scaled.shape[1])))
     projected = (r * inside) @ scaled

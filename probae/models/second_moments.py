@@ -2,7 +2,7 @@ r"""The covariance of data as an operator: its leading eigenpairs from products,
 
 .. math:: S = \tfrac1N X^\top X, \qquad \tilde S = \operatorname{diag}(c)\, S \operatorname{diag}(c)
 
-of centred data X (N, D). The covariance is formed where it is small, or much smaller than the data; else products with X stand
+of centred data X (N, D). The covariance is formed where it is small, or smaller than the data; else products with X stand
 for it, and nothing that is D × D is built.
 """
 
@@ -119,7 +119,7 @@ def second_moments(x: Tensor) -> tuple[Tensor, SecondMoments]:
     """
     size, features = x.shape
     loc = _mean(x)
-    if features <= (_FORMED if size >= 4 * features else FEW):
+    if features <= (_FORMED if size >= 2 * features else FEW):
         moments = SecondMoments(_bounded(_covariance(x, loc)))
     else:
         moments = SecondMoments(None, float64(x) - loc)
@@ -144,7 +144,7 @@ def leading_eigenpairs(
     if block is None:
         generator = torch.Generator().manual_seed(0)
         block = torch.randn(side, width, generator=generator, dtype=torch.float64).to(like)
-    most = min(max(side // 3, 3 * width), 32 * width)
+    most = max(side // 3, 3 * width)
     basis, images, across = like.new_zeros(side, 0), like.new_zeros(side, 0), None
     inner = like.new_zeros(0, 0)
     while basis.shape[1] + width <= most:
@@ -157,7 +157,8 @@ def leading_eigenpairs(
         if seen is not None:
             across = seen if across is None else torch.cat([across, seen], 1)
         block = image
-        if (blocks := len(inner) // width) > 6 and blocks % 4:
+        blocks = len(inner) // width
+        if blocks % max(1, blocks // 6):  # a look costs as much as several products in the end
             continue
         values, turn = descending_eigh(inner)
         values, vectors = values[:count], basis @ turn[:, :width]

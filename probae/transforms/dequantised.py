@@ -65,9 +65,10 @@ class Dequantised(Around):
         return True
 
     def initialise(self, x: Tensor) -> None:
-        """The inner pair's start, at the middles of the bins."""
+        """The inner pair's start, from counts with noise of its own: what is constant, or sums to a constant, varies by it."""
         if self.inner.has("initialise"):
-            self.inner.initialise(self._wide(x) + 0.5)
+            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+            self.inner.initialise(self._wide(x) + noise.to(x.device))
 
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
         """The inner model's, with its options, on data with noise of a seed added once; returns the pair."""
