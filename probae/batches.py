@@ -222,7 +222,9 @@ def checksums(batch: Batch) -> Tensor:
         rows = leaf.detach().cpu().reshape(len(leaf), -1)
         coarse.append(rows.float())
         exact = rows.dtype is torch.float64 or (not rows.is_floating_point() and rows.element_size() >= 4)
-        fine.append((rows - coarse[-1].to(rows.dtype)).double() if exact else torch.zeros_like(rows, dtype=torch.float64))
+        fine.append(
+            (rows - coarse[-1].to(rows.dtype)).double() if exact else torch.zeros_like(rows, dtype=torch.float64)
+        )
     halves = torch.cat(coarse, 1) + 0.0, torch.cat(fine, 1).nan_to_num(0.0, 0.0, 0.0) + 0.0  # no zero has a sign
     halves[0][halves[0].isnan()] = torch.nan  # nor do gaps have kinds
     upper, lower = (torch.tensor([zlib.crc32(row.tobytes()) for row in half.numpy()]) for half in halves)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from probae.batches import Batch, as_batch, leaves, shapes

@@ -14,7 +14,6 @@ from probae.recipe import recorded
 from probae.seeding import seeded
 from probae.transforms.around import Around
 
-
 _LARGE = 2**14  # a count beside which noise in float32 keeps less than 10 bits
 
 
