@@ -39,7 +39,8 @@ class Translated(TorchDistribution):
     Args:
         base: of y, with batch shape (..., D), or event shape (D,).
         origin: (D,).
-        origin_low: what ``origin`` leaves out of a float64 number, (D,), or None. Where it is not 0, draws and moments are float64.
+        origin_low: what ``origin`` leaves out of a float64 number, (D,), or None. Where it is not 0, draws and moments are in
+            float64.
 
     Example:
         >>> year = Translated(dist.Normal(torch.zeros(1), 1e-6), torch.tensor([2015.0]))

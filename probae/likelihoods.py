@@ -59,11 +59,14 @@ class Head(nn.Module):
         """Take the units from data (N, D)."""
 
 
-class _LocationScale(Head):
+class ScaleHead(Head):
+    """What the heads with a location and a scale share."""
+
     family: Callable[..., Any]
     keeps_precision = True
     origin_low: Tensor
     unit: Tensor
+    log_scale: Tensor
 
     def __init__(self, scale: str | float = "shared", learned: bool | None = None, floor: float = 1e-4):
         super().__init__()
@@ -151,7 +154,7 @@ class _LocationScale(Head):
 
 
 @recorded
-class Normal(_LocationScale):
+class Normal(ScaleHead):
     r"""x_d | z ~ N(loc_d, scale_d²), a density.
 
     Args:
@@ -174,14 +177,14 @@ class Normal(_LocationScale):
 
 
 @recorded
-class Laplace(_LocationScale):
+class Laplace(ScaleHead):
     """x_d | z ~ Laplace(loc_d, scale_d), a density; arguments as for `Normal`."""
 
     family = dist.Laplace
 
 
 @recorded
-class DiscretisedNormal(_LocationScale):
+class DiscretisedNormal(ScaleHead):
     r"""A Normal rounded to whole numbers of an interval, a mass: counts need no dequantisation under it.
 
     Args:

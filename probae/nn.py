@@ -33,8 +33,8 @@ class MLP(nn.Module):
     .. math:: y = A_k\, a(\dots a(A_0\, (x - \text{origin}) / \text{unit} + b_0)) + b_k
 
     Shapes: (..., inputs) -> (..., outputs). ``origin`` and ``unit`` are buffers, 0 and 1 until `standardise` sets them;
-    ``origin_low`` is what the origin leaves out of a float64 number. x may be float64 beside float32 weights: it is rounded once
-    it is standardised.
+    ``origin_low`` is what the origin leaves out of a float64 number. x may be float64 beside float32 weights: it is rounded
+    once it is standardised.
 
     Args:
         hidden: widths of the hidden layers; none makes the network affine.

@@ -208,7 +208,9 @@ def test_one_row_and_a_column_that_does_not_vary_are_refused(model):
 
 def test_a_baseline_that_cannot_be_fitted_is_left_out_with_a_note():
     x = parts_of_a_whole(np.random.default_rng(0))
-    result = probae.compare({"factors": probae.FactorAnalysis(4, 1).maximum_likelihood(x[:200])}, x[200:], train=x[:200])
+    result = probae.compare(
+        {"factors": probae.FactorAnalysis(4, 1).maximum_likelihood(x[:200])}, x[200:], train=x[:200]
+    )
     assert set(result.table.index) == {"factors", "independent features"}
     (note,) = [note for note in result.notes if "left out" in note]
     assert note.startswith("full Gaussian")

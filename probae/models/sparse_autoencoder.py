@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probae import likelihoods, priors
 from probae.arguments import one_of, size
-from probae.likelihoods import Head
+from probae.likelihoods import Head, ScaleHead
 from probae.models.amortised import Amortised
 from probae.posteriors import named
 from probae.recipe import recorded
@@ -115,16 +115,16 @@ class SparseAutoencoder(Amortised):
         """
         before = bool(self.initialised)
         super().initialise(x)
-        unit = getattr(self.head, "unit", None)
-        if before or unit is None or not (self.head.fixed or self.head.kind == "shared"):
+        head = self.head
+        if before or not isinstance(head, ScaleHead) or not (head.fixed or head.kind == "shared"):
             return
-        overall = unit.double().square().mean().sqrt()
-        if not self.head.fixed:
-            unit.copy_(overall.expand_as(unit))
+        overall = head.unit.double().square().mean().sqrt()
+        if not head.fixed:
+            head.unit.copy_(overall.expand_as(head.unit))
             with torch.no_grad():
-                self.head.log_scale.zero_()
+                head.log_scale.zero_()
             return
-        unit.fill_(1.0)
+        head.unit.fill_(1.0)
         for part in (self.code, *([self.decoder] if isinstance(self.decoder, Dictionary) else [])):
-            if isinstance(getattr(part, "unit", None), Tensor):
-                part.unit.copy_(overall.expand_as(part.unit))
+            if isinstance(unit := getattr(part, "unit", None), Tensor):
+                unit.copy_(overall.expand_as(unit))
