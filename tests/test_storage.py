@@ -365,7 +365,10 @@ class Regression(PyroModule):
 
 
 def flow_guide():
-    import zuko
+    before = torch.distributions.Distribution._validate_args
+    import zuko  # which turns the validation of all distributions off
+
+    torch.distributions.Distribution.set_default_validate_args(before)
 
     def model(x):
         with pyro.plate("data", len(x), dim=-1):
