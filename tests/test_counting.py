@@ -619,12 +619,11 @@ def hidden_markov(history, x, there=None):
 @pytest.mark.parametrize(("history", "steps"), [(1, 2), (1, 20), (1, 50), (2, 3), (2, 20), (2, 50)])
 def test_chains_of_any_length_are_summed_out(history, steps):
     torch.manual_seed(3)
-    x, model = torch.randn(3, steps), partial(hidden_markov, history)
+    x, model = torch.randn(2, steps), partial(hidden_markov, history)
     truth = oracles.forward_algorithm(START, MOVES if history == 1 else MOVES_2, log_emission(x))
     same_loss(model, nothing, x, -truth.mean(), particles=1, repeats=2, **enumerated_loss())
-    for method in ("auto", "elbo"):
-        on_the_mark(evidence(model, nothing, x, method), truth, 1e-9)
-    run = probae.fit(probae.Pair(model, nothing), x, validation=x, steps=1, lr=1e-12, batch_size=3, progress=False)
+    on_the_mark(evidence(model, nothing, x, "auto"), truth, 1e-9)
+    run = probae.fit(probae.Pair(model, nothing), x, validation=x, steps=1, lr=1e-12, batch_size=2, progress=False)
     assert run.history["validation"].iloc[-1] == pytest.approx(truth.mean(), abs=1e-6)
 
 

@@ -525,9 +525,9 @@ autoguides = pytest.mark.parametrize("kind", AUTOGUIDES)
 
 def has_pyros_loss(model, guide, batch, analytic_kl=True, size=None):
     """From one start: a guide's parameters, where they are its own, are made at Pyro's run and kept."""
-    theirs, their_error = oracles.pyros_losses(model, guide, batch, particles=60)
+    theirs, their_error = oracles.pyros_losses(model, guide, batch, particles=40, repeats=6)
     pair = probae.Pair(model, guide)
-    ours, error = oracles.our_losses(pair, batch, particles=60, analytic_kl=analytic_kl)
+    ours, error = oracles.our_losses(pair, batch, particles=40, repeats=6, analytic_kl=analytic_kl)
     assert abs(ours - theirs) <= 4 * math.hypot(error, their_error) + 1e-9, f"loss {ours}, Pyro's {theirs}"
 
 
@@ -538,29 +538,17 @@ def test_an_autoguide_over_latents_of_each_datum_has_pyros_loss(kind):
 
 
 @autoguides
-def test_an_autoguide_over_latents_of_each_datum_trains(kind):
-    """Down to the best of its family: exact, but for the noise of a hundred steps."""
+def test_an_autoguide_over_latents_of_each_datum_trains_and_is_evaluated(kind):
+    """Down to the best of its family, the exact posterior; then evidence is right, or refused."""
     x = data(15, 1)[:, 0]
-    run = probae.fit(
-        probae.Pair(scalar_story, AUTOGUIDES[kind](scalar_story)),
-        x,
-        steps=120,
-        lr=0.1,
-        scheduler="cosine",
-        batch_size=15,
-        every=1,
-        progress=False,
-    )
+    pair = probae.Pair(scalar_story, AUTOGUIDES[kind](scalar_story))
+    options = {"lr": 0.1, "scheduler": "cosine", "batch_size": 15, "every": 1, "progress": False}
+    run = probae.fit(pair, x, steps=100, **options)
+    # of noise in a hundred steps, 0.1 is left
     assert abs(run.history["loss"].iloc[-20:].mean() + scalar_truth(x).mean()) < 0.3
-
-
-@autoguides
-def test_evidence_under_an_autoguide_over_latents_of_each_datum(kind):
-    x = data(15, 1)[:, 0]
-    pair = trained(probae.Pair(scalar_story, AUTOGUIDES[kind](scalar_story)), x)
     for method in METHODS:
         found = right_or_refused(
-            lambda method=method: probae.log_evidence(pair, x, method, particles=400), scalar_truth(x), one_sided=True
+            lambda method=method: probae.log_evidence(pair, x, method, particles=200), scalar_truth(x), one_sided=True
         )
         if found is not None and method in ("refined", "auto"):
             assert found.mean > scalar_truth(x).mean() - 0.05, f"{method}: {found.mean}"

@@ -28,7 +28,7 @@ WITHOUT = ("linear_autoencoder", "autoencoder", "stochastic_autoencoder", "spars
 BOUNDED = tuple(name for name in CATALOGUE if name not in WITHOUT)
 
 few = settings(
-    max_examples=4,
+    max_examples=3,
     derandomize=True,
     deadline=None,
     database=None,
@@ -177,8 +177,6 @@ words = st.one_of(
 def test_names_of_plates_and_sites_do_not_matter(kind, names):
     x, usual, other = data(), PROGRAMS[kind](), PROGRAMS[kind](tuple(names))
     assert torch.equal(probae.log_weights(usual, x, 3), probae.log_weights(other, x, 3))
-    values = [probae.log_evidence(pair, x, particles=50).values for pair in (usual, other)]
-    assert torch.equal(*values)
     losses = [probae.fit(p, x, steps=3, batch_size=8, every=1, progress=False).history["loss"] for p in (usual, other)]
     assert losses[0].tolist() == losses[1].tolist()
 
@@ -260,7 +258,7 @@ def test_ppca_by_maximum_likelihood_changes_by_the_log_determinant(scale, offset
 OFFSET = torch.tensor([500.0, -30.0, 0.0, 2.0], dtype=torch.float64)
 
 
-def trained(name, x, steps=80):
+def trained(name, x, steps=60):
     torch.manual_seed(0)
     model = probae.models.make(name, D, L)
     run = probae.fit(model, x, steps=steps, lr=0.01, batch_size=N, every=1, progress=False)
@@ -277,7 +275,7 @@ def usual(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "sparse_autoencoder"])
-@pytest.mark.parametrize("scale", [-6, 5])
+@pytest.mark.parametrize("scale", [-6, pytest.param(5, marks=pytest.mark.slow)])
 def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale):
     """One unit for all features, and a zero of each one's own; a loss is a density, with or without evidence."""
     x, scale = data(), 10.0**scale
@@ -359,7 +357,7 @@ def test_exact_evidence_in_float32_is_that_of_float64(name, noise, seed):
 def test_bounds_in_float32_are_those_of_float64(name):
     x, model = data(), subject(name)
     double, single = model.double(), copy.deepcopy(model).float()
-    for method in ("iwae", "refined") if name != "mixture" else ("auto",):
+    for method in ("iwae",) if name != "mixture" else ("auto",):
         particles = 400 if method != "auto" else None
         here = probae.log_evidence(double, x, method, particles=particles)
         torch.set_default_dtype(torch.float32)
@@ -372,10 +370,9 @@ def test_bounds_in_float32_are_those_of_float64(name):
 
 
 @subjects
-@few
-@given(size=st.integers(1, N))
+@pytest.mark.parametrize("size", [1, 5])
 def test_rows_are_evaluated_alike_in_batches_of_any_size(name, size):
-    x, model = data(), subject(name)
+    x, model = data(8), subject(name)
     options = {} if is_exact(name) else {"method": "iwae", "particles": 300}
     parts = [probae.log_evidence(model, rows, seed=i, **options) for i, rows in enumerate(x.split(size))]
     whole = probae.log_evidence(model, x, seed=100, **options)
@@ -476,6 +473,7 @@ def test_training_is_the_same_from_every_array(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(values, parameters, strict=True)), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["factor_analysis", "vae", "autoencoder"])
 def test_training_from_streams_passes_over_the_same_rows(name, tmp_path):
     """A whole batch at a time: the order within it is the stream's own, so noise goes elsewhere, and the loss hardly."""
