@@ -551,7 +551,7 @@ def test_into_takes_the_files_precision(tmp_path):
     [
         (probae.FactorAnalysis(D, L), probae.PPCA(D, L), ["'log_scale'", "()", f"({D},)"]),
         (probae.PPCA(D, L), probae.PPCA(D, L + 1), ["expected shape", "3", "2"]),
-        (probae.PPCA(D, L), probae.Independent(D), ["'initialised'"]),
+        (probae.PPCA(D, L), probae.Independent(D), ["'loc'"]),
         (Own(3), Own(4), ["'encoder.", "3", "4"]),
         (probae.PPCA(D, L), Own(), ["decoder.bias"]),
     ],
