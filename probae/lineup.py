@@ -50,13 +50,13 @@ class Candidate:
 def _natural(data: Dataset) -> Head:
     if data.kind == "binary":
         return likelihoods.Bernoulli()
-    return likelihoods.Binomial(_maximum(data)) if data.kind == "counts" else likelihoods.Normal("feature")
+    return likelihoods.Binomial(_maximum(data)) if data.kind == "counts" else _gaussian(data)
 
 
 def _gaussian(data: Dataset) -> Head:
     """A Normal that is a density of real numbers, and a mass of whole ones."""
     if data.kind == "real":
-        return likelihoods.Normal("feature")
+        return likelihoods.Normal("feature" if _varies(data) else "shared")
     return likelihoods.DiscretisedNormal(_maximum(data), scale="feature")
 
 
@@ -94,6 +94,11 @@ def _linear(model: Callable[..., Pair]) -> Callable[[Dataset, int], Pair]:
         return pair if data.kind == "real" else Dequantised(pair)
 
     return build
+
+
+def _varies(data: Dataset) -> bool:
+    """Whether all features vary: one that does not has no scale of its own."""
+    return bool((np.nanmax(data.train, 0) > np.nanmin(data.train, 0)).all())
 
 
 def _maximum(data: Dataset) -> int:
@@ -160,6 +165,8 @@ def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
     suited = [n for n, c in CANDIDATES.items() if data.kind in c.kinds]
     if data.kind == "counts" and _maximum(data) >= CLASSES:
         suited = [name for name in suited if name not in {"categorical_vae", "ordinal_vae"}]
+    if data.kind == "real" and not _varies(data):
+        suited.remove("factor_analysis")
     if names is None:
         standard = [name for name in suited if CANDIDATES[name].standard]
         return standard if data.kind != "binary" else [*standard[:3], "vae", *standard[3:]]

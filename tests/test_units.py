@@ -9,7 +9,7 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import probae
-from probae import likelihoods
+from probae import likelihoods, lineup
 from probae.comparison.baselines import fit_baselines
 
 N, D, L = 400, 5, 2
@@ -119,6 +119,18 @@ def test_a_rare_value_is_not_blown_up_by_its_columns_unit():
     net = probae.nn.MLP(2, 1)
     net.standardise(x)
     assert abs(float((x[17, 0] - net.origin[0]) / net.unit[0])) < 5.001
+
+
+def test_the_line_up_leaves_out_what_has_no_density_where_a_feature_does_not_vary(tmp_path):
+    x = X.copy()
+    x[:, 2] = 2015.0
+    np.save(tmp_path / "x.npy", x)
+    found = probae.datasets.load(tmp_path / "x.npy")
+    assert "factor_analysis" not in lineup.choose(found, None)
+    pair, _ = lineup.train("normal_vae", found, L, 3, compile=False, progress=False)
+    assert math.isfinite(probae.log_evidence(pair, found.test, "elbo").mean)
+    np.save(tmp_path / "x.npy", X)
+    assert "factor_analysis" in lineup.choose(probae.datasets.load(tmp_path / "x.npy"), None)
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------
