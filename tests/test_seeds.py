@@ -260,14 +260,6 @@ def test_streamed_blocks_of_neighbouring_seeds_share_no_draws():
     assert not any(torch.isclose(blocks[a], blocks[b]).any() for i, a in enumerate(keys) for b in keys[:i])
 
 
-def test_the_fits_of_a_comparison_share_no_draws_and_the_first_has_those_of_the_seed():
-    model, x = probae.VAE(D, L, seed=0), data()
-    both = probae.compare({"a": [model, model]}, x, method="elbo", particles=1, seed=7).evidence()["a"]
-    first = probae.log_evidence(model, x, "elbo", particles=1, seed=7).values
-    second = 2 * torch.as_tensor(both.values) - first  # the entry is their mean
-    assert not torch.isclose(first, second, atol=1e-9).any()
-
-
 def test_folds_share_no_draws():
     model, x = probae.VAE(D, L, seed=0), data(20)
     found = probae.compare({"a": lambda train: model}, x, method="elbo", particles=1, seed=7, folds=2).evidence()["a"]

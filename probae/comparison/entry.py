@@ -15,7 +15,6 @@ from probae.checks import check
 from probae.diagnostics.units import latents
 from probae.evidence import Evidence, log_evidence, no_bound
 from probae.pair import Pair, as_pair
-from probae.seeding import derived
 from probae.sites import Layout
 
 _DRAWS = 8  # of each datum's latents, for reconstruction and activity
@@ -101,10 +100,7 @@ def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: d
     start = time.perf_counter()
     pairs = [as_pair(fit) for fit in fits]
     layouts = [check(pair, pair.as_batch(x)) for pair in pairs]
-    # the errors of several fits are taken for independent, and so are their draws
-    seeds = [derived(options["seed"], number) if number else options["seed"] for number in range(len(fits))]
-    each_own = zip(pairs, layouts, seeds, strict=True)
-    found = [_evidence(pair, layout, x, {**options, "seed": seed}) for pair, layout, seed in each_own]
+    found = [_evidence(pair, layout, x, options) for pair, layout in zip(pairs, layouts, strict=True)]
     evidence = [each for each in found if isinstance(each, Evidence)]
     why_not = next((each for each in found if isinstance(each, str)), None)
     if why_not is not None and evidence:
