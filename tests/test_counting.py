@@ -411,8 +411,8 @@ def test_a_mask_far_beyond_the_first_rows_counts_too(how):
     assert ours == pytest.approx(-truth.mean(), abs=1e-9)
 
 
-@pytest.mark.parametrize("method", ["refined", "auto"])
-def test_a_mask_of_the_model_alone_far_beyond_the_first_rows_lifts_no_bound(method):
+@pytest.mark.parametrize(("method", "options"), [("refined", {"steps": 10}), ("auto", {"refined": {"steps": 10}})])
+def test_a_mask_of_the_model_alone_far_beyond_the_first_rows_lifts_no_bound(method, options):
     count, row = 6000, 5000
     x = torch.linspace(-4.0, 5.0, count)
     on = torch.arange(count) != row
@@ -420,8 +420,9 @@ def test_a_mask_of_the_model_alone_far_beyond_the_first_rows_lifts_no_bound(meth
     truth = stats.norm.logpdf(x.numpy(), 0, np.where(on.numpy(), math.sqrt(6), math.sqrt(5)))
     kept = slice(row - 3, row + 4)  # estimated alone, the mask is among the first few rows again
     right_or_refused(
-        lambda: evidence(model, guide, (x, on), method, particles=20).at(torch.arange(count)[kept]),
+        lambda: evidence(model, guide, (x, on), method, particles=100, **options).at(torch.arange(count)[kept]),
         truth[kept],
+        tolerance=0.1,  # the error of so few draws is itself uncertain; the mask is worth 4 nats
         one_sided=True,
     )
 
@@ -651,7 +652,7 @@ def chain_with_offset(x):
             pyro.sample(f"x_{t}", dist.Normal(levels()[z] + u, 1.0), obs=x[:, t])
 
 
-OFFSET = 0.4
+OFFSET = 1.2  # wider than any posterior here
 
 
 def offset_guide(x):
@@ -661,13 +662,13 @@ def offset_guide(x):
 
 def test_a_chain_is_summed_out_beside_a_continuous_latent():
     torch.manual_seed(4)
-    x = torch.randn(4, 12) + torch.tensor([0.0, 1.0, -1.0, 2.0])[:, None]
+    x = torch.randn(3, 6) + torch.tensor([0.0, 1.0, -1.0])[:, None]
 
     def log_likelihood(u):
         return oracles.forward_algorithm(START, MOVES, log_emission(x - u[:, None]))
 
     node, weight = oracles.panels(np.linspace(-7, 7, 29))
-    given = np.array([log_likelihood(torch.full((4,), u)) for u in node])
+    given = np.array([log_likelihood(torch.full((3,), u)) for u in node])
     truth = logsumexp(given + stats.norm.logpdf(node)[:, None] + np.log(weight)[:, None], axis=0)
     node, weight = np.polynomial.hermite_e.hermegauss(40)
     loc = 0.3 * x.mean(1).numpy()
@@ -681,7 +682,7 @@ def test_a_chain_is_summed_out_beside_a_continuous_latent():
     assert abs(found.mean - expected) <= 4 * found.mean_mc_stderr
     for method in ("iwae", "refined", "auto"):
         # E log of a mean lies below by half the relative variance
-        found = evidence(chain_with_offset, offset_guide, x, method)
+        found = evidence(chain_with_offset, offset_guide, x, method, particles=300)
         on_the_mark(found, truth, 5 * float(found.mc_stderr.max()) ** 2)
 
 
