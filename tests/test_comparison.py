@@ -310,7 +310,7 @@ def test_the_mixture_is_scikit_learns_with_the_documented_floor(comparison):
     mixture = pytest.importorskip("sklearn.mixture")
     x, test = TRAIN.double().numpy(), TEST.double().numpy()
     loc, scale = x.mean(0), x.std(0)
-    reference = mixture.GaussianMixture(10, reg_covar=5e-3, random_state=5).fit((x - loc) / scale)
+    reference = mixture.GaussianMixture(10, reg_covar=0.05, random_state=5).fit((x - loc) / scale)
     expected = reference.score_samples((test - loc) / scale) - np.log(scale).sum()
     np.testing.assert_allclose(comparison.evidence()["mixture of 10 Gaussians"], expected, atol=1e-6)
 

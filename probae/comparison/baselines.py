@@ -79,7 +79,7 @@ def fit_baselines(
         fit(name, GaussianMixture(features, missing=missing))
         if name in fitted and len(x) <= 2 * features:
             notes.append(
-                f"{name}: {len(x)} training data for {features} features: its correlations are shrunk, by 0.005 of the variance"
+                f"{name}: {len(x)} training data for {features} features: its correlations are shrunk, by 0.05 of the variance"
             )
     components = min(10, len(x) // 2) if missing is None or not mass else 0
     # scikit-learn is optional, and the table shows which baselines it has

@@ -192,14 +192,14 @@ class GaussianMixture(Pair):
             drawn = drawn + (gain @ ((values - drawn) * seen).unsqueeze(-1)).squeeze(-1)
         return torch.where(seen, x, drawn.to(x.dtype))
 
-    def maximum_likelihood(self, x: Any, floor: float = 5e-3, start: int = 0) -> GaussianMixture:
+    def maximum_likelihood(self, x: Any, floor: float = 0.05, start: int = 0) -> GaussianMixture:
         """Fit to data (N, D), each feature in units of its standard deviation: in closed form for one component, else by
         scikit-learn's EM, and from there by one for data with gaps where values are missing; returns the model.
 
         Args:
             floor: added to the covariances' diagonals of several components, and of one that has no more than 2 D data, as
-                a multiple of the feature's variance: with few data a component it is what keeps a baseline strong (of 1e-6
-                to 2e-2, this is the best on the digits' validation images).
+                a share of the feature's variance: with few data a component it is what keeps a baseline strong (of 0.001 to
+                0.2, this is the best on the digits' validation images).
             start: the seed of the EM's start.
 
         Raises:
