@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform, MixtureSameFamily, SineBivariateVonMises, VonMises
 from torch.distributions import TransformedDistribution, biject_to, constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import ComposeTransform, Transform
 
 from probae.batches import Batch, length
 
@@ -137,10 +137,30 @@ def describe_support(fn: Any) -> str:
 
 def support_of(fn: Any) -> Any:
     """The constraint that each number of a value meets."""
-    support = base(fn).support
+    return _of_numbers(_stated(base(fn)))
+
+
+def _of_numbers(support: Any) -> Any:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
+
+
+def _stated(fn: Any) -> Any:
+    """The support that a distribution, or what it wraps, states.
+
+    Raises:
+        NotImplementedError: if it states none.
+    """
+    try:
+        return fn.support
+    except (NotImplementedError, AttributeError):
+        if (inner := getattr(fn, "dist", None)) is not None:  # what a wrapper such as ZukoToPyro holds
+            return _stated(inner)
+        # a flow of zuko's, whose transform leads from the data to the base
+        if not hasattr(fn, "base") or (domain := getattr(getattr(fn, "transform", None), "domain", None)) is None:
+            raise NotImplementedError(f"{type(fn).__name__} states no support") from None
+        return domain
 
 
 def free_of(site: Site) -> Transform:
@@ -149,8 +169,23 @@ def free_of(site: Site) -> Transform:
     Raises:
         ValueError: if none is known for its support.
     """
-    fn = site["fn"]
-    support: Any = fn.support
+    try:
+        return _free(site["fn"])
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the support of site {site['name']!r} ({type(base(site['fn'])).__name__}) has no coordinates: use method='iwae' "
+            f"({error})"
+        ) from error
+
+
+def _free(fn: Any) -> Transform:
+    inner = base(fn)
+    if isinstance(inner, TransformedDistribution) and not _is_covered(inner):
+        # torch states the last transform's codomain, which is wider than what the base can reach
+        if blunt := [part for part in inner.transforms if not part.bijective]:
+            raise NotImplementedError(f"its transform {type(blunt[0]).__name__} is not one-to-one")
+        return ComposeTransform([_free(inner.base_dist), *inner.transforms])
+    support: Any = _stated(fn)
     events = 0
     while isinstance(support, constraints.independent):
         support, events = support.base_constraint, events + support.reinterpreted_batch_ndims
@@ -159,12 +194,27 @@ def free_of(site: Site) -> Transform:
         events = fn.event_dim
     elif isinstance(base(fn), MixtureSameFamily):  # its support is said in a way that no transform is known for
         support = getattr(support, "base_constraint", support)
-    try:
-        return biject_to(constraints.independent(support, events) if events else support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the support of site {site['name']!r} ({type(base(fn)).__name__}) has no coordinates: use method='iwae'"
-        ) from error
+    return biject_to(constraints.independent(support, events) if events else support)
+
+
+def _is_covered(fn: TransformedDistribution) -> bool:
+    """Whether each transform is given all of its domain, so that the support stated is the one there is."""
+    if type(fn).__name__ != "TransformedDistribution":
+        return True  # a class of its own states its own
+    given = _stated(fn.base_dist)
+    if isinstance(base(fn.base_dist), TransformedDistribution) and not _is_covered(base(fn.base_dist)):
+        return False
+    for part in fn.transforms:
+        if not _alike(given, part.domain):
+            return False
+        given = part.codomain
+    return True
+
+
+def _alike(a: Any, b: Any) -> bool:
+    a, b = _of_numbers(a), _of_numbers(b)
+    ends = [[torch.as_tensor(getattr(c, end, 0.0)) for end in ("lower_bound", "upper_bound")] for c in (a, b)]
+    return type(a) is type(b) and all(bool((x == y).all()) for x, y in zip(*ends, strict=True))
 
 
 def rows_in_plate(model: Any, layout: Layout, batch: Batch) -> int:

@@ -16,6 +16,7 @@ import probae
 from probae import likelihoods
 from probae.evidence import annealed, hmc, schedules
 from probae.evidence.annealed import Annealer, Annealing
+from probae.evidence.judging import settled_chains
 from probae.evidence.weights import prepare
 
 EXACT = 1e-10
@@ -528,14 +529,23 @@ def test_an_interruption_leaves_things_as_they_were(monkeypatch):
 
 
 def test_where_errors_are_believed_they_cover():
+    """Chains of log-normal weights, judged by others: within ±2 standard errors in at least 93 of 100 cases."""
     rng = np.random.default_rng(0)
-    for count, spread, least in ((8, 0.7, 0.82), (16, 0.7, 0.87), (16, 0.3, 0.92)):
-        log_w = torch.as_tensor(rng.standard_normal((count, 20_000)) * spread - spread**2 / 2)
+    for count, spread in ((8, 0.4), (16, 0.4), (16, 0.1)):
+        log_w, judges = (torch.as_tensor(rng.standard_normal((2, count, 20_000)) * spread - spread**2 / 2)).unbind()
         found = annealed.evidence(log_w, log_w[0], "lower", "ais", "density")
-        covered = (found.values.abs() < 2 * found.mc_stderr)[found.reliable].double().mean()
-        assert covered > least
+        believed = settled_chains(judges, 1.0)
+        assert believed.double().mean() > 0.5
+        covered = (found.values.abs() < 2 * found.mc_stderr)[believed].double().mean()
+        assert covered > 0.93
     heavy = torch.as_tensor(rng.standard_normal((16, 2_000)) * 2)
-    assert annealed.evidence(heavy, heavy[0], "lower", "ais", "density").reliable.double().mean() < 0.01
+    assert settled_chains(heavy, 1.0).double().mean() < 0.01
+
+
+def test_errors_of_few_chains_are_widened_by_students_t():
+    for chains in (4, 8, 16, 100):
+        quantile = stats.t.ppf(stats.norm.cdf(2.0), chains - 1) / 2
+        assert annealed.widening(chains) == pytest.approx(quantile, rel=0.03 if chains == 4 else 2e-3)
 
 
 # -- from both sides ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from torch import nn
 import probae
 from probae import likelihoods, posteriors, priors
 from probae.evidence.pareto import effective_sample_size, pareto_k
-from probae.evidence.running import Running, believable
+from probae.evidence.judging import settled
+from probae.evidence.result import Evidence
+from probae.evidence.running import Running
 
 EXACT = 1e-10
 float64 = {"dtype": torch.float64}
@@ -391,19 +393,25 @@ def test_intervals_cover_where_they_are_said_to():
     assert abs(covered.mean() - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1_000)
 
 
+def believed(judges):
+    """What draws say of others by the thousand."""
+    details = {name: getattr(judges, name) for name in ("ess", "pareto_k", "skewness")}
+    errors = judges.variance.sqrt()
+    return settled(Evidence(judges.value, errors, "lower", "iwae", "density", judges.count, details=details), 1_000)
+
+
 def test_heavy_weights_are_flagged():
-    """Log-normal weights with sd 2: 95% intervals cover some 86%, and few of them are said to be reliable."""
+    """Log-normal weights with sd 2: 95% intervals cover some 86%, and hardly any are said to be reliable."""
     log_w = 2 * normal(1_000, 1_000) - 2
     running = Running(1_000)
     running.add(log_w)
     error = running.variance.sqrt()
     covered = (running.value.abs() < 1.96 * error).double().mean()
     assert covered < 0.9
-    reliable = believable(error, running.ess, running.pareto_k, 1_000)
-    assert reliable.double().mean() < 0.25
+    assert believed(running).double().mean() < 0.02
     light = Running(1_000)
     light.add(0.5 * normal(1_000, 1_000, seed=1) - 0.125)
-    assert believable(light.variance.sqrt(), light.ess, light.pareto_k, 1_000).double().mean() > 0.95
+    assert believed(light).double().mean() > 0.85
 
 
 # -- how it is run -------------------------------------------------------------------------------------------------

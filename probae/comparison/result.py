@@ -125,10 +125,9 @@ def notes_on(comparison: Comparison) -> list[str]:
             notes.append(f"{entry.name}: no log p(x): {entry.why_not.split(':')[0]}; its reconstruction is no evidence")
     for entry in comparison.entries:
         if entry.evidence and entry.reliable < _BELIEVED:
-            notes.append(
-                f"{entry.name}: the Monte-Carlo error of {1 - entry.reliable:.0%} of the data is not to be believed, so heavy "
-                "are their weights; the value is a lower bound all the same"
-            )
+            share = f"{1 - entry.reliable:.0%} of the data the Monte Carlo standard error is"
+            why = "unknown (one draw tells none)" if math.isnan(entry.mc_stderr) else "unreliable (heavy-tailed importance weights)"
+            notes.append(f"{entry.name}: for {share} {why}. The value is still a lower bound")
     below = table[table["over_independent"] < -2 * table["over_independent_stderr"]].index
     if len(below):
         worse = "worse than independent features, which have no latents at all"

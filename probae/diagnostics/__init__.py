@@ -9,7 +9,7 @@ from probae.batches import length
 from probae.diagnostics.diagnosis import Diagnosis
 from probae.diagnostics.gaps import Gaps, climb, some_rows
 from probae.diagnostics.units import Units, latents
-from probae.evidence.importance import bounds
+from probae.evidence.importance import bounds, judged
 from probae.evidence.pareto import FEWEST
 from probae.evidence.weights import Weights, no_bound, prepare
 
@@ -74,7 +74,9 @@ def diagnose(
             raise ValueError(f"gaps: there is no ELBO to take apart: {why_not}")
         return Diagnosis(latents(pair, layout, batch, draws, seed), length(batch), particles, layout, why_not)
 
-    found = bounds(["elbo", "iwae"], Weights(pair, layout, compile), batch, particles, seed)
+    weights = Weights(pair, layout, compile)
+    found = bounds(["elbo", "iwae"], weights, batch, particles, seed)
+    found["iwae"] = judged(found["iwae"], weights, batch, seed)
     kept = latents(pair, layout, batch, draws, seed)
     parts = None
     if count or (gaps == "auto" and pair.tractable):

@@ -13,7 +13,7 @@ from probae.arguments import one_of, whole
 from probae.batches import Batch, checksums, rows_of
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.bidirectional import Sandwich, sandwich
-from probae.evidence.importance import elbo, iwae
+from probae.evidence.importance import elbo, iwae, judged
 from probae.evidence.ladder import Ladder, climb
 from probae.evidence.refined import Refinement, refine
 from probae.evidence.result import Evidence, joined
@@ -135,8 +135,10 @@ def _estimated(
         return ais(pair, batch, layout, settings, seed, compile)
     if method == "refined":
         return refine(pair, batch, layout, particles or 1000, settings, seed, compile)
-    estimator, default = (elbo, 64) if method == "elbo" else (iwae, 1000)
-    return estimator(Weights(pair, layout, compile), batch, particles or default, seed)
+    weights = Weights(pair, layout, compile)
+    if method == "elbo":
+        return elbo(weights, batch, particles or 64, seed)
+    return judged(iwae(weights, batch, particles or 1000, seed), weights, batch, seed)
 
 
 def options_of(method: str, particles: int | None, options: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from probae.arguments import size
 from probae.batches import Batch, as_batch, checksums, leaves, length, rebuilt, rows_at
 from probae.checks import check
 from probae.evidence.annealed import Annealer, Annealing, Block, evidence
+from probae.evidence.judging import settled_chains
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
 from probae.layout import run_at
@@ -125,13 +126,15 @@ def sandwich(
     def both(block: Block) -> tuple[Tensor, ...]:
         start = annealer.rows * block.number
         u = padded(exact[start : start + annealer.rows], annealer.rows)
-        return *block.forward(), *block.back(u.expand(annealing.chains, -1, -1).contiguous())
+        back = block.back(u.expand(annealing.chains, -1, -1).contiguous())
+        return *block.forward(), *back, block.tuned.pilot
 
-    below, accepted, above, accepted_above = annealer.gathered(both)
+    below, accepted, above, accepted_above, pilot = annealer.gathered(both)
     lower = evidence(below, accepted, "lower", "ais", layout.measure)
     upper = evidence(above, accepted_above, "upper", "reverse ais", layout.measure)
     rows, unknown = checksums(batch), torch.zeros(n, dtype=torch.bool)
-    return Sandwich(replace(lower, rows=rows), replace(upper, rows=rows, reliable=unknown), batch)
+    believed = settled_chains(pilot, annealing.pilots / annealing.distributions)
+    return Sandwich(replace(lower, rows=rows, reliable=believed), replace(upper, rows=rows, reliable=unknown), batch)
 
 
 def _drawn(pair: Pair, batch: Batch, seed: int) -> tuple[Batch, dict[str, Tensor]]:

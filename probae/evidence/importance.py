@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from probae.batches import Batch, length
+from probae.evidence.judging import JUDGES, settled
 from probae.evidence.result import Evidence, as_values
-from probae.evidence.running import Running, believable, shared_error
+from probae.evidence.running import Running, shared_error
 from probae.evidence.weights import Weights, require_weights
+from probae.seeding import derived
+
+_JUDGES = 40  # a stream of draws of its own
 
 
 def elbo(weights: Weights, batch: Batch, particles: int, seed: int) -> Evidence:
@@ -19,10 +25,19 @@ def elbo(weights: Weights, batch: Batch, particles: int, seed: int) -> Evidence:
 def iwae(weights: Weights, batch: Batch, particles: int, seed: int) -> Evidence:
     """The log-mean-exp of log w over K, a lower bound in expectation, with its delta-method standard error.
 
-    One pass over chunks of particles, none of which is kept. ``reliable`` says of which data the error can be believed, by
-    the ``details``: ``pareto_k`` and ``ess``.
+    One pass over chunks of particles, none of which is kept. The ``details`` are ``pareto_k``, ``ess`` and ``skewness``, of
+    the weights of each datum. Whether the error can be believed other draws say, see `judged`.
     """
     return bounds(["iwae"], weights, batch, particles, seed)["iwae"]
+
+
+def judged(found: Evidence, weights: Weights, batch: Batch, seed: int) -> Evidence:
+    """The same with ``reliable``, by `JUDGES` further draws, which cost as much as so many more particles."""
+    if found.particles < 2:
+        return replace(found, reliable=torch.zeros(len(found), dtype=torch.bool))
+    return replace(
+        found, reliable=settled(iwae(weights, batch, JUDGES, derived(seed, _JUDGES)), found.particles)
+    )
 
 
 def bounds(methods: list[str], weights: Weights, batch: Batch, particles: int, seed: int) -> dict[str, Evidence]:
@@ -47,9 +62,6 @@ def _evidence(method: str, parts: list[Running], weights: Weights, size: int) ->
     values, errors = joined("value"), joined("variance").sqrt()
     if layout.globals_ and particles > 1:
         shared = shared_error(as_values(sum(part.influences for part in parts)), size)  # type: ignore[arg-type]
-    evidence = Evidence(values, errors, "lower", method, layout.measure, particles, shared)
-    if method == "elbo":
-        return evidence
-    details = {"ess": joined("ess"), "pareto_k": joined("pareto_k")}
-    reliable = believable(errors, **details, particles=particles)
-    return Evidence(values, errors, "lower", method, layout.measure, particles, shared, reliable, details)
+    details = {} if method == "elbo" else {name: joined(name) for name in ("ess", "pareto_k", "skewness")}
+    groups = torch.cat([as_values(part.parts) for part in parts], -1)
+    return Evidence(values, errors, "lower", method, layout.measure, particles, shared, details=details, parts=groups)

@@ -14,9 +14,10 @@ from probae.batches import Batch, leaves, length, rows_at
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.importance import iwae
 from probae.evidence.options import Options
-from probae.evidence.refined import Guides, Refinement, Refiner
-from probae.evidence.result import RUNGS, Evidence
-from probae.evidence.running import believable
+from probae.evidence.judging import settled
+from probae.evidence.pareto import reliable_below
+from probae.evidence.refined import MISSED, Guides, Refinement, Refiner
+from probae.evidence.result import RUNGS, Evidence, joined
 from probae.evidence.space import Space
 from probae.evidence.weights import Weights, no_bound, require_weights
 from probae.pair import Pair
@@ -94,8 +95,6 @@ def climb(
     """
     rungs, note = _applicable(pair, batch, layout, options)
     chosen = _Climb(pair, batch, layout, particles, options, seed, compile)
-    if rungs == ("iwae",):
-        return chosen.reported(torch.zeros(length(batch), dtype=torch.long), None, note)
     return chosen.reported(*chosen.choice(rungs), note)
 
 
@@ -141,58 +140,74 @@ class _Climb:
         self.options, self.seed, self.compile = options, seed, compile
         self.pilot = options.pilot
         self.weights = Weights(pair, layout, compile)
+        self.size = length(batch)
         self.guide_pareto_k: Tensor | None = None
+        #: what the pilots say, by rung: log p̂ and its error (3, N), and whether other draws will have errors to be believed
+        self.values = torch.full((len(RUNGS), self.size), -torch.inf, dtype=torch.float64)
+        self.errors = torch.zeros_like(self.values)
+        self.believed = torch.zeros(self.values.shape, dtype=torch.bool)
 
     def choice(self, rungs: tuple[str, ...]) -> tuple[Tensor, Guides | None]:
         """The rung of each datum (N,), and the refined guides of those that have one, by pilot runs."""
-        size = length(self.batch)
-        rung, guides = torch.full((size,), RUNGS.index(rungs[0])), None
-        left = torch.arange(size)
+        rung, guides = torch.full((self.size,), RUNGS.index(rungs[0])), None
+        left = torch.arange(self.size)
         if "iwae" in rungs:
             found = iwae(self.weights, self.batch, self.pilot, derived(self.seed, _PILOT_IWAE))
             self.guide_pareto_k = found.details["pareto_k"]
+            self._noted("iwae", left, found, settled(found, self.particles))
             left = (~self._light(found)).nonzero().flatten()
         if "refined" in rungs and len(left):
             rows = rows_at(self.batch, left)
             refiner = self._refiner(rows)
             own = refiner.fitted(rows)
-            guides = Guides(*(t.new_zeros(size, *t.shape[1:]).index_copy(0, left.to(t.device), t) for t in own))
-            rung[left] = RUNGS.index("refined")
+            guides = Guides(*(t.new_zeros(self.size, *t.shape[1:]).index_copy(0, left.to(t.device), t) for t in own))
             found = refiner.weighed(rows, own, self.pilot, _PILOT_REFINED).evidence
-            heavy = ~self._light(found)
-            left, found_values = left[heavy], found.values[heavy]
+            whole = refiner.missed(rows, own, found.values, self.pilot, _PILOT_REFINED) <= MISSED
+            self._noted("refined", left, found, settled(found, self.particles) & whole)
+            # a guide of several modes is not left for one that sits in some of them
+            lower = self.values[RUNGS.index("iwae"), left] > found.values
+            taken = torch.where(whole, ~self._below("refined")[left], ~lower)
+            rung[left[taken]] = RUNGS.index("refined")
+            left = left[~(taken & whole & self._light(found))]
         if "ais" in rungs and len(left):
             if "refined" in rungs:
                 share = 0.5 if self.options.annealing(1.0).chains > 1 else 1.0
                 annealing, draws = self.options.annealing(share), derived(self.seed, _PILOT_AIS)
-                annealed = self._annealed(rows_at(self.batch, left), annealing, draws)
-                left = left[annealed.values > found_values]
+                found = self._annealed(rows_at(self.batch, left), annealing, draws)
+                self._noted("ais", left, found, torch.ones(len(left), dtype=torch.bool))
+                left = left[found.values > self.values[rung[left], left]]
             rung[left] = RUNGS.index("ais")
         return rung, guides
 
     def reported(self, rung: Tensor, guides: Guides | None, note: str) -> Evidence:
         """Fresh draws by each datum's rung, put together."""
-        size, shared = len(rung), None
-        values, errors = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
-        reliable = torch.zeros(size, dtype=torch.bool)
-        details = {name: torch.full((size,), torch.nan, dtype=torch.float64) for name in ("ess", "pareto_k")}
+        parts, order = [], []
         for number in rung.unique().tolist():
             at = (rung == number).nonzero().flatten()
-            rows = self.batch if len(at) == size else rows_at(self.batch, at)
+            rows = self.batch if len(at) == self.size else rows_at(self.batch, at)
             found = self._run(RUNGS[number], rows, None if guides is None else guides.at(at.to(guides.loc.device)))
-            values[at], errors[at], shared = found.values, found.mc_stderr, found.shared_mc_stderr
-            reliable[at] = torch.ones(len(at), dtype=torch.bool) if found.reliable is None else found.reliable
-            for name in details:
-                if name in found.details:
-                    details[name][at] = found.details[name]
-        used = [RUNGS[number] for number in rung.unique().tolist()]
-        method = used[0] if len(used) == 1 else "auto"
-        details["rung"] = rung.to(torch.float64)
-        if self.guide_pareto_k is not None:
-            details["guide_pareto_k"] = self.guide_pareto_k
-        return Evidence(
-            values, errors, "lower", method, self.layout.measure, self.particles, shared, reliable, details, note=note
-        )
+            believed = self.believed[number, at] if found.reliable is None else found.reliable
+            believed = believed & ~self._below(RUNGS[number])[at]
+            details = {"rung": torch.full((len(at),), float(number), dtype=torch.float64)}
+            for name in ("ess", "pareto_k"):
+                details[name] = found.details.get(name, torch.full_like(found.values, torch.nan))
+            if self.guide_pareto_k is not None:
+                details["guide_pareto_k"] = self.guide_pareto_k[at]
+            parts.append(replace(found, reliable=believed, details=details, elbo=None))
+            order.append(at)
+        found = joined(parts).at(torch.cat(order).argsort())
+        return replace(found, particles=self.particles, note=note)
+
+    def _noted(self, rung: str, at: Tensor, found: Evidence, believed: Tensor) -> None:
+        number = RUNGS.index(rung)
+        self.values[number, at], self.errors[number, at] = found.values, found.mc_stderr.nan_to_num(0.0)
+        self.believed[number, at] = believed
+
+    def _below(self, rung: str) -> Tensor:
+        """Of which data a rung's pilot is below that of another one by more than two standard errors of the difference."""
+        number = RUNGS.index(rung)
+        apart = self.values - self.values[number]
+        return (apart > 2 * torch.hypot(self.errors, self.errors[number])).any(0)
 
     def _run(self, rung: str, rows: Batch, guides: Guides | None) -> Evidence:
         if rung == "iwae":
@@ -212,8 +227,9 @@ class _Climb:
         return Refiner(self.pair, rows, self.layout, options, self.seed, self.compile, self.particles)
 
     def _light(self, found: Evidence) -> Tensor:
-        """Of which data the weights will do at K particles, as far as the pilot tells."""
+        """Of which data the weights will do at K particles, as far as the pilot tells; fewer have an error to be believed."""
         at_full = found.mc_stderr * math.sqrt(self.pilot / max(self.particles, _FEWEST))
-        tail = {name: found.details[name] for name in ("ess", "pareto_k")}
+        ess, k = found.details["ess"], found.details["pareto_k"]
+        light = (k <= reliable_below(self.pilot)) | (k.isnan() & (ess >= self.pilot / 2))
         # where a quarter of the draws count, k̂ of so few says little
-        return believable(at_full, **tail, particles=self.pilot) | (tail["ess"] >= self.pilot / 4)
+        return (light & (at_full <= 0.1) & (ess > 0)) | (ess >= self.pilot / 4)

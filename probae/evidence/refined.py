@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from probae.arguments import one_of, positive, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
+from probae.evidence.judging import JUDGES, settled
 from probae.evidence.mixture import SEEN, Mixture, heavy_tails
 from probae.evidence.options import Options
 from probae.evidence.result import Evidence
@@ -39,7 +40,7 @@ from probae.pair import Pair
 from probae.seeding import derived, seeded, still
 from probae.sites import Layout
 
-_START, _FIT, _WEIGHTS = range(3)  # streams of draws, each of its own
+_START, _FIT, _WEIGHTS, _JUDGES = range(4)  # streams of draws, each of its own
 _STARTING = 64  # draws of the guide, or the prior, by whose moments q starts
 _NARROW = 0.1  # where it starts around a point, in the prior's units
 
@@ -102,11 +103,16 @@ def refine(
 ) -> Evidence:
     """The log of the mean weight of K draws from a guide refined for each datum: a lower bound in expectation.
 
-    The `Evidence` has ``details``, ``ess`` and ``pareto_k``; ``reliable``; and ``elbo``, the refined Gaussian's own.
+    The `Evidence` has ``details``, ``ess``, ``pareto_k`` and ``skewness``; and ``elbo``, the refined Gaussian's own.
+    ``reliable`` is judged by `JUDGES` further draws, and as many from guide and prior that look for what q misses.
     With latents that all data share, q is optimised over draws of them, and each particle has one.
     """
     refiner = Refiner(pair, batch, layout, options, seed, compile, particles)
-    return refiner.weighed(batch, refiner.fitted(batch), particles, _WEIGHTS).evidence
+    guides = refiner.fitted(batch)
+    found = refiner.weighed(batch, guides, particles, _WEIGHTS).evidence
+    judges = refiner.weighed(batch, guides, JUDGES, _JUDGES).evidence
+    whole = refiner.missed(batch, guides, judges.values, JUDGES, _JUDGES) <= MISSED
+    return replace(found, reliable=settled(judges, particles) & whole)
 
 
 class Refiner:
@@ -139,6 +145,7 @@ class Refiner:
         with still(pair, seed), unvalidated():
             few = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
             heavy = heavy_tails(self.space, few, self.space.shared(few, SEEN))
+            self.unguided = bool(layout.summed) or self.space.unguided(few) is not None
         share = options.defensive if options.defensive is not None else (0.4 if heavy else 0.05)
         self.shares = (1 - share, 0.75 * share, 0.25 * share) if heavy else (1 - share, 0.0, share)
         self.ways: dict[Any, Way] = {}
@@ -238,6 +245,55 @@ class Refiner:
                 found.append((strata, count))
         return weighed([strata for strata, _ in found], self.layout, length(batch))
 
+    def missed(self, batch: Batch, guides: Guides, log_p: Tensor, particles: int, stream: int) -> Tensor:
+        r"""How much of each posterior lies where the mixture q draws next to nothing, (N,), by draws from elsewhere.
+
+        .. math:: \frac{1}{\hat p} E_r\Big[\frac{p(x, u)}{r(u)}\, 1\Big\{\frac{p(x, u)}{q(u)} > 50\, \hat p\Big\}\Big]
+
+        with r the guide, where it has a density, and the prior; the larger of the two. What it finds is a part of p(x) that
+        weights from q would hardly ever meet; what none of these draws meets stays unseen.
+        """
+        sources = ["prior"] if self.unguided else ["prior", "guide"]
+        each_ = max(1, particles // len(sources))
+        mixture, found = Mixture(self.shares, each_, each_, self.full), []
+        calls = 2 * self.blocks
+        with still(self.pair, self.seed), unvalidated():
+            for number, (rows, count, place) in enumerate(self._blocks(batch)):
+                loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
+                limit = padded(log_p[place], length(rows)).to(loc.device)
+                worst = torch.zeros_like(limit)
+                for source in sources:
+                    with seeded(derived(self.seed, stream, number, 2), self.pair.device):
+                        given = self.space.shared(rows, each_)
+                        draw = self.space.from_prior if source == "prior" else self.space.from_guide
+                        u = draw(rows, each_, given).contiguous()
+                    inputs = [u, loc, factor, mixture.log_shares(u)]
+                    log_w, elsewhere = self._call(
+                        (source, each_), self._look, inputs, rows, given, calls, mixture, source == "guide"
+                    )
+                    thin = (log_w.double() > limit + math.log(THIN)) & log_w.isfinite()
+                    share = torch.where(thin, (elsewhere.double() - limit).exp(), 0.0).mean(0)
+                    worst = torch.maximum(worst, share.nan_to_num(0.0, torch.inf))
+                found.append(worst[:count].cpu())
+        return torch.cat(found)
+
+    def _look(
+        self,
+        rows: Batch,
+        given: dict[str, Tensor],
+        mixture: Mixture,
+        guided: bool,
+        u: Tensor,
+        loc: Tensor,
+        factor: Tensor,
+        shares: Tensor,
+    ) -> list[Tensor]:
+        """Log weights of draws from elsewhere: as if they were the mixture's, and as they are."""
+        prior, likelihood = self.space.terms(u, rows, given)
+        log_q, _ = mixture.log_prob(u, loc, factor, prior, shares)
+        log_r = self.space.log_guide(u, rows, given) if guided else prior
+        return [prior + likelihood - log_q, prior + likelihood - log_r]
+
     def posterior_draws(self, batch: Batch, guides: Guides, particles: int) -> tuple[Tensor, Tensor]:
         """K draws u (K, N, L) of each guide's mixture, and their log weights (K, N), on any rows that memory holds."""
         mixture = Mixture(self.shares, particles, particles, self.full)
@@ -304,6 +360,8 @@ class Refiner:
         return max(1, memory // (8 * self.space.floats(batch)))
 
 
+#: by how much weights exceed p̂ where q is too thin; and the share of a posterior that may lie there
+THIN, MISSED = 50.0, 0.05
 _FAR = 30.0  # of a gradient in the guide's own units
 
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from probae.evidence.pareto import FEWEST, k_of_largest, reliable_below, tail_size
+from probae.evidence.pareto import FEWEST, k_of_largest, tail_size
 
-_ENOUGH = 50  # particles from which intervals cover as they should where weights look light
 _GROUPS = 1024  # of particles, by which the error that all data share is told
+PARTS = 10  # of the particles, each an estimate by itself
 
 
 class Running:
@@ -26,24 +26,31 @@ class Running:
         self.particles, self.logarithms, self.count = particles, logarithms, 0
         self.group = math.ceil(particles / _GROUPS) if shared else 0
         self.tail = tail_size(particles) + 1 if particles >= FEWEST and not logarithms else 0
+        self.turns = min(particles, PARTS)
 
     def add(self, log_w: Tensor) -> None:
         """Take a chunk (k, n)."""
         self.dtype, log_w = log_w.dtype, log_w.detach().double()
         if self.count == 0:
-            self.shift, self.mean, self.squares = (torch.zeros_like(log_w[0]) for _ in range(3))
+            self.shift, self.mean, self.squares, self.cubes = (torch.zeros_like(log_w[0]) for _ in range(4))
             self.largest, self.least = log_w[:0], log_w[0]
+            self.by_turns = log_w.new_zeros(self.turns, log_w.shape[1])
             if self.group:
                 self.sums = log_w.new_zeros(math.ceil(self.particles / self.group), log_w.shape[1])
         values = log_w if self.logarithms else self._relative(log_w)
         # Chan, Golub & LeVeque (1979): no digits are lost where weights hardly vary
         k, mean = len(values), values.mean(0)
         apart, total = mean - self.mean, self.count + k
-        self.squares += (values - mean).square().sum(0) + apart.square() * (self.count * k / total)
+        off = values - mean
+        squares = off.square().sum(0)
+        self.cubes += off.pow(3).sum(0) + apart.pow(3) * (self.count * k * (self.count - k) / total**2)
+        self.cubes += 3 * apart * (self.count * squares - k * self.squares) / total
+        self.squares += squares + apart.square() * (self.count * k / total)
         self.mean += apart * (k / total)
+        number = torch.arange(self.count, total, device=log_w.device)
+        self.by_turns.index_add_(0, number % self.turns, values)
         if self.group:
-            at = torch.arange(self.count, total, device=log_w.device) // self.group
-            self.sums.index_add_(0, at, values)
+            self.sums.index_add_(0, number // self.group, values)
         if self.tail:
             both = torch.cat([self.largest, log_w])
             self.largest = both.topk(min(self.tail, len(both)), 0).values
@@ -59,6 +66,8 @@ class Running:
         before = torch.where(self.mean > 0, (self.shift - shift).exp(), 0.0)
         self.mean *= before
         self.squares *= before.square()
+        self.cubes *= before.pow(3)
+        self.by_turns *= before
         if self.group:
             self.sums *= before
         self.shift = shift
@@ -68,6 +77,13 @@ class Running:
     def value(self) -> Tensor:
         """The mean of log w, or the log of the mean of w, (N,)."""
         return self.mean if self.logarithms else self.mean.log() + self.shift
+
+    @property
+    def parts(self) -> Tensor:
+        """That value by each of at most ten parts of the particles alone, (R, N)."""
+        sizes = torch.arange(self.turns, device=self.mean.device).neg().add(self.count + self.turns - 1) // self.turns
+        means = self.by_turns / sizes[:, None]
+        return means if self.logarithms else means.log() + self.shift
 
     @property
     def variance(self) -> Tensor:
@@ -92,6 +108,12 @@ class Running:
         return torch.where(squares > 0, self.count * self.mean.square() / squares, 0.0)
 
     @property
+    def skewness(self) -> Tensor:
+        """That of the values (N,); 0 where they do not vary."""
+        spread = (self.squares / self.count).sqrt()
+        return torch.where(spread > 0, self.cubes / self.count / spread.pow(3), 0.0).nan_to_num(0.0, 0.0, 0.0)
+
+    @property
     def pareto_k(self) -> Tensor:
         """k̂ of the weights (N,), as `probae.evidence.pareto.pareto_k` has it; NaN with too few particles for one."""
         if not self.tail:
@@ -103,15 +125,3 @@ def shared_error(influences: Tensor, data: int) -> float:
     """The standard error of a mean over data whose particles are shared, from what each group of them adds."""
     groups = len(influences)
     return float((influences.square().sum() * groups / (groups - 1)).sqrt()) / data if groups > 1 else math.nan
-
-
-def believable(stderr: Tensor, ess: Tensor, pareto_k: Tensor, particles: int) -> Tensor:
-    """Whether delta-method intervals of log p̂ cover nearly as often as they should.
-
-    They do where p̂ itself is known to a tenth, and the fitted tail has a variance to speak of; weights that do not vary have
-    no tail. A few particles look alike by chance. None of this sees a mode of the posterior that no draw has met.
-    """
-    if particles < _ENOUGH:
-        return ess >= particles * (1 - 1e-6)
-    light = (pareto_k <= reliable_below(particles)) | (pareto_k.isnan() & (ess >= particles / 2))
-    return light & (stderr <= 0.1) & (ess > 0)

@@ -17,7 +17,7 @@ from probae.layout import run_at
 from probae.pair import Pair
 from probae.seeding import still
 from probae.sites import Layout, Site, free_of, samples, support_of
-from probae.traces import Traces
+from probae.traces import Traces, log_prob
 
 #: draws of the prior, for two data, that are looked at; and how many of a draw's numbers may lie at an edge, about the
 #: nats by which a bound may be off
@@ -74,7 +74,7 @@ class Space:
             first, second = (self._prior_trace(rows, 1, {}) for _ in range(2))
             require_unscaled(Traces([(poutine.Trace(), first)], layout, 1, length(rows)))
         latent = {s["name"]: s for s in samples(first) if s["name"] in layout.latents}
-        discrete = [name for name, site in latent.items() if support_of(site["fn"]).is_discrete]
+        discrete = [name for name, site in latent.items() if _is_discrete(site)]
         self.sites: dict[str, _Coordinates] = {}
         for name, site in latent.items():
             if name not in discrete:
@@ -136,6 +136,29 @@ class Space:
         local = Traces([(guide, guide)], self.layout, together, size).posterior().local
         log_q = local.reshape(count, particles, rows)
         return (log_q[0] if count == 1 else torch.logsumexp(log_q, 0)) + jacobian
+
+    def unguided(self, rows: Batch) -> str | None:
+        """Why the guide's density is not known at coordinates that others drew, or None."""
+        pair, layout = self.pair, self.layout
+        if not pair.has_guide:
+            return "the pair has no guide"
+        if layout.points:
+            return f"the guide is a point at site {layout.points[0]!r} and has no density"
+        if layout.blind is not None:
+            return layout.blind
+        with still(pair, 0):
+            guide = pair.run(pair.guide, rows, 1, layout)
+        drawn = [s for s in samples(guide) if not s["is_observed"]]
+        if own := [s["name"] for s in drawn if s["infer"].get("is_auxiliary")]:
+            return f"the guide's density needs its own site {own[0]!r} integrated out"
+        with still(pair, 1):
+            again = run_at(pair, pair.guide, rows, 1, layout, {s["name"]: s["value"] for s in drawn})
+        for site in drawn:
+            if not torch.equal(log_prob(site), log_prob(again.nodes[site["name"]])):
+                return (
+                    f"the guide draws noise of its own, by torch, that its density at site {site['name']!r} depends on"
+                )
+        return None
 
     # -- coordinates -------------------------------------------------------------------------------------------------
 
@@ -250,6 +273,8 @@ class Space:
         plates = list(site.drawn[: nesting - 1])
         plates.insert(nesting + self.layout.data_dim, size)
         event = site.drawn[nesting - 1 :]
+        if value.numel() < particles * size * site.drawn.numel():  # a point is the same for all particles
+            value = value.expand(particles, *plates, *event)
         value = value.reshape(particles, *plates, *event)
         return value.movedim(1 + nesting + self.layout.data_dim, 1)
 
@@ -290,10 +315,21 @@ def _at_states(
 
 def _require_fixed(site: Site, again: Site) -> None:
     """Raise a ValueError if a site's support moves with what was drawn before it."""
-    for bound in ("lower_bound", "upper_bound"):
-        a, b = (torch.as_tensor(getattr(support_of(s["fn"]), bound, 0.0)) for s in (site, again))
+    first, second = free_of(site), free_of(again)
+    free = torch.zeros(first.inverse_shape(site["value"].shape)).to(site["value"])
+    for at in (free, free + 1):
+        a, b = first(at), second(at)
         if a.shape != b.shape or not torch.equal(a, b):
             raise ValueError(
                 f"the support of site {site['name']!r} depends on other latents, so it has no fixed coordinates: use "
                 "method='iwae'"
             )
+
+
+def _is_discrete(site: Site) -> bool:
+    try:
+        return support_of(site["fn"]).is_discrete
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the support of site {site['name']!r} is not known ({error}), so it has no coordinates: use method='iwae'"
+        ) from error

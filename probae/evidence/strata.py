@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from probae.evidence.mixture import Mixture
 from probae.evidence.result import Evidence, as_values
-from probae.evidence.running import Running, believable, shared_error
+from probae.evidence.running import Running, shared_error
 from probae.sites import Layout
 
 
@@ -55,11 +56,25 @@ class Strata:
         return sum(share**2 * r for share, r in zip(shares, relative, strict=True)) + missed  # type: ignore[return-value]
 
 
+    @property
+    def split(self) -> Tensor:
+        """log p̂ (R, N) by each of at most ten parts of the draws alone.
+
+        Each has its share of every component; what lacks a component leaves it out, which errs low.
+        """
+        parts = [part for part in self.parts if part.count]
+        lone = torch.full_like(self.all.parts, -torch.inf)
+        for part in parts:
+            found = part.parts + math.log(part.count / self.all.count)
+            lone[: len(found)] = torch.logaddexp(lone[: len(found)], found)
+        return lone
+
+
 def weighed(strata: list[Strata], layout: Layout, size: int) -> Weighed:
     """The estimates of all blocks of data together, ``size`` data in all."""
 
     def joined(values: Any) -> Tensor:
-        return torch.cat([as_values(values(part)) for part in strata])
+        return torch.cat([as_values(values(part)) for part in strata], -1)
 
     particles, errors = strata[0].mixture.particles, joined(lambda part: part.variance).sqrt()
     shared: list[float | None] = [None, None]
@@ -69,8 +84,10 @@ def weighed(strata: list[Strata], layout: Layout, size: int) -> Weighed:
     gaussian = strata[0].mixture.counts[0]
     own, own_errors = joined(lambda part: part.elbo.value), joined(lambda part: part.elbo.variance).sqrt()
     elbo = Evidence(own, own_errors, "lower", "refined elbo", layout.measure, gaussian, shared[1])
-    details = {"ess": joined(lambda part: part.all.ess), "pareto_k": joined(lambda part: part.all.pareto_k)}
-    reliable = believable(errors, **details, particles=particles)
+    details = {name: joined(lambda part, n=name: getattr(part.all, n)) for name in ("ess", "pareto_k", "skewness")}
     values = joined(lambda part: part.all.value)
-    found = Evidence(values, errors, "lower", "refined", layout.measure, particles, shared[0], reliable, details, elbo)
+    split = joined(lambda part: part.split)
+    found = Evidence(
+        values, errors, "lower", "refined", layout.measure, particles, shared[0], None, details, elbo, parts=split
+    )
     return Weighed(found, elbo)

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.batches import Batch, length, rows_of
+from probae.evidence.marginal import require_marginal
 from probae.evidence.result import Evidence, as_values
 from probae.pair import Pair
 from probae.seeding import still
@@ -26,7 +27,7 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
     """log p(x) by the pair's marginal.
 
     Raises:
-        ValueError: if the pair has none.
+        ValueError: if the pair has none, or a few importance weights contradict it.
     """
     if not pair.tractable:
         raise ValueError(
@@ -35,6 +36,7 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
         )
     if not isinstance(batch, Tensor):
         raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
+    require_marginal(pair, batch, layout)
     with still(pair):
         values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
     if values.isnan().any():

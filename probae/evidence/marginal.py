@@ -1,0 +1,73 @@
+"""A class's own `marginal` beside its model and guide: a few importance weights, before anything is called exact."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from probae.batches import length, rows_at
+from probae.evidence.pareto import effective_sample_size
+from probae.evidence.weights import no_bound
+from probae.pair import Pair
+from probae.seeding import still
+from probae.sites import Layout
+from probae.traces import Traces
+
+_ROWS, _PARTICLES = 8, 500
+_NEVER = 1e-6  # the probability with which a right marginal may be refused
+_ERRORS = 6.0  # standard errors, of weights light enough to have one
+_LIGHT, _ALIKE = 0.5, 0.99  # effective shares of the draws: with a standard error, and as under an exact guide
+
+
+def require_marginal(pair: Pair, batch: Tensor, layout: Layout) -> None:
+    r"""Raise a ValueError if the weights of a few data contradict the pair's `marginal`.
+
+    The mean weight :math:`\hat p` of K draws is unbiased for p(x), and so is the product of several data's. Too low a
+    marginal shows by Markov's inequality, :math:`\Pr(\hat p > p / \alpha) \le \alpha`, whatever the weights are, and by their
+    standard error where they are light. Too high a one shows only where the weights are alike, as those of an exact guide,
+    and draws of the prior find nothing more: else the guide may have missed a part of the posterior. Where the weights cannot
+    tell, nothing is said.
+    """
+    parts = [getattr(pair, name, None) for name in ("prior", "likelihood", "posterior", "marginal")]
+    if all(str(getattr(part, "__module__", "")).startswith("probae.") for part in parts):
+        return  # ours are tested against closed forms
+    if layout.globals_ or layout.whole or not layout.vectorised or layout.improper or layout.summed:
+        return
+    rows = rows_at(batch, torch.linspace(0, length(batch) - 1, min(_ROWS, length(batch))).long())
+    with still(pair):
+        claimed = pair.log_marginal(rows).double()
+        guided = pair.has_guide and no_bound(layout) is None and bool(layout.latents)
+        ratios = (_by_guide if guided else _by_prior)(pair, rows, layout) - claimed
+        wider = _by_prior(pair, rows, layout) - claimed
+    if not bool((ratios < torch.inf).all() & (wider < torch.inf).all()):  # NaN is not below infinity
+        return
+    found = ratios.logsumexp(0) - math.log(_PARTICLES)
+    ess = effective_sample_size(ratios) / _PARTICLES
+    rounding = 1e-3 + 1e3 * torch.finfo(rows.dtype if rows.is_floating_point() else torch.float32).eps * claimed.abs()
+    error = _ERRORS * ((1 / ess - 1) / _PARTICLES).clamp_min(0).sqrt() + rounding.to(ess.device)
+    low = (found > math.log(len(found) / _NEVER)) | ((found > error) & (ess > _LIGHT))
+    low = low | (found.sum() > -math.log(_NEVER))
+    more = wider.logsumexp(0) - math.log(_PARTICLES) > found
+    high = (found < -error) & (ess > _ALIKE) & ~more
+    wrong = low | high
+    if bool(wrong.any()):
+        n = int((found.abs() * wrong).argmax())
+        raise ValueError(
+            f"marginal() is not that of the model: for one datum it gives log p(x) = {claimed[n]:.4g}, and {_PARTICLES} "
+            f"importance weights of model and guide give {claimed[n] + found[n]:.4g}. Correct marginal(), the model or the "
+            "guide's density, or leave marginal() away and use method='iwae'"
+        )
+
+
+def _by_guide(pair: Pair, rows: Tensor, layout: Layout) -> Tensor:
+    traces = pair.traces(rows, _PARTICLES)
+    return (traces.likelihood() + traces.prior() - traces.posterior()).local.double()
+
+
+def _by_prior(pair: Pair, rows: Tensor, layout: Layout) -> Tensor:
+    model = pair.run(pair.model, rows, _PARTICLES, layout)
+    traces = Traces([(poutine.Trace(), model)], layout, _PARTICLES, length(rows))
+    return traces.likelihood().local.double().expand(_PARTICLES, -1)
