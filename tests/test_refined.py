@@ -16,8 +16,8 @@ from torch import nn
 
 import probae
 from probae import likelihoods, posteriors, priors
-from probae.evidence.pareto import effective_sample_size, pareto_k
 from probae.evidence.judging import settled
+from probae.evidence.pareto import effective_sample_size, pareto_k
 from probae.evidence.result import Evidence
 from probae.evidence.running import Running
 

@@ -126,7 +126,11 @@ def notes_on(comparison: Comparison) -> list[str]:
     for entry in comparison.entries:
         if entry.evidence and entry.reliable < _BELIEVED:
             share = f"{1 - entry.reliable:.0%} of the data the Monte Carlo standard error is"
-            why = "unknown (one draw tells none)" if math.isnan(entry.mc_stderr) else "unreliable (heavy-tailed importance weights)"
+            why = (
+                "unknown (one draw tells none)"
+                if math.isnan(entry.mc_stderr)
+                else "unreliable (heavy-tailed importance weights)"
+            )
             notes.append(f"{entry.name}: for {share} {why}. The value is still a lower bound")
     below = table[table["over_independent"] < -2 * table["over_independent_stderr"]].index
     if len(below):

@@ -35,9 +35,7 @@ def judged(found: Evidence, weights: Weights, batch: Batch, seed: int) -> Eviden
     """The same with ``reliable``, by `JUDGES` further draws, which cost as much as so many more particles."""
     if found.particles < 2:
         return replace(found, reliable=torch.zeros(len(found), dtype=torch.bool))
-    return replace(
-        found, reliable=settled(iwae(weights, batch, JUDGES, derived(seed, _JUDGES)), found.particles)
-    )
+    return replace(found, reliable=settled(iwae(weights, batch, JUDGES, derived(seed, _JUDGES)), found.particles))
 
 
 def bounds(methods: list[str], weights: Weights, batch: Batch, particles: int, seed: int) -> dict[str, Evidence]:

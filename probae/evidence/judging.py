@@ -26,7 +26,7 @@ JUDGES = 500
 #: particles, and chains, from which intervals of light weights cover as they should
 PARTICLES, CHAINS = 50, 8
 _FINITE = 0.5  # the tail index from which weights have no variance
-_CLEAR = 2.0  # standard errors by which k̂ has to be below
+_CLEAR = 2.33  # standard errors by which k̂ has to be below: 99 in 100
 _LEFT, _RIGHT = -0.3, 0.2  # skewness by √K: one or two intervals in a hundred are lost; small weights do less harm
 _KNOWN = 0.1  # the most that log p̂ may be uncertain by
 _SPREAD = 0.5  # standard deviation of log w, of annealed chains

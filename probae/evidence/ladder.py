@@ -13,8 +13,8 @@ from probae.arguments import whole
 from probae.batches import Batch, leaves, length, rows_at
 from probae.evidence.annealed import Annealing, ais
 from probae.evidence.importance import iwae
-from probae.evidence.options import Options
 from probae.evidence.judging import settled
+from probae.evidence.options import Options
 from probae.evidence.pareto import reliable_below
 from probae.evidence.refined import MISSED, Guides, Refinement, Refiner
 from probae.evidence.result import RUNGS, Evidence, joined

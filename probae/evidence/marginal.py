@@ -8,7 +8,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from probae.batches import length, rows_at
 from probae.evidence.pareto import effective_sample_size
 from probae.evidence.weights import no_bound
 from probae.pair import Pair
@@ -36,7 +35,7 @@ def require_marginal(pair: Pair, batch: Tensor, layout: Layout) -> None:
         return  # ours are tested against closed forms
     if layout.globals_ or layout.whole or not layout.vectorised or layout.improper or layout.summed:
         return
-    rows = rows_at(batch, torch.linspace(0, length(batch) - 1, min(_ROWS, length(batch))).long())
+    rows = batch[torch.linspace(0, len(batch) - 1, min(_ROWS, len(batch))).long().to(batch.device)]
     with still(pair):
         claimed = pair.log_marginal(rows).double()
         guided = pair.has_guide and no_bound(layout) is None and bool(layout.latents)
@@ -69,5 +68,5 @@ def _by_guide(pair: Pair, rows: Tensor, layout: Layout) -> Tensor:
 
 def _by_prior(pair: Pair, rows: Tensor, layout: Layout) -> Tensor:
     model = pair.run(pair.model, rows, _PARTICLES, layout)
-    traces = Traces([(poutine.Trace(), model)], layout, _PARTICLES, length(rows))
+    traces = Traces([(poutine.Trace(), model)], layout, _PARTICLES, len(rows))
     return traces.likelihood().local.double().expand(_PARTICLES, -1)

@@ -315,7 +315,10 @@ class Refiner:
     ) -> list[Tensor]:
         prior, likelihood = self.space.terms(u, rows, given)
         log_q, gaussian = mixture.log_prob(u, loc, factor, prior, shares)
-        return [prior + likelihood - log_q, prior + likelihood - gaussian]
+        # a draw of the prior that rounds to the edge of its support has u infinite, where the prior alone draws
+        edge = ~u.isfinite().all(-1)
+        log_w = torch.where(edge, likelihood - shares[2], prior + likelihood - log_q)
+        return [log_w, prior + likelihood - gaussian]
 
     # -- the programs ------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,9 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
     """The evidence of blocks of data that share no draws, one after another."""
     first, elbos = parts[0], [part.elbo for part in parts if part.elbo is not None]
     columns = {name: [getattr(part, name) for part in parts] for name in _BY_DATUM}
-    known = {name: None if any(c is None for c in column) else _side_by_side(column) for name, column in columns.items()}
+    known = {
+        name: None if any(c is None for c in column) else _side_by_side(column) for name, column in columns.items()
+    }
     total = sum(len(part) for part in parts)
     shared = [len(part) / total * part.shared_mc_stderr for part in parts if part.shared_mc_stderr is not None]
     return replace(
@@ -178,9 +180,7 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
 def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
     """Columns (N,), or (R, N) with NaN where one has fewer rows, of one datum after another."""
     rows = max(len(column) for column in columns) if columns[0].dim() > 1 else 0
-    padded = [
-        torch.cat([c, c.new_full((rows - len(c), c.shape[1]), torch.nan)]) if rows else c for c in columns
-    ]
+    padded = [torch.cat([c, c.new_full((rows - len(c), c.shape[1]), torch.nan)]) if rows else c for c in columns]
     return torch.cat(padded, -1)
 
 

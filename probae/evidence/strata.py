@@ -55,7 +55,6 @@ class Strata:
         missed = (len(parts) - 1) / self.all.count**2
         return sum(share**2 * r for share, r in zip(shares, relative, strict=True)) + missed  # type: ignore[return-value]
 
-
     @property
     def split(self) -> Tensor:
         """log p̂ (R, N) by each of at most ten parts of the draws alone.
