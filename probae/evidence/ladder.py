@@ -77,9 +77,11 @@ def climb(
     r"""log p(x) of each datum by the first rung whose pilot weights are light enough: iwae, refined, ais.
 
     Light enough: Pareto k̂ of the pilot's weights within what they can settle, and a standard error of log p̂ of at most 0.1
-    nat at K (or 1,000, if that is more); or an effective sample size of a quarter of the draws. Between refined and annealed
-    weights, where neither may be, the pilot with the higher bound decides. What is reported is drawn afresh, so that given
-    the choice each p̂ is unbiased, and its logarithm a lower bound in expectation; no maximum over rungs is taken. A pilot
+    nat at K (or 1,000, if that is more); or an effective sample size of a quarter of the draws. A refined guide is left again
+    where draws of guide or prior find a part of the posterior that it misses, or where its pilot's bound is below the
+    guide's by two standard errors; between refined and annealed weights, the pilot with the higher bound decides. Pilots
+    judge, too, which errors are ``reliable``; a value whose pilot is significantly below another's is not. What is reported
+    is drawn afresh, so that given the choice each p̂ is unbiased, and its logarithm a lower bound in expectation; no maximum over rungs is taken. A pilot
     sees only where its draws go: a mode of the posterior that guide and refinement both miss is not noticed, and the value
     is then a bound that is not tight.
 
@@ -164,9 +166,8 @@ class _Climb:
             found = refiner.weighed(rows, own, self.pilot, _PILOT_REFINED).evidence
             whole = refiner.missed(rows, own, found.values, self.pilot, _PILOT_REFINED) <= MISSED
             self._noted("refined", left, found, settled(found, self.particles) & whole)
-            # a guide of several modes is not left for one that sits in some of them
-            lower = self.values[RUNGS.index("iwae"), left] > found.values
-            taken = torch.where(whole, ~self._below("refined")[left], ~lower)
+            # a guide of several modes is not left for one that sits in some of them, unless its bound is the lower one still
+            taken = torch.where(whole, ~self._below("refined")[left], self._below("iwae", 1.0)[left])
             rung[left[taken]] = RUNGS.index("refined")
             left = left[~(taken & whole & self._light(found))]
         if "ais" in rungs and len(left):
@@ -203,11 +204,11 @@ class _Climb:
         self.values[number, at], self.errors[number, at] = found.values, found.mc_stderr.nan_to_num(0.0)
         self.believed[number, at] = believed
 
-    def _below(self, rung: str) -> Tensor:
-        """Of which data a rung's pilot is below that of another one by more than two standard errors of the difference."""
+    def _below(self, rung: str, errors: float = 2.0) -> Tensor:
+        """Of which data a rung's pilot is below that of another one by more than some standard errors of the difference."""
         number = RUNGS.index(rung)
         apart = self.values - self.values[number]
-        return (apart > 2 * torch.hypot(self.errors, self.errors[number])).any(0)
+        return (apart > errors * torch.hypot(self.errors, self.errors[number])).any(0)
 
     def _run(self, rung: str, rows: Batch, guides: Guides | None) -> Evidence:
         if rung == "iwae":
