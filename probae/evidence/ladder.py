@@ -81,7 +81,8 @@ def climb(
     where draws of guide or prior find a part of the posterior that it misses, or where its pilot's bound is below the
     guide's by two standard errors; between refined and annealed weights, the pilot with the higher bound decides. Pilots
     judge, too, which errors are ``reliable``; a value whose pilot is significantly below another's is not. What is reported
-    is drawn afresh, so that given the choice each p̂ is unbiased, and its logarithm a lower bound in expectation; no maximum over rungs is taken. A pilot
+    is drawn afresh, so that given the choice each p̂ is unbiased, and its logarithm a lower bound in expectation; no maximum
+    over rungs is taken. A pilot
     sees only where its draws go: a mode of the posterior that guide and refinement both miss is not noticed, and the value
     is then a bound that is not tight.
 
