@@ -123,6 +123,7 @@ def _lost(x: Tensor, keeps: bool) -> int | None:
 
 def _rounding(x: Tensor) -> Tensor:
     """What float32 leaves out of each number, 0 of those that are none."""
+    x = x if x.is_floating_point() else x.long()  # torch does not compute with unsigned numbers
     return (x - x.float().to(x.dtype)).abs().double().nan_to_num(0.0)
 
 
@@ -220,6 +221,7 @@ def checksums(batch: Batch) -> Tensor:
     coarse, fine = [], []
     for _, leaf in leaves(batch):
         rows = leaf.detach().cpu().reshape(len(leaf), -1)
+        rows = rows if rows.is_floating_point() else rows.long()
         coarse.append(rows.float())
         exact = rows.dtype is torch.float64 or (not rows.is_floating_point() and rows.element_size() >= 4)
         fine.append(

@@ -44,7 +44,7 @@ def test_data_stay_in_float64_where_float32_would_lose_digits_that_matter():
     assert as_batch(with_outlier, torch.float32, keeps=True).dtype is torch.float64
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
 def test_whole_numbers_are_not_rounded(dtype):
     x = np.array([[2**24 + 1, 3], [5, 7]], dtype=dtype)
     assert as_batch(x, torch.float32, keeps=True)[0, 0] == 2**24 + 1
