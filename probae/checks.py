@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probae.agreement import check_event
 from probae.batches import Batch, call, leaves, length, rows_of
-from probae.layout import run_at, run_both
+from probae.layout import run_at, run_both, with_more_sites
 from probae.masks import Site, kept, splits_an_event, unmasked
 from probae.missing import known, require_numbers
 from probae.pair import Pair
@@ -52,6 +52,7 @@ def check(pair: Pair, batch: Batch, seed: int = 0, training: bool = False) -> La
 
 def _checked(pair: Pair, rows: Batch, layout: Layout, guide: Any, model: Any, start: int, training: bool) -> Layout:
     """One block of rows, of which the first is the datum ``start``."""
+    layout = with_more_sites(pair, rows, layout, guide, model)
     if pair.missing is not None:
         _check_filled([*samples(guide), *samples(model)])
     drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}

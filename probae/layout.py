@@ -64,12 +64,13 @@ def lay_out(pair: Any, batch: Batch, seed: int = 0) -> Layout:
             plates = data_axis.tracking([(data_axis.sites_of(*run), length(few)) for few, *run in trials])
         data_axis.require_plate(plates, sites, rows)
         check_sites(guide, model, pair.has_guide)
-        layout = _described(pair, rows, guide, model, plates, trials is None)
+        layout = described(pair, rows, guide, model, plates, trials is None)
         few = [rows] if layout.whole else [trial[0] for trial in trials or ()]
         return replace(layout, vectorised=all(_vectorises(pair, some, layout) for some in few))
 
 
-def _described(pair: Any, rows: Batch, guide: Any, model: Any, plates: frozenset[str], whole: bool) -> Layout:
+def described(pair: Any, rows: Batch, guide: Any, model: Any, plates: frozenset[str], whole: bool) -> Layout:
+    """What a run on some rows says, given the names of the plates over the data."""
     sites = data_axis.sites_of(guide, model)
     over = {f.name: f for site in sites for f in frames(site) if f.name in plates}
     local = Layout({name: frame.dim for name, frame in over.items()}, max(-f.dim for s in sites for f in frames(s)))
@@ -99,6 +100,29 @@ def _described(pair: Any, rows: Batch, guide: Any, model: Any, plates: frozenset
         whole=whole,
         enumerated=any(is_enumerated(s) for t in (guide, model) for s in samples(t) if not s["is_observed"]),
         note=_note(pair, model),
+    )
+
+
+def with_more_sites(pair: Any, rows: Batch, layout: Layout, guide: Any, model: Any) -> Layout:
+    """The layout with what a run on some rows has beside it: programs may draw more for some data, such as longer sequences."""
+    known = {*layout.latents, *layout.globals_, *layout.observed}
+    if all(site["name"] in known or is_factor(site["fn"]) for site in samples(model)):
+        return layout
+    check_sites(guide, model, pair.has_guide)
+    more = described(pair, rows, guide, model, frozenset(layout.data_dims), layout.whole)
+    names = ("latents", "globals_", "observed", "improper", "masked", "points", "summed")
+    joined: Any = {name: tuple(dict.fromkeys((*getattr(layout, name), *getattr(more, name)))) for name in names}
+    reasons = {
+        name: getattr(layout, name) or getattr(more, name) for name in ("no_density", "not_normalised", "no_evidence")
+    }
+    return replace(
+        layout,
+        **joined,
+        **reasons,
+        nesting=max(layout.nesting, more.nesting),
+        enumerated=layout.enumerated or more.enumerated,
+        vectorised=layout.vectorised and _vectorises(pair, rows, more),
+        varies=True,
     )
 
 

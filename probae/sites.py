@@ -36,6 +36,7 @@ class Layout:
         no_evidence: why there is no log p(x) of each datum at all, or None.
         no_density: why the density of the guide's draws is not known, or None.
         not_normalised: why the guide's terms are no density of its draws, or None.
+        varies: whether some data have sites that others have not.
         whole: whether the programs run on all of the data at once alone.
         vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
         note: what the reader of an estimate should know of the programs.
@@ -56,6 +57,7 @@ class Layout:
     no_evidence: str | None = None
     no_density: str | None = None
     not_normalised: str | None = None
+    varies: bool = False
     whole: bool = False
     vectorised: bool = True
     note: str = ""

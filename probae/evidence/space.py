@@ -69,6 +69,11 @@ class Space:
             raise ValueError(
                 f"the programs draw {list(layout.globals_)}, which all data share, and take no particle axis: use 'iwae'"
             )
+        if layout.varies:
+            raise ValueError(
+                "the programs draw more sites for some data than for others, so the data have no coordinates in common: use "
+                "method='iwae', or draw as many for all of them, those beyond a datum's end under a mask"
+            )
         self.pair, self.layout = pair, layout
         self.vectorised = layout.vectorised
         with still(pair):
