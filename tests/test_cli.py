@@ -365,7 +365,6 @@ def bad_files(folder):
     np.save(folder / "pickled.npy", np.array([{"a": 1}] * 20, dtype=object), allow_pickle=True)
     np.save(folder / "flat.npy", np.arange(50.0))
     x = np.random.default_rng(0).normal(size=(40, 3))
-    np.save(folder / "constant.npy", np.c_[x, np.ones(40)])
     np.save(folder / "huge.npy", x * 1e300)
     np.save(folder / "good.npy", x)
     np.save(folder / "bits.npy", (x > 0).astype(np.uint8))
@@ -390,7 +389,6 @@ MISTAKES = {
     "a truncated npy": (["--data", "cut.npy"], "damaged"),
     "a pickle": (["--data", "pickled.npy"], "pickle"),
     "one dimension": (["--data", "flat.npy"], "flat.npy"),
-    "a constant column": (["--data", "constant.npy", "--latents", 1], "vary"),
     "numbers beyond float32": (["--data", "huge.npy"], "too large"),
     "an unknown model": (["--data", "good.npy", "--models", "ppca,pca"], "pca.*|expected.*factor_analysis"),
     "no model": (["--data", "good.npy", "--models", ","], "expected"),

@@ -480,7 +480,7 @@ def test_too_many_states_are_refused_and_estimated_instead():
     [
         (lambda: dist.Normal(torch.zeros(1, **float64), 1.0).to_event(1), "Normal"),
         (lambda: dist.Poisson(torch.ones(1, **float64)).to_event(1), "Poisson"),
-        (lambda: dist.OneHotCategorical(torch.ones(3, **float64)), "OneHotCategorical"),
+        (lambda: dist.Multinomial(2, torch.ones(3, **float64)), "Multinomial"),
     ],
 )
 def test_what_cannot_be_listed_is_not_enumerated(site, match):

@@ -89,7 +89,7 @@ def test_the_sites_of_the_guide_are_the_latents(name):
     guide, program = instance.traces(x, 3).runs[0]
     assert [s["name"] for s in samples(guide)] == ["z"] == list(layout.latents)
     assert [s["name"] for s in samples(program) if s["is_observed"]] == ["x"] == list(layout.observed)
-    assert (layout.data_dim, layout.nesting, layout.globals_, layout.measure) == (-1, 1, (), "density")
+    assert (set(layout.data_dims.values()), layout.nesting, layout.globals_, layout.measure) == ({-1}, 1, (), "density")
     assert layout.vectorised
     assert bool(layout.improper) == (name in FLAT) == is_flat(instance.prior())
     assert bool(layout.points) == (name in POINT)

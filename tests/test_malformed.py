@@ -365,11 +365,13 @@ def discrete():
     encoder = seeded(lambda: nn.Linear(D, 2))
 
     def model(x):
+        weights, means = pyro.param("scores", scores), pyro.param("loc", loc)
         with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Categorical(logits=scores))
-            pyro.sample("x", dist.Normal(loc[z], 1.0).to_event(1), obs=x)
+            z = pyro.sample("z", dist.Categorical(logits=weights))
+            pyro.sample("x", dist.Normal(means[z], 1.0).to_event(1), obs=x)
 
     def guide(x):
+        pyro.module("encoder", encoder)
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", dist.Categorical(logits=encoder(x)))
 
@@ -381,12 +383,14 @@ def labelled():
     encoder, decoder = seeded(lambda: (nn.Linear(D + 1, L), nn.Linear(L + 1, D)))
 
     def model(x, y):
+        pyro.module("decoder", decoder)
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.Normal(torch.zeros(L), 1.0).to_event(1))
             inputs = torch.cat([z, y[:, None].to(z.dtype).expand(*z.shape[:-1], 1)], -1)
             pyro.sample("x", dist.Normal(decoder(inputs), 1.0).to_event(1), obs=x)
 
     def guide(x, y):
+        pyro.module("encoder", encoder)
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", dist.Normal(encoder(torch.cat([x, y[:, None].to(x.dtype)], -1)), 1.0).to_event(1))
 

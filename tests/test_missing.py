@@ -359,7 +359,8 @@ def test_an_independent_optimiser_finds_nothing_better(shared):
 def test_noise_that_would_vanish_stops_at_the_floor():
     """A feature that is a latent: its noise goes to zero (a Heywood case)."""
     x = complete(300, 6)[:, :5]
-    x = torch.cat([x, x[:, :1] + x[:, 1:2]], 1)
+    noise = 1e-4 * torch.randn(300, 1, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    x = torch.cat([x, x[:, :1] + x[:, 1:2] + noise], 1)
     x = with_gaps(x, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

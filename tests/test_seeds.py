@@ -263,7 +263,7 @@ def test_streamed_blocks_of_neighbouring_seeds_share_no_draws():
 def test_folds_share_no_draws():
     model, x = probae.VAE(D, L, seed=0), data(20)
     found = probae.compare({"a": lambda train: model}, x, method="elbo", particles=1, seed=7, folds=2).evidence()["a"]
-    for number, part in enumerate(parts(20, 2, 7)):
+    for number, part in enumerate(parts(20, 2, 7), 1):
         alone = probae.log_evidence(model, x[part], "elbo", particles=1, seed=derived(7, number)).values
         assert torch.equal(torch.as_tensor(found.values)[part], alone)
 

@@ -183,7 +183,7 @@ def _by_blocks(
     with seeded(seed, device), fetching():  # a DataLoader draws from the process's stream
         for number, block in enumerate(blocks):
             if number % team.count == team.rank:
-                at = derived(seed, number)
+                at = derived(seed, number) if number else seed  # one block has the draws of data in memory
                 parts[number] = log_evidence(
                     pair, block, method, particles=particles, seed=at, compile=compile, **options
                 )
