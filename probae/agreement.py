@@ -62,7 +62,7 @@ def check_event(site: Site) -> None:
 
 
 def check_places(drawn: dict[str, Site], latent: dict[str, Site], layout: Layout) -> None:
-    """Raise a ValueError that names the first latent that is one datum's in the model and shared in the guide, or the reverse."""
+    """Raise a ValueError that names the first latent that one program has for each datum, and the other for all of them."""
     for name, site in latent.items():
         if name in drawn and layout.is_local(site) != layout.is_local(drawn[name]):
             inner, outer = ("model", "guide") if layout.is_local(site) else ("guide", "model")
