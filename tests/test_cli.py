@@ -92,7 +92,7 @@ def job(request, tmp_path_factory):
 def digits(tmp_path_factory):
     """The default data, hardly trained."""
     folder = tmp_path_factory.mktemp("digits") / "out"
-    arguments = ["--steps", "5", "--particles", "5", "--test-rows", "100", "--out", folder]
+    arguments = ["--steps", "5", "--particles", "5", "--test-rows", "40", "--out", folder]
     code, out, err = command("compare", *arguments, columns=160)
     assert (code, err) == (0, "")
     return folder, out
