@@ -286,7 +286,10 @@ class Pair(Parameters, Passes, nn.Module):
         yield from self.buffers()
 
     def _reference(self) -> Tensor | None:
-        return next((t for t in self._tensors() if t.is_floating_point()), None)
+        # what functions merely reach says less than what the pair's own programs and object have
+        reached = {id(t) for t in (*self._in_use.parameters(), *self._in_use.buffers())}
+        floating = [t for t in self._tensors() if t.is_floating_point()]
+        return next((t for t in floating if id(t) not in reached), next(iter(floating), None))
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -617,7 +617,17 @@ def hidden_markov(history, x, there=None):
                 pyro.sample(f"x_{t}", dist.Normal(levels()[z], 1.0), obs=x[:, t])
 
 
-@pytest.mark.parametrize(("history", "steps"), [(1, 2), (1, 20), (1, 50), (2, 3), (2, 20), (2, 50)])
+@pytest.mark.parametrize(
+    ("history", "steps"),
+    [
+        (1, 2),
+        (1, 20),
+        pytest.param(1, 50, marks=pytest.mark.slow),
+        (2, 3),
+        (2, 20),
+        pytest.param(2, 50, marks=pytest.mark.slow),
+    ],
+)
 def test_chains_of_any_length_are_summed_out(history, steps):
     torch.manual_seed(3)
     x, model = torch.randn(2, steps), partial(hidden_markov, history)

@@ -901,7 +901,8 @@ def test_evidence_follows_from_the_weights_of_pyros_traces(name):
     close(elbo.values, log_w.mean(0))
     close(iwae.values, torch.logsumexp(log_w, 0) - math.log(runs))
     assert elbo.bound == iwae.bound == "lower"
-    auto = probae.log_evidence(pair, program.batch, particles=2000)
+    # the weights are heavy where a guide of each datum has hardly been trained
+    auto = probae.log_evidence(pair, program.batch, particles=2000 if name.startswith("local latents") else 200)
     if name == "mixture of parameters":  # no draws are left: log p(x) itself
         assert auto.bound == "exact"
         close(auto.values, expected[0])

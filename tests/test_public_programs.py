@@ -209,7 +209,10 @@ def test_hidden_markov_models_have_pyros_loss(kind, include_prior):
     same_loss(model, at_point(kind, model), (notes, lengths), expected, **options)
 
 
-@pytest.mark.parametrize("kind", HMMS)
+SLOW = ("factorial", "coupled")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in HMMS])
 def test_hidden_markov_models_are_evaluated_by_their_forward_algorithm(kind):
     notes, lengths = songs()
     model = partial(HMMS[kind], True)
