@@ -172,6 +172,10 @@ def blamed(name: str, rows: Batch) -> Iterator[None]:
             "drawn from: it needs a guide that draws its site"
         ) from error
     except PROGRAM_ERRORS as error:
+        if "DataLoader worker" in str(
+            error
+        ):  # torch's signal handler says so at any moment, and no program is to blame
+            raise
         raise ValueError(f"the {name} failed on rows of the data, of shape {shapes(rows)}: {error}") from error
 
 
