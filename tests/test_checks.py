@@ -323,3 +323,11 @@ def test_checks_work_when_validation_of_distributions_is_off():
         refuses(probae.VAE(D, L, likelihood=likelihoods.Bernoulli()), real(), r"site 'x'")
     finally:
         torch.distributions.Distribution.set_default_validate_args(before)
+
+
+def test_a_worker_that_died_while_the_programs_ran_is_not_blamed_on_them():
+    def model(x):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        check(probae.Pair(model), real())
