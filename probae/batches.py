@@ -218,19 +218,23 @@ def checksums(batch: Batch) -> Tensor:
 
     Its upper half is of the numbers in float32, its lower half of what that leaves out, 0 where it is nothing.
     """
-    coarse, fine = [], []
-    for _, leaf in leaves(batch):
-        rows = leaf.detach().cpu().reshape(len(leaf), -1)
-        rows = rows if rows.is_floating_point() else rows.long()
-        coarse.append(rows.float())
-        exact = rows.dtype is torch.float64 or (not rows.is_floating_point() and rows.element_size() >= 4)
-        fine.append(
-            (rows - coarse[-1].to(rows.dtype)).double() if exact else torch.zeros_like(rows, dtype=torch.float64)
-        )
-    halves = torch.cat(coarse, 1) + 0.0, torch.cat(fine, 1).nan_to_num(0.0, 0.0, 0.0) + 0.0  # no zero has a sign
-    halves[0][halves[0].isnan()] = torch.nan  # nor do gaps have kinds
-    upper, lower = (torch.tensor([zlib.crc32(row.tobytes()) for row in half.numpy()]) for half in halves)
-    return (upper >> 1 << 32) | torch.where(halves[1].any(1), lower, 0)
+    wide = [leaf.detach().cpu().reshape(len(leaf), -1) for _, leaf in leaves(batch)]
+    wide = [rows if rows.is_floating_point() else rows.long() for rows in wide]
+    coarse = [rows.float() for rows in wide]
+    upper = _cyclic(coarse) >> 1 << 32
+    if not any(rows.dtype in (torch.float64, torch.int64) for rows in wide):
+        return upper
+    fine = [(a - b.to(a.dtype)).double().nan_to_num(0.0, 0.0, 0.0) for a, b in zip(wide, coarse, strict=True)]
+    left = torch.stack([part.any(1) for part in fine]).any(0)
+    return upper | torch.where(left, _cyclic(fine), 0)
+
+
+def _cyclic(parts: list[Tensor]) -> Tensor:
+    """The cyclic redundancy check of each row; no zero has a sign, and NaNs are alike."""
+    rows = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)) + 0.0
+    if (gaps := rows.isnan()).any():
+        rows = rows.masked_fill_(gaps, torch.nan)
+    return torch.tensor([zlib.crc32(row) for row in rows.numpy()])
 
 
 def same_data(a: Tensor, b: Tensor) -> Tensor:

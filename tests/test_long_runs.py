@@ -76,7 +76,6 @@ def test_what_a_data_set_draws_does_not_depend_on_who_reads_it():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["Dataset", "DataLoader"])
-@pytest.mark.slow  # a signal may come at any moment: beside other tests it once met pytest itself
 def test_a_worker_that_dies_is_a_clear_error_and_the_checkpoint_loads(tmp_path, kind):
     def dying(dies_at):
         rows = Rows(data(), dies_at)

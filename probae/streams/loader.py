@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from traceback import walk_tb
+from traceback import clear_frames, walk_tb
 from typing import Any
 
 import numpy as np
@@ -263,6 +263,8 @@ def fetching() -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not _of_a_worker_gone(error):
             raise
+        # while the frames hold the loader's iterator, any child that ends makes torch raise again
+        clear_frames(error.__traceback__)
         raise ChildProcessError(
             "a worker process that reads the data has died (killed, or out of memory); with checkpoint= the same call goes on "
             f"from the last record. torch says: {str(error).splitlines()[0]}"
