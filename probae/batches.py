@@ -91,6 +91,8 @@ def _as_leaf(
         if not keeps:
             raise ValueError(_too_fine(tensor, what, column))
         cast = torch.float64
+    if tensor.is_inference():  # autograd takes no such tensor
+        tensor = tensor.clone()
     # however it lay in memory, the same numbers then give the same bits
     return tensor.as_subclass(Tensor).to(device=device, dtype=cast).contiguous()
 

@@ -15,6 +15,7 @@ from probae.checks import check
 from probae.codes import Codes, fitted
 from probae.distributions import DiscretisedNormal, Translated
 from probae.evidence.refined import Guides, Refinement, Refiner
+from probae.isolation import isolated
 from probae.missing import masked
 from probae.pair import Pair, as_pair
 from probae.recipe import recorded
@@ -66,10 +67,12 @@ class ExPost(Pair):
             return dist.Delta(self.prior.latent(fn.mean), event_dim=1, validate_args=False)
         return fn
 
+    @isolated
     def encode(self, x: Any) -> Any:
         """The autoencoder's codes."""
         return self.inner.encode(x)
 
+    @isolated
     def decode(self, z: Any) -> Tensor:
         """The mean of x given codes, (..., L) -> (..., D)."""
         return self.inner.decode(z)
@@ -78,6 +81,7 @@ class ExPost(Pair):
         return f"<{self.label}: {type(self.inner).__name__}, {type(self.prior).__name__} of {self.latents} latents>"
 
 
+@isolated
 def expost_prior(
     model: Any,
     x_train: Any,

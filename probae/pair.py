@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from probae.batches import Batch, as_batch, call, leaves, length
 from probae.guides import is_messenger
+from probae.isolation import one_at_a_time
 from probae.layout import PROGRAM_ERRORS, lay_out, run_at
 from probae.masks import Site
 from probae.missing import masked, require_numbers
@@ -230,8 +231,9 @@ class Pair(Parameters, Passes, nn.Module):
                 with pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting):
                     call(program, batch)
 
+        self._require_default_dtype()
         handled = handler(vectorised, **options) if handler is not None else vectorised
-        with self.own_parameters():
+        with one_at_a_time(), self.own_parameters():
             trace = poutine.trace(handled).get_trace()
         if program == self.guide and is_messenger(
             self
@@ -280,6 +282,25 @@ class Pair(Parameters, Passes, nn.Module):
         """Raise a ValueError if a parameter or buffer is on the meta device, where tensors have no values."""
         if any(tensor.is_meta for tensor in self._tensors()):
             raise ValueError("expected a model with parameters, and they are on the meta device, which keeps no values")
+
+    def require_trainable(self) -> None:
+        """Raise a ValueError if a parameter or buffer was made in inference mode, which lets nothing change it."""
+        self.require_values()
+        if any(tensor.is_inference() for tensor in self._tensors()):
+            raise ValueError(
+                "expected a model that can be trained, and its parameters were made under torch.inference_mode(): make or "
+                "copy the model outside of it"
+            )
+
+    def _require_default_dtype(self) -> None:
+        default = torch.get_default_dtype()
+        if self._programs is None or default is torch.float32 or self.dtype in (None, default):
+            return
+        raise ValueError(
+            f"torch's default dtype is {default}, and the model's parameters are {self.dtype}: tensors that its programs make "
+            f"without a dtype would be {default}. Make both the same, by model.to({default}) or "
+            f"torch.set_default_dtype({self.dtype})"
+        )
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.parameters()

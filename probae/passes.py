@@ -12,6 +12,7 @@ from torch import Tensor
 from probae.arguments import size, whole
 from probae.batches import Batch, as_batch, call, leaves, length, rows_at, shapes
 from probae.imputation import imputed
+from probae.isolation import isolated
 from probae.layout import blamed, first_line
 from probae.missing import require_numbers
 from probae.seeding import still
@@ -24,6 +25,7 @@ _DRAWS = 100
 class Passes:
     """The methods ``sample``, ``encode``, ``decode``, ``reconstruct`` and ``impute`` of a pair; all run without gradient."""
 
+    @isolated
     def sample(self: Any, n: int, like: Any = None, seed: int = 0) -> Any:
         """Draw data from the model: z from the prior, then x given z.
 
@@ -60,6 +62,7 @@ class Passes:
             except RuntimeError as error:  # of distributions whose parameters are NaN, or of several dtypes
                 raise ValueError(f"the model failed to draw {n} data: {error}") from error
 
+    @isolated
     def encode(self: Any, x: Any) -> Tensor | dict[str, Tensor]:
         """The posterior means of the latents at data x, (N, L); a dict by site where there are several.
 
@@ -78,6 +81,7 @@ class Passes:
             sites = [s for s in samples(guide) if not s["is_observed"] and not s["infer"].get("is_auxiliary")]
         return _alone({site["name"]: site["value"] for site in sites})
 
+    @isolated
     def decode(self: Any, z: Any) -> Tensor:
         """The mean of x given latents z, (..., L) -> (..., D).
 
@@ -94,6 +98,7 @@ class Passes:
                 mean = _centre(self.likelihood(z))
             return _alone({"x": mean})
 
+    @isolated
     def reconstruct(self: Any, x: Any) -> Any:
         """The mean of x given the posterior means of its latents, in the shape of x; a dict where several sites are observed.
 
@@ -112,6 +117,7 @@ class Passes:
                     model = self.run(self.model, batch, 1, layout, poutine.replay, trace=guide)
             return _alone({name: _centre(model.nodes[name]["fn"]) for name in layout.observed})
 
+    @isolated
     def impute(self: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
         r"""Draw what is missing given what was observed, in copies of the data without gaps.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import as_whole
+from probae.isolation import one_at_a_time
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
     seed = checked_seed(seed)
     device = torch.device("cpu" if device is None else device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), python_seeded(seed):
+    with one_at_a_time(), torch.random.fork_rng(devices=gpus), python_seeded(seed):
         reseed(seed, device)
         yield
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 import probae.models
 import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
 from probae.arguments import as_path
+from probae.isolation import isolated
 from probae.pair import Pair, as_pair
 from probae.parameters import fill, fill_known
 from probae.recipe import from_json, to_json
@@ -26,6 +27,7 @@ FORMAT = 1
 _JSON, _TENSORS = "model.json", "model.safetensors"
 
 
+@isolated
 def save(model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads.
 
@@ -77,6 +79,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+@isolated
 def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
     """Read a model that `save` wrote; its evidence is then bit-equal at the same seed.
 

@@ -17,12 +17,14 @@ from probae.comparison.entry import Entry, evaluated, given
 from probae.comparison.folds import held_out
 from probae.comparison.result import Comparison, notes_on
 from probae.evidence import Evidence, options_of
+from probae.isolation import isolated
 from probae.pair import as_pair
 from probae.seeding import checked_seed
 
 __all__ = ["Comparison", "Entry", "compare"]
 
 
+@isolated
 def compare(
     models: Mapping[str, Any],
     x: Any,

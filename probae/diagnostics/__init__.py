@@ -12,12 +12,14 @@ from probae.diagnostics.units import Units, latents
 from probae.evidence.importance import bounds, judged
 from probae.evidence.pareto import FEWEST
 from probae.evidence.weights import Weights, no_bound, prepare
+from probae.isolation import isolated
 
 __all__ = ["Diagnosis", "Gaps", "Units", "diagnose"]
 
 _DRAWS = 64  # of each datum's latents, for their KL and means
 
 
+@isolated
 def diagnose(
     model: Any,
     x: Any,

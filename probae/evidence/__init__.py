@@ -20,6 +20,7 @@ from probae.evidence.result import Evidence, joined
 from probae.evidence.tractable import enumerate_states, exact, states
 from probae.evidence.tradeoff import RateDistortion, rate_distortion
 from probae.evidence.weights import Weights, log_weights, no_bound, no_evidence, prepare
+from probae.isolation import isolated
 from probae.pair import Pair, as_pair
 from probae.processes import ALONE, processes
 from probae.seeding import derived, seeded
@@ -43,6 +44,7 @@ _ROWS = 4096  # of data that are read from a Dataset at a time
 METHODS = ("auto", "exact", "enumerate", "elbo", "iwae", "refined", "ais")
 
 
+@isolated
 def log_evidence(
     model: Any,
     x: Any,

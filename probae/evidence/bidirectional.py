@@ -17,6 +17,7 @@ from probae.evidence.annealed import Annealer, Annealing, Block, evidence
 from probae.evidence.judging import settled_chains
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
+from probae.isolation import isolated
 from probae.layout import run_at
 from probae.pair import Pair, as_pair
 from probae.seeding import checked_seed, still
@@ -70,6 +71,7 @@ class Sandwich:
         )
 
 
+@isolated
 def sandwich(
     model: Any, n: int = 100, like: Any = None, *, seed: int = 0, compile: bool | str = "auto", **options: Any
 ) -> Sandwich:

@@ -13,6 +13,7 @@ from probae.arguments import positive
 from probae.evidence.annealed import Annealer, Annealing, Block
 from probae.evidence.hmc import Point
 from probae.evidence.weights import prepare
+from probae.isolation import isolated
 
 if TYPE_CHECKING:
     import pandas
@@ -51,6 +52,7 @@ class RateDistortion:
         )
 
 
+@isolated
 def rate_distortion(
     model: Any, x: Any, *, largest: float = 1.0, seed: int = 0, compile: bool | str = "auto", **options: Any
 ) -> RateDistortion:

@@ -18,6 +18,7 @@ from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
 from probae.flat.constants import untouched
 from probae.flat.graph import same
 from probae.flat.inductor import compiled, unavailable
+from probae.isolation import isolated
 from probae.pair import Pair, as_pair
 from probae.seeding import set_streams, still, streams
 from probae.sites import Layout, samples
@@ -28,6 +29,7 @@ from probae.traces import Traces, scaled_sites
 MEMORY = {"cpu": 2**26, "cuda": 2**31}
 
 
+@isolated
 def log_weights(
     model: Any,
     x: Any,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from probae.arguments import flag, positive, size
 from probae.distributions import Translated, parts
+from probae.isolation import isolated
 from probae.missing import known, moments, observed, require_observed
 from probae.models.gaussian_gaps import fit_mixture, observed_gaussians, regressions
 from probae.models.singular import require_full_rank
@@ -83,6 +84,7 @@ class Independent(Pair):
             return dist.Bernoulli(logits=self.logits[:, 1] - self.logits[:, 0], validate_args=False).to_event(1)
         return dist.Categorical(logits=self.logits, validate_args=False).to_event(1)
 
+    @isolated
     def maximum_likelihood(self, x: Any) -> Independent:
         """Set the parameters from data (N, D): moments, or class frequencies with one added to each count (Laplace's
         rule, so that a value never seen keeps some mass); returns the model."""
@@ -176,6 +178,7 @@ class GaussianMixture(Pair):
         weights = dist.Categorical(logits=self.logits.expand(each.batch_shape), validate_args=False)
         return dist.MixtureSameFamily(weights, each, validate_args=False)
 
+    @isolated
     def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
         """Exact draws of what is missing given what was observed, (draws, N, D); there are no particles to choose."""
         x, draws = self.as_data(x), size("draws", draws)
@@ -192,6 +195,7 @@ class GaussianMixture(Pair):
             drawn = drawn + (gain @ ((values - drawn) * seen).unsqueeze(-1)).squeeze(-1)
         return torch.where(seen, x, drawn.to(x.dtype))
 
+    @isolated
     def maximum_likelihood(self, x: Any, floor: float = 0.05, start: int = 0) -> GaussianMixture:
         """Fit to data (N, D), each feature in units of its standard deviation: in closed form for one component, else by
         scikit-learn's EM, and from there by one for data with gaps where values are missing; returns the model.

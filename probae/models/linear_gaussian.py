@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from probae.arguments import size, whole
 from probae.distributions import LowRankNormal, Normal, Translated, centred
+from probae.isolation import isolated
 from probae.missing import known, moments, observed, require_observed
 from probae.models import maximum_likelihood
 from probae.models.dependence import require_bounded
@@ -222,6 +223,7 @@ class PPCA(LinearGaussian):
     def __init__(self, features: int, latents: int, *, missing: str | None = None):
         super().__init__(features, latents, missing, shared=True)
 
+    @isolated
     def maximum_likelihood(self, x: Any, **options: Any) -> PPCA:
         """Set the parameters to the maximum of the likelihood of data (N, D), in closed form; returns the model.
 
@@ -265,6 +267,7 @@ class FactorAnalysis(LinearGaussian):
     def __init__(self, features: int, latents: int, *, missing: str | None = None):
         super().__init__(features, latents, missing, shared=False)
 
+    @isolated
     def maximum_likelihood(self, x: Any, **options: Any) -> FactorAnalysis:
         """Set the parameters to the maximum of the likelihood of data (N, D), without gradients; returns the model.
 
@@ -280,6 +283,7 @@ class FactorAnalysis(LinearGaussian):
             return self._take(expectation_maximisation(x, self.latents, shared=False, **options))
         return self._take(maximum_likelihood.factor_analysis(x, self.latents))
 
+    @isolated
     def rotated(self, method: str = "varimax") -> Rotation:
         """The loadings W rotated to a simpler structure; see `probae.models.rotation.rotate`."""
         return rotate(self.weight.detach(), method)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probae.arguments import flag, one_of, positive, whole
 from probae.batches import as_matrix
+from probae.isolation import isolated
 from probae.seeding import checked_seed
 
 __all__ = ["Rotation", "rotate"]
@@ -51,6 +52,7 @@ _CRITERIA: dict[str, tuple[_Criterion, bool]] = {
 
 
 @torch.no_grad()
+@isolated
 def rotate(
     weight: Tensor,
     method: str = "varimax",

@@ -13,6 +13,7 @@ from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.checks import check
 from probae.flat.choice import MODES
+from probae.isolation import isolated
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
@@ -31,6 +32,7 @@ from probae.training.watch import Watch
 _BUILD = 21  # what a run draws for before it starts
 
 
+@isolated
 def fit(
     model: Any,
     data: Any,
@@ -129,7 +131,7 @@ def fit(
     where = _device(device)
     model = _built(model, seed)
     pair = as_pair(model)
-    pair.require_values()
+    pair.require_trainable()
     goal = named(objective, pair)
 
     pair.to(where)

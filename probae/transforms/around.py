@@ -8,6 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from probae.isolation import isolated
 from probae.pair import Pair, as_pair
 
 
@@ -46,24 +47,29 @@ class Around(Pair):
     def _events(self, x: Tensor) -> int:
         return self.event_dim
 
+    @isolated
     def decode(self, z: Any) -> Tensor:
         """The mean of the inner pair's x given latents z, mapped back."""
         return self._back(self.inner.decode(z))
 
+    @isolated
     def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
         """Draws of the inner pair, mapped back."""
         if like is not None:
             like = self._forth(self.as_data(like))
         return self._back(self.inner.sample(n, like=like, seed=seed))
 
+    @isolated
     def reconstruct(self, x: Any) -> Tensor:
         """The inner pair's reconstruction, mapped back."""
         return self._back(self.inner.reconstruct(self._forth(self.as_data(x))))
 
+    @isolated
     def encode(self, x: Any) -> Any:
         """The inner pair's codes."""
         return self.inner.encode(self._forth(self.as_data(x)))
 
+    @isolated
     def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
         """The inner pair's draws of what is missing, mapped back; what was observed is left as it is."""
         x = self.as_data(x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.distributions import Truncation
+from probae.isolation import isolated
 from probae.recipe import recorded
 from probae.seeding import seeded
 from probae.transforms.around import Around
@@ -70,6 +71,7 @@ class Dequantised(Around):
             noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
             self.inner.initialise(self._wide(x) + noise.to(x.device))
 
+    @isolated
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
         """The inner model's, with its options, on data with noise of a seed added once; returns the pair."""
         x = self.inner.as_data(x)
@@ -99,6 +101,7 @@ class Dequantised(Around):
     def _events(self, x: Tensor) -> int:
         return x.dim() - 1  # counts have no particle axis: noise gives them theirs
 
+    @isolated
     def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
         """Refused: counts that were observed say less of the latents than the values at which the inner pair would look.
 
@@ -116,6 +119,7 @@ class Dequantised(Around):
     def _back(self, y: Tensor) -> Tensor:
         return y - 0.5
 
+    @isolated
     def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
         """Draws of the inner pair, rounded down."""
         return (super().sample(n, like, seed) + 0.5).floor()

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from probae.isolation import isolated
 from probae.recipe import recorded
 from probae.sites import Layout
 from probae.transforms.around import Around
@@ -130,6 +131,7 @@ class Transformed(Around):
         if self.inner.has("initialise"):
             self.inner.initialise(self._forth(x))
 
+    @isolated
     def maximum_likelihood(self, x: Any, **options: Any) -> Transformed:
         """The inner model's, with its options, at T(x); returns the pair."""
         self.inner.maximum_likelihood(self._forth(self.as_data(x)), **options)
