@@ -1,4 +1,4 @@
-"""Random draws that follow from a seed and leave the caller's own stream as it was."""
+"""Random draws that follow from a seed, whatever other threads draw, and leave the caller's own stream as it was."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import as_whole
+from probae.generator import generator, own_generator
 from probae.isolation import one_at_a_time
 
 
@@ -36,7 +37,7 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
     seed = checked_seed(seed)
     device = torch.device("cpu" if device is None else device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with one_at_a_time(), torch.random.fork_rng(devices=gpus), python_seeded(seed):
+    with one_at_a_time(), torch.random.fork_rng(devices=gpus), python_seeded(seed), own_generator():
         reseed(seed, device)
         yield
 
@@ -57,7 +58,7 @@ def python_seeded(seed: int) -> Iterator[None]:
 def reseed(seed: int, device: torch.device) -> None:
     """Start the streams that programs on a device draw from anew; only inside `seeded`, which puts the caller's back."""
     # not torch.manual_seed: it reseeds every GPU of the process, also those that were not forked
-    torch.default_generator.manual_seed(seed)
+    generator().manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
@@ -101,11 +102,11 @@ def derived(seed: int, *purpose: int) -> int:
 
 def streams(device: torch.device) -> list[Tensor]:
     """The states of the random streams that programs on a device draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [generator().get_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def set_streams(device: torch.device, states: list[Tensor]) -> None:
     """Put them back."""
-    torch.set_rng_state(states[0])
+    generator().set_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro import poutine
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import probae
 
@@ -42,9 +43,10 @@ def models():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae, programs = probae.VAE(D, 2, hidden=(8,)), Programs()
+        others = {"dropped": Dropped(), "gammas": Gammas()}
     for model in (vae, programs):
         probae.fit(model, X, steps=10, batch_size=20, compile=False, progress=False)
-    return {"vae": vae, "programs": programs, "ppca": probae.PPCA(D, 2).maximum_likelihood(X)}
+    return {"vae": vae, "programs": programs, "ppca": probae.PPCA(D, 2).maximum_likelihood(X), **others}
 
 
 def trained(model, compile):
@@ -72,6 +74,10 @@ def calls(models):
     }
 
 
+def evidence_of(comparison):
+    return torch.cat([entry.evidence[0].values for entry in comparison.entries])
+
+
 def long_calls(models):
     vae, ppca = models["vae"], models["ppca"]
     short = {"chains": 2, "distributions": 30, "leapfrog": 2, "pilot": 10}
@@ -79,7 +85,7 @@ def long_calls(models):
         "fit": lambda: trained(vae, "flat"),
         "refined": lambda: probae.log_evidence(vae, X[:8], method="refined", particles=40, compile=False).values,
         "ais": lambda: probae.log_evidence(vae, X[:4], method="ais", compile=False, **short).values,
-        "compare": lambda: probae.compare({"vae": vae, "ppca": ppca}, X, particles=40).entries[0].evidence.values,
+        "compare": lambda: evidence_of(probae.compare({"vae": vae, "ppca": ppca}, X, particles=40)),
         "ex-post prior": lambda: probae.sample(probae.expost_prior(vae, X, kind="normal"), 3),
     }
 
@@ -242,3 +248,98 @@ def test_a_forked_child_works_while_a_thread_of_its_parent_is_in_a_call(models, 
     finally:
         stop = True
         thread.join()
+
+
+class Dropped(Programs):
+    """Programs that draw outside of their sites too."""
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(nn.functional.dropout(x, 0.3, self.training)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc + 0.01 * torch.randn_like(loc), log_scale.exp()).to_event(1))
+
+
+class Gammas(Programs):
+    """Latents whose draws depend on the guide's parameters."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.ones(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            shape, rate = nn.functional.softplus(self.encoder(x)).chunk(2, -1)
+            pyro.sample("z", dist.Gamma(shape + 0.1, rate + 0.1).to_event(1))
+
+
+@contextlib.contextmanager
+def beside(action):
+    """A thread that does something over and over, and has begun."""
+    begun, stop = threading.Event(), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            action()
+            begun.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+BESIDE = {
+    "draws": lambda: (torch.randn(10), time.sleep(0.0005)),
+    "seeds": lambda: (torch.manual_seed(3), time.sleep(0.0005)),
+    "reads a DataLoader": lambda: [time.sleep(0.0005) for _ in DataLoader(TensorDataset(X), 16, shuffle=True)],
+}
+DRAWN = {
+    "fit": lambda models: trained(models["vae"], False),
+    "fit, flat": lambda models: trained(models["vae"], "flat"),
+    "fit with dropout": lambda models: trained(models["dropped"], False),
+    "fit with dropout, flat": lambda models: trained(models["dropped"], "flat"),
+    "fit with gammas, flat": lambda models: trained(models["gammas"], "flat"),
+    "evidence": lambda models: calls(models)["iwae"](),
+    "diagnosis": lambda models: calls(models)["diagnose"](),
+    "refined": lambda models: long_calls(models)["refined"](),
+    "annealing": lambda models: long_calls(models)["ais"](),
+}
+QUICK = {("draws", name) for name in ("fit", "fit, flat", "fit with dropout", "evidence")} | {("seeds", "fit, flat")}
+
+
+@pytest.mark.parametrize(
+    ("action", "name"),
+    [
+        pytest.param(action, name, marks=[] if (action, name) in QUICK else pytest.mark.slow)
+        for action in BESIDE
+        for name in DRAWN
+    ],
+)
+def test_what_another_thread_draws_changes_no_bit(models, action, name):
+    expected = DRAWN[name](models)
+    with beside(BESIDE[action]):
+        found = DRAWN[name](models)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Dropped, Gammas])
+def test_what_another_thread_draws_changes_no_bit_of_a_compiled_fit(models, kind):
+    model = kind()
+    expected = trained(model, True)
+    with beside(BESIDE["draws"]):
+        assert torch.equal(trained(model, True), expected)
+
+
+def test_a_call_draws_the_same_beside_another_thread_and_the_others_stream_is_left_to_it(models):
+    alone = probae.sample(models["vae"], 50)
+    with beside(lambda: time.sleep(0.001)):
+        torch.manual_seed(7)
+        before = torch.get_rng_state()
+        assert torch.equal(probae.sample(models["vae"], 50), alone)
+        assert torch.equal(torch.get_rng_state(), before)

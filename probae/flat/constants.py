@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.reach import PLAIN, reached
+from probae.seeding import set_streams, streams
 
 _LARGE = 2**27  # bytes; a tensor so large that is no parameter is data
 
@@ -87,10 +88,11 @@ def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
 def untouched(roots: Iterable[Any], device: torch.device) -> Iterator[None]:
     """Run programs, and leave what they keep and all random streams as they were."""
     undo, python, legacy = kept(roots), random.getstate(), np.random.get_state()  # noqa: NPY002
+    before = streams(device)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
+        yield
     finally:
+        set_streams(device, before)
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
         for put_back in undo:

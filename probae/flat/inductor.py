@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from probae.flat.graph import Graph, Untraceable
+from probae.generator import generator, through_default
 
 aten = torch.ops.aten
 
@@ -40,19 +41,23 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., list[Tenso
         # in a small step the calls of the kernels weigh as much as they do: they are made from C++
         options["cpp_wrapper"] = not replaced
     held = [tensor.detach() for tensor in graph.held]
+    noise, draws_inside = _drawn_before(module) if device == "cpu" else (_nothing, False)
+    before = generator().get_state()
+    examples = noise()
+    generator().set_state(before)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch
-            call = compile_graph(module, [*inputs, *held], options=options)
+            call = compile_graph(module, [*inputs, *held, *examples], options=options)
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise Untraceable(f"the compiler failed ({type(error).__name__}: {lines[0] if lines else ''})") from error
 
     def run(*tensors: Tensor) -> list[Tensor | None]:
         with torch.no_grad():
-            return call(*tensors, *held)
+            return call(*tensors, *held, *noise())
 
-    return run
+    return (lambda *tensors: through_default(lambda: run(*tensors))) if draws_inside else run
 
 
 @functools.cache
@@ -74,6 +79,55 @@ def unavailable(device: str) -> str | None:
     else:
         return f"nothing is compiled for devices of type {device!r}"
     return None
+
+
+def _nothing() -> list[Tensor]:
+    return []
+
+
+def _drawn_before(module: fx.GraphModule) -> tuple[Callable[[], list[Tensor]], bool]:
+    """Take what is drawn out of a graph, which then has it as further inputs: compiled code draws from torch's generator alone.
+
+    Returns:
+        The draws, in their order; and whether the graph still draws, since a draw depends on values of the graph.
+    """
+    graph = module.graph
+    random = [node for node in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    behind = {node: _behind(node) for node in random}
+    alone = all(
+        all(n.op == "call_function" and (n is node or n not in behind) for n in found)
+        and not (node.target._schema.is_mutable and len(node.args[0].users) > 1)
+        for node, found in behind.items()
+    )
+    if not random or not alone:
+        return _nothing, bool(random)
+    drawing = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = set().union(*behind.values())
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = drawing.node_copy(node, copies.__getitem__)
+    drawing.output([copies[node] for node in random])
+    for node in random:
+        last = [n for n in graph.nodes if n.op == "placeholder"]
+        with graph.inserting_after(last[-1]) if last else graph.inserting_before():
+            place = graph.placeholder(f"drawn_{node.name}")
+        place.meta.update(node.meta)
+        node.replace_all_uses_with(place)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return fx.GraphModule(torch.nn.Module(), drawing), False
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it depends on."""
+    found, nodes = set(), [node]
+    while nodes:
+        if (one := nodes.pop()) not in found:
+            found.add(one)
+            nodes += one.all_input_nodes
+    return found
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
