@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
 import os
+import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +20,20 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     SequentialSampler,
     default_collate,
 )
 
 from probae.batches import Batch, length
+from probae.fingerprints import fingerprints, generators
 from probae.processes import ALONE, Processes
-from probae.seeding import derived, python_seeded, seeded
+from probae.seeding import derived, python_seeded, seeded, set_state, state_of
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 
 _BLOCK = 1024  # rows fetched at a time, when all of the data are read once
 _STEP, _PASS, _SOME = 11, 12, 13  # what rows are fetched for: each has draws of its own
+_FEW = 32  # rows that tell whether a data set draws
 _AHEAD = 4  # minibatches that each worker fetches before they are asked for
 
 
@@ -92,9 +97,28 @@ class Fetched(Source):
         places = np.linspace(0, self.size - 1, min(self.size, _BLOCK)).astype(int).tolist()
         return self._batch(self.rows.__getitems__([_SOME, 0, *places]))
 
+    def require_resumable(self) -> None:
+        """Raise a ValueError if the data set draws from a random generator of its own, which workers have copies of."""
+        found = {} if self.rows.whole else generators([("data", self.rows.data)])
+        before = {name: state_of(generator) for name, generator in found.items()}
+        if found:
+            self.rows.__getitems__([_SOME, 0, *range(min(self.size, _FEW))])
+        for name, generator in found.items():
+            if not torch.equal(before[name], state_of(generator)):
+                raise ValueError(
+                    f"checkpoint: the data set draws from a random generator of its own, {name}, which no checkpoint keeps: "
+                    "let it draw by torch, numpy.random or random, whose streams follow from the run's seed"
+                )
+
     def state(self) -> dict[str, Tensor]:
         """The order after the last minibatch that was asked for; those fetched ahead are fetched again."""
         return self.taken
+
+    def require(self, state: dict[str, Tensor], number: int) -> None:
+        """Raise a ValueError if this is no state of the stream after so many minibatches."""
+        super().require(state, number)
+        if int(state["number"]) != number:
+            raise ValueError(f"the stream of data stands at minibatch {int(state['number'])}, the run at {number}")
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
@@ -143,6 +167,8 @@ class _Rows(Dataset[Any]):
 class Streamed(Source):
     """The batches of a DataLoader, again and again."""
 
+    ordered = False
+
     def __init__(
         self,
         loader: DataLoader[Any],
@@ -164,15 +190,16 @@ class Streamed(Source):
                 "the DataLoader shuffles differently in each process: give it generator=torch.Generator().manual_seed(0), "
                 "or a DistributedSampler"
             )
-        # a loader without a generator of its own draws its order from the process's stream
-        self.generator = loader.generator if loader.generator is not None else torch.default_generator
-        self.start, self.taken, self.epoch = self.generator.get_state(), 0, 0
+        # a sampler without a generator of its own draws from the process's stream
+        self.generators = {"shared": torch.default_generator, **generators([("loader", loader)])}
+        self.start, self.taken, self.epoch = self._states(), 0, 0
         self.resumed: Iterator[Batch] | None = None
+        self.before = self.settings()
 
     def __iter__(self) -> Iterator[Minibatch]:
         while True:
             if self.resumed is None:
-                self.start, self.taken = self.generator.get_state(), 0
+                self.start, self.taken = self._states(), 0
             batches, self.resumed = self.resumed or self._all(), None
             for batch in batches:
                 self.taken += 1
@@ -193,17 +220,65 @@ class Streamed(Source):
         """The first batch, of all processes."""
         return next(self._all())
 
+    def settings(self) -> dict[str, Any]:
+        """What decides batches and their order: the loader's options and its samplers, but for where generators stand."""
+        iterable = isinstance(self.loader.dataset, IterableDataset)
+        return fingerprints([("loader", self.loader)], frozenset() if iterable else frozenset({"dataset"}))
+
+    def require_resumable(self) -> None:
+        """Raise a ValueError if a sampler keeps what no checkpoint has, or workers that go on from pass to pass draw."""
+        after = self.settings()
+        if (
+            name := next((n for n in {**self.before, **after} if self.before.get(n) != after.get(n)), None)
+        ) is not None:
+            raise ValueError(
+                f"checkpoint: reading the data once has changed {name}, which no checkpoint keeps: let the order follow from "
+                "a torch.Generator that the sampler or the loader has, generator=torch.Generator().manual_seed(0)"
+            )
+        if self.loader.persistent_workers and self._draws():
+            raise ValueError(
+                "checkpoint: the data set draws random numbers, and workers that go on from pass to pass keep their streams to "
+                "themselves: make the DataLoader with persistent_workers=False"
+            )
+
     def state(self) -> dict[str, Tensor]:
-        """The stream at the start of this pass, its number, and how many of its batches were taken."""
-        return {"generator": self.start, "taken": torch.tensor(self.taken), "epoch": torch.tensor(self.epoch)}
+        """The random generators at the start of this pass, its number, and how many of its batches were taken."""
+        return {**self.start, "taken": torch.tensor(self.taken), "epoch": torch.tensor(self.epoch)}
+
+    def require(self, state: dict[str, Tensor], number: int) -> None:
+        """Raise a ValueError if this is no state of the stream after so many minibatches."""
+        for name, generator in self.generators.items():
+            set_state(copy.deepcopy(generator), state[name])
+        if not (0 <= int(state["taken"]) <= number and 0 <= int(state["epoch"]) <= number):
+            raise ValueError(f"the stream of data stands at batch {int(state['taken'])}, the run at step {number}")
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there: the batches of this pass that were taken are read again, and left."""
-        self.start, self.taken, self.epoch = state["generator"], int(state["taken"]), int(state["epoch"])
-        self.generator.set_state(self.start)
+        self.start = {name: state[name] for name in self.start}
+        self.taken, self.epoch = int(state["taken"]), int(state["epoch"])
+        for name, generator in self.generators.items():
+            set_state(generator, state[name])
         self.resumed = self._all()
         for _ in range(self.taken):
-            next(self.resumed)
+            if next(self.resumed, None) is None:
+                raise ValueError(
+                    f"the DataLoader gives fewer than the {self.taken} batches that were taken of this pass"
+                )
+
+    def _states(self) -> dict[str, Tensor]:
+        return {name: state_of(generator) for name, generator in self.generators.items()}
+
+    def _draws(self) -> bool:
+        """Whether the data set draws as its rows are read, by a generator of its own or one for all."""
+        everything: Any = {**self.generators, "random": random._inst, "numpy": np.random.mtrand._rand}  # type: ignore[attr-defined]
+        with seeded(self.seed):
+            before = [state_of(generator) for generator in everything.values()]
+            if isinstance(self.loader.dataset, IterableDataset):
+                next(iter(self.loader.dataset))
+            else:
+                [self.loader.dataset[i] for i in range(min(self.size, _FEW))]
+            after = [state_of(generator) for generator in everything.values()]
+        return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     def _all(self) -> Iterator[Batch]:
         empty = True
