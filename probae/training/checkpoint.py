@@ -109,7 +109,7 @@ class Checkpoints:
                 continue
             if found:
                 warnings.warn(
-                    f"checkpoint {printable(place)} is of another run: {told(found)}. It is gone on from, as resume='force' asks",
+                    f"checkpoint {printable(place)} is of another run: {told(found)}. The run goes on from it: resume='force'",
                     RuntimeWarning,
                     stacklevel=2,
                 )
