@@ -152,8 +152,8 @@ def _of_class(cls: type) -> list[tuple[str, Any]]:
     """The values that a class of the user's has itself."""
     libraries = {"torch", "pyro", "zuko", "numpy", "builtins", "probae", "collections", "typing", "abc", "functools"}
     own = [kind for kind in cls.__mro__ if kind.__module__.split(".")[0] not in libraries]
-    items = [item for kind in reversed(own) for item in vars(kind).items()]
-    return [(n, v) for n, v in items if isinstance(v, _OF_CLASS) and not n.startswith("__") and not callable(v)]
+    found = {n: v for kind in reversed(own) for n, v in vars(kind).items() if isinstance(v, _OF_CLASS)}
+    return [(name, value) for name, value in found.items() if not name.startswith("__")]
 
 
 def _key(key: Any) -> str:

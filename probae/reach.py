@@ -81,7 +81,11 @@ def parts(value: Any) -> list[tuple[str, Any]]:
 def _of_class(cls: type) -> dict[str, Any]:
     """The functions of a class of the user's, for what they close over, and the networks that it holds itself."""
     own = [kind for kind in cls.__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES | {"probae"}]
-    found = {n: part for kind in own for n, part in vars(kind).items() if isinstance(part, _OF_CLASSES)}
+    found: dict[str, Any] = {}
+    for kind in own:
+        for name, part in vars(kind).items():
+            if isinstance(part, _OF_CLASSES):  # what a subclass overrides it may still call
+                found[name if name not in found else f"{kind.__name__}.{name}"] = part
     return {n: getattr(part, "__func__", getattr(part, "fget", part)) for n, part in found.items()}
 
 

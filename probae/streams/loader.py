@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
@@ -35,6 +35,7 @@ _BLOCK = 1024  # rows fetched at a time, when all of the data are read once
 _STEP, _PASS, _SOME = 11, 12, 13  # what rows are fetched for: each has draws of its own
 _FEW = 32  # rows that tell whether a data set draws
 _AHEAD = 4  # minibatches that each worker fetches before they are asked for
+_LET = "let it draw by torch, numpy.random or random, whose streams follow from the run's seed"
 
 
 class Fetched(Source):
@@ -98,16 +99,22 @@ class Fetched(Source):
         return self._batch(self.rows.__getitems__([_SOME, 0, *places]))
 
     def require_resumable(self) -> None:
-        """Raise a ValueError if the data set draws from a random generator of its own, which workers have copies of."""
-        found = {} if self.rows.whole else generators([("data", self.rows.data)])
+        """Raise a ValueError if rows do not follow from the seed: where workers read them, nobody knows what they draw."""
+        if self.rows.whole:
+            return
+
+        def read() -> Any:
+            return self.rows.__getitems__([_SOME, 0, *range(min(self.size, _FEW))])
+
+        _require_same_rows(read)
+        found = generators([("data", self.rows.data)])
         before = {name: state_of(generator) for name, generator in found.items()}
-        if found:
-            self.rows.__getitems__([_SOME, 0, *range(min(self.size, _FEW))])
+        read()
         for name, generator in found.items():
             if not torch.equal(before[name], state_of(generator)):
                 raise ValueError(
                     f"checkpoint: the data set draws from a random generator of its own, {name}, which no checkpoint keeps: "
-                    "let it draw by torch, numpy.random or random, whose streams follow from the run's seed"
+                    f"{_LET}"
                 )
 
     def state(self) -> dict[str, Tensor]:
@@ -226,20 +233,41 @@ class Streamed(Source):
         return fingerprints([("loader", self.loader)], frozenset() if iterable else frozenset({"dataset"}))
 
     def require_resumable(self) -> None:
-        """Raise a ValueError if a sampler keeps what no checkpoint has, or workers that go on from pass to pass draw."""
-        after = self.settings()
-        if (
-            name := next((n for n in {**self.before, **after} if self.before.get(n) != after.get(n)), None)
-        ) is not None:
+        """Raise a ValueError if a sampler keeps what no checkpoint has, or if rows follow neither from it nor from the seed."""
+        found, after = generators([("loader", self.loader)]), self.settings()
+        own = self.generators.keys() - {"shared"}
+        changed = [n for n in {**self.before, **after} if self.before.get(n) != after.get(n)] + sorted(
+            found.keys() ^ own
+        )
+        if changed:
             raise ValueError(
-                f"checkpoint: reading the data once has changed {name}, which no checkpoint keeps: let the order follow from "
-                "a torch.Generator that the sampler or the loader has, generator=torch.Generator().manual_seed(0)"
+                f"checkpoint: reading the data once has changed {changed[0]}, which no checkpoint keeps: let the order follow "
+                "from a torch.Generator that the sampler or the loader has, generator=torch.Generator().manual_seed(0)"
             )
-        if self.loader.persistent_workers and self._draws():
+        persistent, iterable = self.loader.persistent_workers, isinstance(self.loader.dataset, IterableDataset)
+        if (persistent and iterable) or (not iterable and self._draws() and persistent):
             raise ValueError(
-                "checkpoint: the data set draws random numbers, and workers that go on from pass to pass keep their streams to "
-                "themselves: make the DataLoader with persistent_workers=False"
+                "checkpoint: the data set may draw random numbers, and workers that go on from pass to pass keep their streams "
+                "to themselves: make the DataLoader with persistent_workers=False"
             )
+
+    def _draws(self) -> bool:
+        """Whether reading rows moves a random stream; raises a ValueError where they follow from none."""
+        start, moved = self._states(), []
+
+        def read() -> list[Any]:
+            self._set(start)
+            with seeded(self.seed):
+                before = self._noise()
+                rows = [self.loader.dataset[i] for i in range(min(self.size, _FEW))]
+                moved.append(before != self._noise())
+            return rows
+
+        try:
+            _require_same_rows(read)
+        finally:
+            self._set(start)
+        return any(moved)
 
     def state(self) -> dict[str, Tensor]:
         """The random generators at the start of this pass, its number, and how many of its batches were taken."""
@@ -256,8 +284,7 @@ class Streamed(Source):
         """Go on from there: the batches of this pass that were taken are read again, and left."""
         self.start = {name: state[name] for name in self.start}
         self.taken, self.epoch = int(state["taken"]), int(state["epoch"])
-        for name, generator in self.generators.items():
-            set_state(generator, state[name])
+        self._set(state)
         self.resumed = self._all()
         for _ in range(self.taken):
             if next(self.resumed, None) is None:
@@ -268,17 +295,14 @@ class Streamed(Source):
     def _states(self) -> dict[str, Tensor]:
         return {name: state_of(generator) for name, generator in self.generators.items()}
 
-    def _draws(self) -> bool:
-        """Whether the data set draws as its rows are read, by a generator of its own or one for all."""
-        everything: Any = {**self.generators, "random": random._inst, "numpy": np.random.mtrand._rand}  # type: ignore[attr-defined]
-        with seeded(self.seed):
-            before = [state_of(generator) for generator in everything.values()]
-            if isinstance(self.loader.dataset, IterableDataset):
-                next(iter(self.loader.dataset))
-            else:
-                [self.loader.dataset[i] for i in range(min(self.size, _FEW))]
-            after = [state_of(generator) for generator in everything.values()]
-        return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    def _set(self, states: dict[str, Tensor]) -> None:
+        for name, generator in self.generators.items():
+            set_state(generator, states[name])
+
+    def _noise(self) -> list[list[int]]:
+        """Where all streams stand that the data set may draw from."""
+        shared: list[Any] = [random._inst, np.random.mtrand._rand]  # type: ignore[attr-defined]
+        return [state_of(generator).tolist() for generator in (*self.generators.values(), *shared)]
 
     def _all(self) -> Iterator[Batch]:
         empty = True
@@ -301,6 +325,16 @@ class Streamed(Source):
                 except StopIteration:
                     return
             yield item
+
+
+def _require_same_rows(read: Callable[[], Any]) -> None:
+    """Raise a ValueError if the same rows, read twice from the same seed, are not the same."""
+    first, second = (fingerprints([("rows", read())]) for _ in range(2))
+    if first != second:
+        raise ValueError(
+            f"checkpoint: the data set gives other rows when it is read again from the same seed, so that a run on it could "
+            f"not be resumed: {_LET}"
+        )
 
 
 def _unpacked(item: Any) -> Any:
