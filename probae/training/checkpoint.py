@@ -16,8 +16,8 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from probae import reading
 from probae.arguments import printable
-from probae.reading import content, parsed
 from probae.training.identity import differences, lasting, told
 
 FORMAT = 1
@@ -139,15 +139,15 @@ def _judge(place: Path, found: dict[str, str], force: bool) -> None:
 
 
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    raw = parsed(content(place / _STATE))
+    raw = reading.parsed(reading.text(place / _STATE))
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise ValueError(f"expected a checkpoint of format {FORMAT}, that of this version of probae")
-    tensors = content(place / _TENSORS)
-    if hashlib.sha256(tensors).hexdigest() != raw["sha256"]:
+    content = reading.tensors(place / _TENSORS)
+    if hashlib.sha256(content).hexdigest() != raw["sha256"]:
         raise ValueError(f"the checksum of {_TENSORS} differs")
     if hashlib.sha256(raw["described"].encode()).hexdigest() != raw["described_sha256"]:
         raise ValueError(f"the checksum of {_STATE} differs")
-    return parsed(raw["described"]), deserialise(tensors)
+    return reading.parsed(raw["described"]), deserialise(content)
 
 
 def _write(path: Path, content: bytes) -> None:

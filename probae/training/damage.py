@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -11,31 +12,33 @@ import torch
 from torch import Tensor
 
 from probae.seeding import set_state, streams
-from probae.training.identity import tensors_of
+from probae.training.identity import of_optimizer, of_validation, tensors_of
 from probae.training.loop import Loop
+from probae.training.optimizers import by_record
 
 _MOST = 2**53  # a larger count is none
 _STEEPEST = 1e6  # a larger learning rate is none
+_PARTS = {"pair", "objective", "best", "stream", "random", "step"}
 _RAN = {"eager", "flat", "compiled", "captured"}
 
 
-def require_state(loop: Loop, described: Any, parts: dict[str, dict[str, Tensor]], same: bool) -> None:
+def require_state(loop: Loop, described: Any, parts: dict[str, dict[str, Tensor]], differing: set[str]) -> None:
     """Check all of a run's state before any of it is put back.
 
     Args:
-        same: whether optimizer and schedule are the run's own, so that their settings are put back too.
+        differing: the names of what differs between the checkpoint's run and this one, and is not put back.
 
     Raises:
         ValueError: naming what is missing, of another type or shape, or no sensible number.
     """
     try:
         number = _count("number", described["number"], 1)
-        _require_records(described, number, loop.watch is not None)
+        _require_records(described, number, loop.watch is not None and not any(map(of_validation, differing)))
         _require_tensors(loop, described, parts, number)
         _require_moments(loop, described["optimizer"]["state"], parts, number)
-        if same:
+        if not any(map(of_optimizer, differing)):
             _require_settings(loop, described["optimizer"]["param_groups"])
-            _require_schedule(loop.take.scheduler, described["scheduler"], number)
+            _require_schedule(loop, described["scheduler"], number)
         _require_steps(described["steps"])
         loop.stream.require(parts.get("stream", {}), number)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
@@ -64,8 +67,10 @@ def alike(own: Any, told: Any, name: str) -> Any:
         raise ValueError(f"{name}: expected a number, got {told!r:.200}")
     if isinstance(own, Tensor):
         return torch.full_like(own, told)
-    if numbers and math.isfinite(own) and not math.isfinite(told):
+    if numbers and (math.isnan(told) or (math.isfinite(own) and not math.isfinite(told))):
         raise ValueError(f"{name}: expected a finite number, got {told!r}")
+    if type(own) is int and own >= 0 and told < 0:
+        raise ValueError(f"{name}: expected a count, got {told!r}")
     if isinstance(own, bool | str) and type(told) is not type(own):
         raise ValueError(f"{name}: expected {type(own).__name__}, got {told!r:.200}")
     return told
@@ -95,6 +100,9 @@ def _require_records(described: Any, number: int, watched: bool) -> None:
 
 
 def _require_tensors(loop: Loop, described: Any, parts: dict[str, dict[str, Tensor]], number: int) -> None:
+    known = _PARTS | {f"optimizer.{i}" for i in range(len(loop.take.parameters))}
+    if unknown := sorted(parts.keys() - known):
+        raise ValueError(f"tensors of {unknown[0]!r}, which is no part of a run")
     own, trained = tensors_of(loop.pair), {id(p) for p in loop.take.parameters}
     _require_like("the model", own, parts.get("pair", {}))
     if described["best_step"] is not None or parts.get("best"):
@@ -135,9 +143,20 @@ def _require_like(what: str, own: dict[str, Tensor], found: dict[str, Tensor]) -
 
 
 def _require_settings(loop: Loop, told: Any) -> None:
-    for group in alike(loop.take.optimizer.state_dict()["param_groups"], told, "the optimizer"):
-        if not 0 <= float(group["lr"]) <= _STEEPEST:
-            raise ValueError(f"the optimizer: a learning rate of {group['lr']!r}")
+    own = loop.take.optimizer.state_dict()["param_groups"]
+    if len(own) != len(told):
+        raise ValueError(f"the optimizer: expected {len(own)} groups of parameters, got {len(told)}")
+    for here, group in zip(own, alike(own, told, "the optimizer"), strict=True):
+        for name, value in group.items():
+            fixed = here[name] is None or isinstance(here[name], bool | str) or name == "params"
+            if fixed and value != here[name]:
+                raise ValueError(f"the optimizer, {name}: expected {here[name]!r:.200}, got {value!r:.200}")
+            most = {"lr": _STEEPEST, "betas": 1.0, "momentum": 1.0}.get(name, math.inf)
+            several = isinstance(value, tuple)
+            pairs = list(zip(value, here[name], strict=True)) if several else [] if fixed else [(value, here[name])]
+            pairs = [(number, before) for number, before in pairs if isinstance(before, int | float)]
+            if any(not number <= most or (number < 0 <= before) for number, before in pairs):
+                raise ValueError(f"the optimizer, {name}: got {value!r:.200}")
 
 
 def _require_moments(loop: Loop, plain: Any, parts: dict[str, dict[str, Tensor]], number: int) -> None:
@@ -162,18 +181,18 @@ def _require_moment(what: str, value: Any, like: Any, parameter: Tensor, number:
             )
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{what}: expected finite numbers")
-        if what.endswith(("_sq", "square_avg")) and bool((value < 0).any()):
+        if what.endswith(("_sq", "square_avg", ", sum")) and bool((value < 0).any()):
             raise ValueError(f"{what}: expected squares, and some are negative")
     elif isinstance(like, Tensor):
         raise ValueError(f"{what}: expected a tensor, got {value!r:.200}")
-    if what.endswith(", step") and not 0 <= float(value) <= number:
-        raise ValueError(f"{what}: expected at most {number}, got {float(value):g}")
+    if what.endswith(", step") and not (0 <= float(value) <= number and float(value).is_integer()):
+        raise ValueError(f"{what}: expected a count of at most {number}, got {float(value):g}")
 
 
 def _first_state(loop: Loop) -> dict[int, dict[str, Any]]:
     """The state that the optimizer makes for each parameter at a first step, taken by a copy of it."""
-    twin = copy.deepcopy(loop.take.optimizer)
     try:
+        twin = copy.deepcopy(loop.take.optimizer)
         for group in twin.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -184,14 +203,28 @@ def _first_state(loop: Loop) -> dict[int, dict[str, Any]]:
         return {}
 
 
-def _require_schedule(scheduler: Any, told: Any, number: int) -> None:
-    if scheduler is None:
+def _require_schedule(loop: Loop, told: Any, number: int) -> None:
+    """A copy of the schedule takes the state, and a step from there."""
+    if loop.take.scheduler is None:
         return
     if not isinstance(told, dict):
         raise ValueError(f"the scheduler: expected its state, got {told!r:.200}")
-    alike(scheduler.state_dict(), told, "the scheduler")
+    found = alike(loop.take.scheduler.state_dict(), told, "the scheduler")
     if not 0 <= told.get("last_epoch", 0) <= number:
         raise ValueError(f"the scheduler: it stands at {told['last_epoch']!r}, the run at step {number}")
+    try:
+        twin, optimizer = copy.deepcopy((loop.take.scheduler, loop.take.optimizer))
+    except Exception:  # one that cannot be copied
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects a step of the optimizer before
+            twin.load_state_dict(found)
+            twin.step(*([0.0] if by_record(twin) else []))
+    except Exception as error:
+        raise ValueError(f"the scheduler cannot go on from its state: {type(error).__name__} {error}") from error
+    if any(not 0 <= float(group["lr"]) <= _STEEPEST for group in optimizer.param_groups):
+        raise ValueError(f"the scheduler: it leads to a learning rate of {optimizer.param_groups[0]['lr']!r}")
 
 
 def _require_steps(told: Any) -> None:

@@ -24,7 +24,7 @@ from probae.seeding import checked_seed, derived, reseed, seeded
 from probae.streams import InMemory, fetching, source
 from probae.training.checkpoint import AnotherRun, Checkpoints
 from probae.training.damage import require_state
-from probae.training.identity import identity_of, of_optimizer, values_of
+from probae.training.identity import identity_of, values_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record, optimizer_of, parameter_groups, rates_of, scheduler_of
 from probae.training.reduction import limits_of, norms_of
@@ -239,9 +239,11 @@ def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
     """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
 
     def require(state: Any, tensors: dict[str, Tensor], differing: set[str]) -> None:
-        require_state(loop, state, parts_of(tensors), not any(map(of_optimizer, differing)))
+        parts = parts_of(tensors)
+        require_state(loop, state, parts, differing)
         if (names := unkept(loop, state["moved"])) and not force:
             raise AnotherRun(f"checkpoint: {_moves(names)}, or go on all the same with resume='force'")
+        loop.stream.restore(parts.get("stream", {}))  # which reads, and may find less than there was
 
     start = values_of(loop)
     if (found := checkpoints.latest(require, force)) is not None:
@@ -265,8 +267,8 @@ def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
 
 def _moves(names: list[str]) -> str:
     return (
-        f"{names[0]} changes as the run goes on ({len(names)} in all), and is no tensor of the model, so that no checkpoint "
-        "keeps it: make it a buffer, register_buffer(name, tensor), for the run to be resumed"
+        f"{names[0]} changes as the run goes on ({len(names)} in all), and is no tensor of model or objective, so no "
+        "checkpoint keeps it: make it a buffer, register_buffer(name, tensor), for the run to be resumed"
     )
 
 

@@ -50,12 +50,13 @@ def identity_of(loop: Loop, data: list[Checksum], validation: Checksum, settings
 
 
 def values_of(loop: Loop, large: bool = True) -> dict[str, Any]:
-    """What model and objective hold beside the parameters that train, by name; ``large`` arrays too, or not."""
+    """What model, objective and a user's optimizer hold beside what trains, by name; ``large`` arrays too, or not."""
     modules = {"model": loop.pair, "objective": loop.take.objective}
     states = {f"{role}.{name}": t for role, module in modules.items() for name, t in tensors_of(module).items()}
     known = frozenset(id(t) for t in states.values())
     trained = frozenset(id(p) for p in loop.take.parameters)
     found = {name: fingerprint(t) for name, t in states.items() if id(t) not in trained}
+    found |= fingerprints([("optimizer", loop.take.optimizer)], _MOVES, known, large)
     return found | fingerprints(modules.items(), _SKIP, known, large)
 
 
@@ -94,6 +95,11 @@ def of_optimizer(name: str) -> bool:
     return name.startswith(("optimizer", "scheduler"))
 
 
+def of_validation(name: str) -> bool:
+    """Whether a difference of that name makes values of early stopping another thing."""
+    return name.startswith(("validation", "watched"))
+
+
 def _rank(name: str) -> tuple[int, str]:
     """What is said first: settings, then what they lead to."""
     path = name.split(" ")[0]
@@ -120,5 +126,4 @@ def _of_optimizer(loop: Loop) -> dict[str, Any]:
         settings = {k: v for k, v in group.items() if k not in {"params", "name", "initial_lr"}}
         found |= fingerprints([(place, settings)])
         found[f"trained {number}"] = [names.get(id(p), "") for p in group["params"]]
-    found |= fingerprints([("optimizer", optimizer)], _MOVES, frozenset(names))
     return found | ({"scheduler": None} if scheduler is None else fingerprints([("scheduler", scheduler)], _MOVES))

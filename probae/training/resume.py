@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probae.seeding import set_streams, streams
 from probae.training.damage import alike
-from probae.training.identity import of_optimizer, tensors_of, values_of
+from probae.training.identity import of_optimizer, of_validation, tensors_of, values_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record
 
@@ -65,19 +65,19 @@ def unkept(loop: Loop, moved: list[str]) -> list[str]:
 
 def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor], differing: set[str]) -> None:
     """Go on from a state, whose form was checked; what differs in optimizer and schedule is taken as it is here."""
-    parts = parts_of(tensors)
-    take = loop.take
+    parts, take = parts_of(tensors), loop.take
     device = take.step.device
     loop.pair.load_state_dict(parts["pair"])
     take.objective.load_state_dict({**take.objective.state_dict(), **parts.get("objective", {})})
-    loop.best = described["best"], {name: tensor.to(device) for name, tensor in parts.get("best", {}).items()}
-    loop.number, loop.run.best_step = described["number"], described["best_step"]
+    loop.number = described["number"]
+    if not any(map(of_validation, differing)):  # else what was best there says nothing
+        loop.best = described["best"], {name: tensor.to(device) for name, tensor in parts.get("best", {}).items()}
+        loop.run.best_step = described["best_step"]
     loop.run.records[:] = described["records"]
     loop.spent = loop.run.records[-1]["seconds"]
     _put_back_optimizer(loop, described, parts, any(map(of_optimizer, differing)))
     take.restore(described["steps"], parts["step"]["taken"])
     loop.run.compile = take.why
-    loop.stream.restore(parts.get("stream", {}))
     own = [parts["random"][f"{loop.processes.rank}.{i}"] for i in range(len(streams(device)))]
     set_streams(device, own)
 
