@@ -101,6 +101,12 @@ def as_path(name: str, value: Any) -> Path:
     return Path(text)
 
 
+def printable(value: Any) -> str:
+    """A name or path of a user's in a message: as it is, or quoted where it has characters that a terminal obeys."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
 def as_whole(value: Any) -> int | None:
     """A whole number as an int, or None where there is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -25,6 +25,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
 }
 
+_LAYERS = 1000  # more are a mistake, and take minutes to build
+
 
 @recorded
 class MLP(nn.Module):
@@ -124,7 +126,10 @@ def widths(hidden: Any) -> tuple[int, ...]:
     if hidden is None:
         return ()
     alone = hasattr(hidden, "__index__") and getattr(hidden, "ndim", 0) == 0
-    return several("hidden", (hidden,) if alone else hidden)
+    found = several("hidden", (hidden,) if alone else hidden)
+    if len(found) > _LAYERS:
+        raise ValueError(f"hidden: expected at most {_LAYERS} layers, got {len(found)}")
+    return found
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ from torch.distributions import constraints, transform_to
 from probae.guides import forget_plates
 from probae.reach import PLAIN, parts
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch computes with
+
 
 class Named(nn.Module):
     """Networks and parameters by any names, also those that attributes of a module may not have."""
@@ -352,14 +354,20 @@ class _Statements(Messenger):
         constraint = msg["kwargs"].get("constraint", constraints.real)
         tensors: dict[str, Tensor] = self.keeper._awaited[0] if self.keeper._awaited is not None else {}
         awaited = tensors.get(f"stored.{key(name)}")
-        if awaited is not None:
-            start = awaited.to(device=self.keeper.device)
-        elif init is None:
+        if init is None and awaited is None:
             raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
-        else:
-            value = torch.as_tensor(init() if callable(init) else init)
+        start: Any = awaited
+        if init is not None:
             with torch.no_grad():
-                start = transform_to(constraint).inv(value)
+                start = transform_to(constraint).inv(torch.as_tensor(init() if callable(init) else init))
+        if awaited is not None:
+            if start.shape != awaited.shape:
+                raise ValueError(
+                    f"{self.keeper._awaited[1]}: pyro.param({name!r}): expected shape {tuple(start.shape)}, the file has "
+                    f"{tuple(awaited.shape)}"
+                )
+            start = awaited.to(device=self.keeper.device)
+        else:
             if start is init and isinstance(init, nn.Parameter):  # trained itself, as Pyro does
                 return
         store._constraints[name] = constraint
@@ -399,17 +407,38 @@ def fill_known(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
             raise ValueError(
                 f"{source}: {_shown(name)}: expected shape {tuple(own[name].shape)}, the file has {tuple(tensor.shape)}"
             )
-        if own[name].is_floating_point() != tensor.is_floating_point():
+        if tensor.dtype != own[name].dtype and not (own[name].dtype in FLOATS and tensor.dtype in FLOATS):
             raise ValueError(f"{source}: {_shown(name)}: expected {own[name].dtype}, the file has {tensor.dtype}")
+    _require_one_dtype(module, tensors, source)
     if any(own[name].is_meta for name in tensors):
         places = {name: "cpu" if own[name].is_meta else own[name].device for name in tensors}
         module.load_state_dict({n: t.to(places[n]) for n, t in tensors.items()}, strict=False, assign=True)
         return
-    # each takes the file's dtype, and stays the tensor that programs and optimizers hold
-    for name, held in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
-        if name in tensors and held.dtype != tensors[name].dtype:
-            held.data = held.data.to(tensors[name].dtype)
-    module.load_state_dict(tensors, strict=False)
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    before = [(held, held.data, held.data.clone()) for name, held in named if name in tensors]
+    try:
+        # each takes the file's dtype, and stays the tensor that programs and optimizers hold
+        for name, held in named:
+            if name in tensors and held.dtype != tensors[name].dtype:
+                held.data = held.data.to(tensors[name].dtype)
+        module.load_state_dict(tensors, strict=False)
+    except Exception as error:
+        for held, data, values in before:
+            held.data = data
+            if not torch.equal(data, values):
+                data.copy_(values)
+        raise ValueError(f"{source}: the model does not take its tensors: {error!s:.500}") from error
+
+
+def _require_one_dtype(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise a ValueError if parameters that have one dtype in the model have several in the file."""
+    parameters = {
+        n: p for n, p in module.named_parameters(remove_duplicate=False) if p.dtype in FLOATS and n in tensors
+    }
+    found = {tensors[name].dtype: name for name in parameters}
+    if len({p.dtype for p in parameters.values()}) == 1 and len(found) > 1:
+        several = ", ".join(f"{_shown(name)} in {dtype}" for dtype, name in found.items())
+        raise ValueError(f"{source}: expected parameters of one dtype, the file has {several}")
 
 
 def _shown(name: str) -> str:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,15 @@ _OF_CLASSES = (types.FunctionType, staticmethod, classmethod, property, nn.Modul
 _LIBRARIES = {"torch", "pyro", "zuko", "numpy", "builtins"}
 
 
-def reached(roots: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    """All that is reached from the roots, each object once, with the path that led to it."""
+def reached(
+    roots: Iterable[tuple[str, Any]], inside: Callable[[Any], Iterable[tuple[str, Any]]] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """All that is reached from the roots, each object once, with the path that led to it.
+
+    Args:
+        inside: what a value holds, by name; `parts` by default.
+    """
+    inside = parts if inside is None else inside
     seen: dict[int, Any] = {}
     queue, count = list(roots), 0
     while queue and count < _LIMIT:
@@ -28,11 +35,13 @@ def reached(roots: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
         if isinstance(value, PLAIN):
             count += 1
             yield path, value
-        elif id(value) not in seen and not isinstance(value, types.ModuleType):
+        elif isinstance(value, types.ModuleType):
+            continue
+        elif isinstance(value, tuple) or id(value) not in seen:  # which tuples are one, differs between processes
             count += 1
             seen[id(value)] = value
             yield path, value
-            queue += [(f"{path}.{name}", part) for name, part in parts(value)]
+            queue += [(f"{path}.{name}", part) for name, part in inside(value)]
         elif isinstance(value, Tensor):
             yield path, value
 
@@ -72,7 +81,11 @@ def parts(value: Any) -> list[tuple[str, Any]]:
 def _of_class(cls: type) -> dict[str, Any]:
     """The functions of a class of the user's, for what they close over, and the networks that it holds itself."""
     own = [kind for kind in cls.__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES | {"probae"}]
-    found = {n: part for kind in own for n, part in vars(kind).items() if isinstance(part, _OF_CLASSES)}
+    found: dict[str, Any] = {}
+    for kind in own:
+        for name, part in vars(kind).items():
+            if isinstance(part, _OF_CLASSES):  # what a subclass overrides it may still call
+                found[name if name not in found else f"{kind.__name__}.{name}"] = part
     return {n: getattr(part, "__func__", getattr(part, "fget", part)) for n, part in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,3 +111,42 @@ def set_streams(device: torch.device, states: list[Tensor]) -> None:
     generator().set_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def state_of(generator: Generator) -> Tensor:
+    """Where a random generator of torch, NumPy or Python stands, a vector of bytes."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        state: Any = generator.getstate()
+    elif isinstance(generator, np.random.RandomState):
+        state = generator.get_state(legacy=False)
+    else:
+        state = generator.bit_generator.state
+    text = json.dumps(state, default=np.ndarray.tolist)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def set_state(generator: Generator, state: Tensor) -> None:
+    """Put a random generator where it stood.
+
+    Raises:
+        ValueError: if the bytes are no state of such a generator, which is then where it was.
+    """
+    try:
+        if isinstance(generator, torch.Generator):
+            generator.set_state(state)
+            return
+        told = json.loads(bytes(state.tolist()))
+        if isinstance(generator, random.Random):
+            version, numbers, rest = told
+            generator.setstate((version, tuple(numbers), rest))
+        elif isinstance(generator, np.random.RandomState):
+            generator.set_state(told)
+        else:
+            generator.bit_generator.state = told
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, OverflowError, AttributeError) as error:
+        raise ValueError(f"expected the state of a {type(generator).__name__}: {error}") from error

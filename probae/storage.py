@@ -17,14 +17,16 @@ from torch.nn.parameter import is_lazy
 
 import probae.models
 import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
+from probae import reading
 from probae.arguments import as_path
 from probae.isolation import isolated
 from probae.pair import Pair, as_pair
-from probae.parameters import fill, fill_known
+from probae.parameters import FLOATS, fill, fill_known
 from probae.recipe import from_json, to_json
 
 FORMAT = 1
 _JSON, _TENSORS = "model.json", "model.safetensors"
+_MOST = 1000  # objects that a recipe builds
 
 
 @isolated
@@ -43,7 +45,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError: if the model is no torch module, or the folder no path.
-        ValueError: if a tensor of the model has no values.
+        ValueError: if a tensor of the model has no values, or a parameter values that are no numbers (NaN).
         OSError: if the folder cannot be made or written to.
 
     Example:
@@ -64,6 +66,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
     except TypeError:
         recipe = None
     found, made = _tensors_of(module)
+    _require_numbers(module, found, "model", recipe is not None)
     tensors = serialise({name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(found.items())})
     described = {
         "format": FORMAT,
@@ -99,10 +102,13 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
     for name in (_JSON, _TENSORS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"no model in {folder}: expected the files {_JSON} and {_TENSORS}, {name} is missing"
+                f"no model in {folder}: expected the files {_JSON} and {_TENSORS}, {name} is missing or no file"
             )
     described = _described(folder / _JSON)
-    raw = (folder / _TENSORS).read_bytes()
+    try:
+        raw = reading.tensors(folder / _TENSORS)
+    except ValueError as error:
+        raise ValueError(f"{folder / _TENSORS} is damaged: {error}") from error
     if hashlib.sha256(raw).hexdigest() != described["sha256"]:
         raise ValueError(f"{folder / _TENSORS} is damaged, or belongs to another {_JSON}: its checksum differs")
     try:
@@ -114,12 +120,13 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
         module = _module(into)
     elif described["recipe"] is None:
         raise ValueError(
-            f"{folder} holds the tensors of a {described.get('class', 'class')!r}, which is not probae's to build: make the "
-            "model yourself and give it as into="
+            f"{folder} holds the tensors of a {described.get('class', 'class')!r:.100}, which is not probae's to build: make "
+            "the model yourself and give it as into="
         )
     else:
         module = _built(described["recipe"], folder)
-    _read_into(module, tensors, set(described["made"]), folder)
+    _require_numbers(module, tensors, str(folder), described["recipe"] is not None)
+    _read_into(module, tensors, set(described["made"]) if into is not None else set(), folder)
     module.eval()
     return into if into is not None else module
 
@@ -127,7 +134,7 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
 def _described(path: Path) -> dict[str, Any]:
     """The content of ``model.json``, its form and checksum checked."""
     try:
-        described = json.loads(path.read_bytes())
+        described = reading.parsed(reading.text(path))
         if not isinstance(described, dict) or not {"format", "recipe", "recipe_sha256", "sha256"} <= set(described):
             raise ValueError("expected the keys 'format', 'recipe', 'recipe_sha256' and 'sha256'")
         made = described.setdefault("made", [])
@@ -137,7 +144,7 @@ def _described(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no model of probae's: {error}") from error
     if described["format"] != FORMAT:
-        raise ValueError(f"{path} has format {described['format']!r}; this version of probae reads {FORMAT}")
+        raise ValueError(f"{path} has format {described['format']!r:.40}; this version of probae reads {FORMAT}")
     if checksum != described["recipe_sha256"]:
         raise ValueError(f"{path} is damaged: the checksum of its recipe differs")
     return described
@@ -152,13 +159,36 @@ def _built(recipe: Any, folder: Path) -> nn.Module:
     import probae.expost  # noqa: F401 - its classes can be rebuilt too
 
     try:
+        if (count := _builds(recipe)) > _MOST:
+            raise ValueError(f"expected at most {_MOST} things to build, got {count}")
         with torch.device("meta"):
             module = from_json(recipe)
     except (ValueError, TypeError, RuntimeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{folder / _JSON}: its recipe builds no model: {error}") from error
+        raise ValueError(f"{folder / _JSON}: its recipe builds no model: {error!s:.500}") from error
     if not isinstance(module, Pair):
         raise ValueError(f"{folder / _JSON}: its recipe is of no model, but of a {type(module).__name__}")
     return module
+
+
+def _builds(recipe: Any) -> int:
+    """How many objects a recipe builds."""
+    queue, count = [recipe], 0
+    while queue:
+        part = queue.pop()
+        if isinstance(part, dict):
+            count += "build" in part
+            queue += [value for key, value in part.items() if key != "tensor"]
+        elif isinstance(part, list):
+            queue += [value for value in part if isinstance(value, dict | list)]
+    return count
+
+
+def _require_numbers(module: nn.Module, tensors: dict[str, torch.Tensor], source: str, ours: bool) -> None:
+    """Raise a ValueError if a parameter holds NaN; of a model of ours, no tensor may."""
+    held = {name for name, _ in module.named_buffers(remove_duplicate=False)} if not ours else set()
+    for name, tensor in tensors.items():
+        if name not in held and tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise ValueError(f"{source}: expected numbers, and {name!r} has NaN")
 
 
 def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[str], folder: Path) -> None:
@@ -170,6 +200,10 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[st
     if keeper is None or not waits:
         fill(module, tensors, str(folder))
         return
+    for name in sorted(made & inside.keys() - own):
+        kept = not name.startswith("stored.") or "." not in name.removeprefix("stored.")
+        if not kept or inside[name].dtype not in FLOATS:
+            raise ValueError(f"{folder}: {name!r}, {inside[name].dtype}, is nothing that a pair keeps of its programs")
     if extra := sorted(inside.keys() - own - made):
         raise ValueError(f"{folder}: the file has a tensor {extra[0]!r} that the model lacks ({len(extra)} in all)")
     outside = {name for name in module.state_dict() if not name.startswith(prefix)}

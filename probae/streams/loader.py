@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
 import os
+import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import clear_frames, walk_tb
 from typing import Any
@@ -18,18 +20,22 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     SequentialSampler,
     default_collate,
 )
 
 from probae.batches import Batch, length
+from probae.fingerprints import fingerprints, generators
 from probae.processes import ALONE, Processes
-from probae.seeding import derived, python_seeded, seeded
+from probae.seeding import derived, python_seeded, seeded, set_state, state_of
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 
 _BLOCK = 1024  # rows fetched at a time, when all of the data are read once
 _STEP, _PASS, _SOME = 11, 12, 13  # what rows are fetched for: each has draws of its own
+_FEW = 32  # rows that tell whether a data set draws
 _AHEAD = 4  # minibatches that each worker fetches before they are asked for
+_LET = "let it draw by torch, numpy.random or random, whose streams follow from the run's seed"
 
 
 class Fetched(Source):
@@ -92,9 +98,34 @@ class Fetched(Source):
         places = np.linspace(0, self.size - 1, min(self.size, _BLOCK)).astype(int).tolist()
         return self._batch(self.rows.__getitems__([_SOME, 0, *places]))
 
+    def require_resumable(self) -> None:
+        """Raise a ValueError if rows do not follow from the seed: where workers read them, nobody knows what they draw."""
+        if self.rows.whole:
+            return
+
+        def read() -> Any:
+            return self.rows.__getitems__([_SOME, 0, *range(min(self.size, _FEW))])
+
+        _require_same_rows(read)
+        found = generators([("data", self.rows.data)])
+        before = {name: state_of(generator) for name, generator in found.items()}
+        read()
+        for name, generator in found.items():
+            if not torch.equal(before[name], state_of(generator)):
+                raise ValueError(
+                    f"checkpoint: the data set draws from a random generator of its own, {name}, which no checkpoint keeps: "
+                    f"{_LET}"
+                )
+
     def state(self) -> dict[str, Tensor]:
         """The order after the last minibatch that was asked for; those fetched ahead are fetched again."""
         return self.taken
+
+    def require(self, state: dict[str, Tensor], number: int) -> None:
+        """Raise a ValueError if this is no state of the stream after so many minibatches."""
+        super().require(state, number)
+        if int(state["number"]) != number:
+            raise ValueError(f"the stream of data stands at minibatch {int(state['number'])}, the run at {number}")
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
@@ -143,6 +174,8 @@ class _Rows(Dataset[Any]):
 class Streamed(Source):
     """The batches of a DataLoader, again and again."""
 
+    ordered = False
+
     def __init__(
         self,
         loader: DataLoader[Any],
@@ -164,15 +197,16 @@ class Streamed(Source):
                 "the DataLoader shuffles differently in each process: give it generator=torch.Generator().manual_seed(0), "
                 "or a DistributedSampler"
             )
-        # a loader without a generator of its own draws its order from the process's stream
-        self.generator = loader.generator if loader.generator is not None else torch.default_generator
-        self.start, self.taken, self.epoch = self.generator.get_state(), 0, 0
+        # a sampler without a generator of its own draws from the process's stream
+        self.generators = {"shared": torch.default_generator, **generators([("loader", loader)])}
+        self.start, self.taken, self.epoch = self._states(), 0, 0
         self.resumed: Iterator[Batch] | None = None
+        self.before = self.settings()
 
     def __iter__(self) -> Iterator[Minibatch]:
         while True:
             if self.resumed is None:
-                self.start, self.taken = self.generator.get_state(), 0
+                self.start, self.taken = self._states(), 0
             batches, self.resumed = self.resumed or self._all(), None
             for batch in batches:
                 self.taken += 1
@@ -193,17 +227,82 @@ class Streamed(Source):
         """The first batch, of all processes."""
         return next(self._all())
 
+    def settings(self) -> dict[str, Any]:
+        """What decides batches and their order: the loader's options and its samplers, but for where generators stand."""
+        iterable = isinstance(self.loader.dataset, IterableDataset)
+        return fingerprints([("loader", self.loader)], frozenset() if iterable else frozenset({"dataset"}))
+
+    def require_resumable(self) -> None:
+        """Raise a ValueError if a sampler keeps what no checkpoint has, or if rows follow neither from it nor from the seed."""
+        found, after = generators([("loader", self.loader)]), self.settings()
+        own = self.generators.keys() - {"shared"}
+        changed = [n for n in {**self.before, **after} if self.before.get(n) != after.get(n)] + sorted(
+            found.keys() ^ own
+        )
+        if changed:
+            raise ValueError(
+                f"checkpoint: reading the data once has changed {changed[0]}, which no checkpoint keeps: let the order follow "
+                "from a torch.Generator that the sampler or the loader has, generator=torch.Generator().manual_seed(0)"
+            )
+        persistent, iterable = self.loader.persistent_workers, isinstance(self.loader.dataset, IterableDataset)
+        if (persistent and iterable) or (not iterable and self._draws() and persistent):
+            raise ValueError(
+                "checkpoint: the data set may draw random numbers, and workers that go on from pass to pass keep their streams "
+                "to themselves: make the DataLoader with persistent_workers=False"
+            )
+
+    def _draws(self) -> bool:
+        """Whether reading rows moves a random stream; raises a ValueError where they follow from none."""
+        start, moved = self._states(), []
+
+        def read() -> list[Any]:
+            self._set(start)
+            with seeded(self.seed):
+                before = self._noise()
+                rows = [self.loader.dataset[i] for i in range(min(self.size, _FEW))]
+                moved.append(before != self._noise())
+            return rows
+
+        try:
+            _require_same_rows(read)
+        finally:
+            self._set(start)
+        return any(moved)
+
     def state(self) -> dict[str, Tensor]:
-        """The stream at the start of this pass, its number, and how many of its batches were taken."""
-        return {"generator": self.start, "taken": torch.tensor(self.taken), "epoch": torch.tensor(self.epoch)}
+        """The random generators at the start of this pass, its number, and how many of its batches were taken."""
+        return {**self.start, "taken": torch.tensor(self.taken), "epoch": torch.tensor(self.epoch)}
+
+    def require(self, state: dict[str, Tensor], number: int) -> None:
+        """Raise a ValueError if this is no state of the stream after so many minibatches."""
+        for name, generator in self.generators.items():
+            set_state(copy.deepcopy(generator), state[name])
+        if not (0 <= int(state["taken"]) <= number and 0 <= int(state["epoch"]) <= number):
+            raise ValueError(f"the stream of data stands at batch {int(state['taken'])}, the run at step {number}")
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there: the batches of this pass that were taken are read again, and left."""
-        self.start, self.taken, self.epoch = state["generator"], int(state["taken"]), int(state["epoch"])
-        self.generator.set_state(self.start)
+        self.start = {name: state[name] for name in self.start}
+        self.taken, self.epoch = int(state["taken"]), int(state["epoch"])
+        self._set(state)
         self.resumed = self._all()
         for _ in range(self.taken):
-            next(self.resumed)
+            if next(self.resumed, None) is None:
+                raise ValueError(
+                    f"the DataLoader gives fewer than the {self.taken} batches that were taken of this pass"
+                )
+
+    def _states(self) -> dict[str, Tensor]:
+        return {name: state_of(generator) for name, generator in self.generators.items()}
+
+    def _set(self, states: dict[str, Tensor]) -> None:
+        for name, generator in self.generators.items():
+            set_state(generator, states[name])
+
+    def _noise(self) -> list[list[int]]:
+        """Where all streams stand that the data set may draw from."""
+        shared: list[Any] = [random._inst, np.random.mtrand._rand]  # type: ignore[attr-defined]
+        return [state_of(generator).tolist() for generator in (*self.generators.values(), *shared)]
 
     def _all(self) -> Iterator[Batch]:
         empty = True
@@ -226,6 +325,16 @@ class Streamed(Source):
                 except StopIteration:
                     return
             yield item
+
+
+def _require_same_rows(read: Callable[[], Any]) -> None:
+    """Raise a ValueError if the same rows, read twice from the same seed, are not the same."""
+    first, second = (fingerprints([("rows", read())]) for _ in range(2))
+    if first != second:
+        raise ValueError(
+            f"checkpoint: the data set gives other rows when it is read again from the same seed, so that a run on it could "
+            f"not be resumed: {_LET}"
+        )
 
 
 def _unpacked(item: Any) -> Any:

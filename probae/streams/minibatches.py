@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probae.batches import Batch, as_batch, leaves, length, rows_at
 from probae.processes import ALONE, Processes
+from probae.seeding import set_state
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Source:
     device: torch.device
     keeps: bool | None
     shuffle: Shuffle
+    #: whether the rows come in the same order whenever they are read anew
+    ordered: bool = True
 
     def as_batch(self, data: Any) -> Batch:
         """Data as they were read, as a batch; whether ``dtype`` can hold them is judged once, on the first."""
@@ -63,9 +66,20 @@ class Source:
         """Enough of the data to take their units from, and to know them again; the same in all processes."""
         raise NotImplementedError
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the order of the data beside seed and batch size, as plain values by name."""
+        return {}
+
+    def require_resumable(self) -> None:
+        """Raise a ValueError if a run on these data could not go on from a checkpoint with the same bits."""
+
     def state(self) -> dict[str, Tensor]:
         """How far the order of the data has come."""
         raise NotImplementedError
+
+    def require(self, state: dict[str, Tensor], number: int) -> None:
+        """Raise a ValueError if this is no state of the stream after so many minibatches."""
+        self.shuffle.require(state)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
@@ -118,10 +132,18 @@ class Shuffle:
         """What is left of this pass, and the stream that shuffles."""
         return {"order": self.order, "generator": self.generator.get_state()}
 
+    def require(self, state: dict[str, Tensor]) -> None:
+        """Raise a ValueError if this is no state of the shuffle."""
+        set_state(torch.Generator(), state["generator"])
+        order = state["order"]
+        places = bool(((order >= 0) & (order < self.size)).all())
+        if order.dim() != 1 or order.dtype != torch.long or len(order) >= self.size + self.batch_size or not places:
+            raise ValueError(f"the order of the data: expected places below {self.size}")
+
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
         self.order = state["order"].to(self.device)
-        self.generator.set_state(state["generator"])
+        set_state(self.generator, state["generator"])
 
 
 class InMemory(Source):

@@ -7,17 +7,18 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from probae.batches import Batch, leaves
+from probae import reading
+from probae.arguments import printable
+from probae.training.identity import differences, lasting, told
 
 FORMAT = 1
 _STATE, _TENSORS = "state.json", "state.safetensors"
@@ -79,60 +80,74 @@ class Checkpoints:
         for old in list(self._all())[_KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def latest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """State and tensors of the last one that is whole, or None; a damaged one is passed over with a warning.
+    def latest(
+        self, require: Callable[[dict[str, Any], dict[str, Tensor], set[str]], None], force: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Tensor], set[str]] | None:
+        """State and tensors of the last one that can be used, and what differs; a damaged one is passed over with a warning.
+
+        Args:
+            require: raises a ValueError if state and tensors, and what differs, are not such that the run can go on.
+            force: whether one of another run will do, with a warning that names the differences.
 
         Raises:
-            ValueError: if it belongs to another run, naming the difference.
+            ValueError: if it belongs to another run, naming the differences, or if none can be used.
         """
+        trouble = None
         for place in self._all():
             try:
                 described, tensors = _read(place)
-            except (ValueError, OSError, KeyError, SafetensorError) as error:
-                warnings.warn(f"checkpoint {place} is passed over: {error}", RuntimeWarning, stacklevel=2)
+                moved = {str(name) for name in described["state"].get("moved", [])}
+                there = {name: value for name, value in described["identity"].items() if name not in moved}
+                found = differences({n: v for n, v in self.identity.items() if n not in moved}, there)
+                _judge(place, found, force)
+                require(described["state"], tensors, set(found))
+            except AnotherRun:
+                raise
+            except (ValueError, OSError, KeyError, TypeError, AttributeError, MemoryError, SafetensorError) as error:
+                trouble = f"checkpoint {printable(place)} is passed over: {error}"
+                warnings.warn(trouble, RuntimeWarning, stacklevel=2)
                 continue
-            for name in {**self.identity, **described["identity"]}:
-                here, there = self.identity.get(name), described["identity"].get(name)
-                if here != there:
-                    raise ValueError(
-                        f"checkpoint {place} is of another run: {_difference(name, here, there)}. Take another folder, or "
-                        "remove this one"
-                    )
-            return described["state"], tensors
+            if found:
+                warnings.warn(
+                    f"checkpoint {printable(place)} is of another run: {told(found)}. The run goes on from it: resume='force'",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return described["state"], tensors, set(found)
+        if trouble is not None:
+            raise ValueError(
+                f"no checkpoint in {printable(self.folder)} can be used: {trouble}. To start anew, take another folder"
+            )
         return None
 
     def _all(self) -> Iterator[Path]:
         yield from sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
 
 
-def fingerprint(batch: Batch, rows: int = 256) -> dict[str, Any]:
-    """What tells one data set from another: shapes, dtypes, and a checksum of some rows spread over all."""
-    found = {}
-    for name, leaf in leaves(batch):
-        places = torch.linspace(0, len(leaf) - 1, min(rows, len(leaf))).long().to(leaf.device)
-        content = leaf[places].detach().cpu().contiguous()
-        total = hashlib.sha256(content.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-        found[name] = [list(leaf.shape), str(leaf.dtype), total]
-    return found
+class AnotherRun(ValueError):
+    """A checkpoint is of another run."""
 
 
-def _difference(name: str, here: Any, there: Any) -> str:
-    if isinstance(here, dict) and isinstance(there, dict):
-        name_ = next(key for key in {**here, **there} if here.get(key) != there.get(key))
-        return _difference(f"{name} {name_!r}", here.get(name_), there.get(name_))
-    return f"its {name} is {there!r}, here it is {here!r}"
+def _judge(place: Path, found: dict[str, str], force: bool) -> None:
+    """Raise where a run differs from the checkpoint's, by force only where nothing could go on."""
+    firm = {name: text for name, text in found.items() if lasting(name)}
+    if firm or (found and not force):
+        others = "" if firm else ", or go on from this one all the same with resume='force'"
+        raise AnotherRun(
+            f"checkpoint {printable(place)} is of another run: {told(firm if force else found)}. Take another folder{others}"
+        )
 
 
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    raw = json.loads((place / _STATE).read_bytes())
+    raw = reading.parsed(reading.text(place / _STATE))
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise ValueError(f"expected a checkpoint of format {FORMAT}")
-    content = (place / _TENSORS).read_bytes()
+        raise ValueError(f"expected a checkpoint of format {FORMAT}, that of this version of probae")
+    content = reading.tensors(place / _TENSORS)
     if hashlib.sha256(content).hexdigest() != raw["sha256"]:
         raise ValueError(f"the checksum of {_TENSORS} differs")
     if hashlib.sha256(raw["described"].encode()).hexdigest() != raw["described_sha256"]:
         raise ValueError(f"the checksum of {_STATE} differs")
-    return json.loads(raw["described"]), deserialise(content)
+    return reading.parsed(raw["described"]), deserialise(content)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.checks import check
+from probae.fingerprints import Checksum
 from probae.flat.choice import MODES
 from probae.isolation import isolated
 from probae.objectives import Objective, named
@@ -20,11 +23,13 @@ from probae.precision import PRECISIONS
 from probae.processes import local_device, processes
 from probae.seeding import checked_seed, derived, reseed, seeded
 from probae.streams import InMemory, fetching, source
-from probae.training.checkpoint import Checkpoints
+from probae.training.checkpoint import AnotherRun, Checkpoints
+from probae.training.damage import require_state
+from probae.training.identity import identity_of, values_of
 from probae.training.loop import Loop
-from probae.training.optimizers import optimizer_of, parameter_groups, rates_of, scheduler_of
+from probae.training.optimizers import by_record, optimizer_of, parameter_groups, rates_of, scheduler_of
 from probae.training.reduction import limits_of, norms_of
-from probae.training.resume import identity_of, put_back, state_of
+from probae.training.resume import parts_of, put_back, state_of, unkept
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
@@ -52,6 +57,7 @@ def fit(
     every: int | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    resume: str = "same",
     workers: int | None = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
     progress: bool = True,
@@ -92,7 +98,11 @@ def fit(
         patience: records without a better validation value after which training stops.
         checkpoint: a folder in which all of the run's state is kept, written at every record. The same call with a folder
             that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
-            compiled steps take batches of several shapes).
+            compiled steps take batches of several shapes). Other steps, ``every``, ``patience``, ``workers``, callbacks and
+            progress are the same call; anything else that decides the bits is not, down to one row of the data, and a
+            checkpoint of another call is refused, each difference named.
+        resume: ``"same"``, or ``"force"`` to go on from a checkpoint of another call all the same, with a warning: model and
+            state of the optimizer are the checkpoint's; the objective's settings, learning rate and schedule are those given.
         workers: processes that fetch a Dataset's rows ahead; by default one where processes are forked (Linux), and none
             elsewhere or under ``torchrun``. The rows are the same, whatever their number.
         callbacks: functions of the run, called at every record; one that returns True ends training.
@@ -126,6 +136,7 @@ def fit(
     make_optimizer, make_scheduler = optimizer_of(optimizer), scheduler_of(scheduler, steps)
     one_of("compile", compile, MODES)
     one_of("precision", precision, PRECISIONS)
+    one_of("resume", resume, ("same", "force"))
     rates, norms = rates_of(lr), norms_of(clip)
     folder = None if checkpoint is None else as_path("checkpoint", checkpoint)
     where = _device(device)
@@ -140,7 +151,10 @@ def fit(
     team = processes(where)
     stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
     with seeded(seed, where), fetching():
+        rows = Checksum(stream.ordered)
         for batch in stream.passes():
+            if folder is not None:
+                rows.add(batch)
             layout = check(pair, batch, seed, training=True)
             _require_rows(pair, stream.smallest(batch))
             if layout.whole and team.count > 1:
@@ -153,11 +167,14 @@ def fit(
                     f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
                     f"a parameter has their size); got {batch_size}"
                 )
+        if folder is not None:
+            stream.require_resumable()
         goal.to(device=where)
-        watch = None
+        watch = held_out = None
         if validation is not None:
+            held_out = _gather(validation, pair, where)
             options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
-            watch = Watch(pair, _gather(validation, pair, where), goal, **options, processes=team)
+            watch = Watch(pair, held_out, goal, **options, processes=team)
         chosen = make_optimizer(parameter_groups(pair, goal, rates))
         limits = limits_of(norms, chosen.param_groups)
         if pair.has("initialise"):
@@ -175,14 +192,19 @@ def fit(
         if team.rank:
             reseed(team.noise(seed), where)
         if folder is not None:
-            told: dict[str, Any] = {
-                "steps": steps if scheduler is not None else None,
-                "batch_size": batch_size,
+            settings = {
+                "batch_size": None if isinstance(data, DataLoader) else batch_size,
                 "clip": norms,
                 "seed": seed,
+                "precision": precision,
+                "compile": compile or "flat",  # which has the same bits
+                "every": every if by_record(rate) else None,
             }
-            told |= {"precision": precision, "compile": compile, "scheduler": _name(scheduler), "every": every}
-            _keep(loop, Checkpoints(folder, {**identity_of(loop), **told}))
+            seen = Checksum(not isinstance(validation, DataLoader))
+            if held_out is not None:
+                seen.add(held_out)
+            identity = identity_of(loop, team.gather(rows), seen, settings)
+            _keep(loop, Checkpoints(folder, identity), resume == "force")
         try:
             with team.together():
                 loop.go(steps, every, patience, callbacks, progress)
@@ -215,21 +237,41 @@ def _require_rows(pair: Pair, rows: int) -> None:
         )
 
 
-def _keep(loop: Loop, checkpoints: Checkpoints) -> None:
+def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
     """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
-    if (found := checkpoints.latest()) is not None:
+
+    def require(state: Any, tensors: dict[str, Tensor], differing: set[str]) -> None:
+        parts = parts_of(tensors)
+        require_state(loop, state, parts, differing)
+        if (names := unkept(loop, state["moved"])) and not force:
+            raise AnotherRun(f"checkpoint: {_moves(names)}, or go on all the same with resume='force'")
+        loop.stream.restore(parts.get("stream", {}))  # which reads, and may find less than there was
+
+    start = values_of(loop)
+    if (found := checkpoints.latest(require, force)) is not None:
         put_back(loop, *found)
     if len(set(loop.processes.gather(loop.number))) > 1:
         raise ValueError(
             f"checkpoint: the processes do not find the same ones in {checkpoints.folder}: expected a folder that all share"
         )
+    warned: list[str] = []
 
     def keep(number: int) -> None:
-        state = state_of(loop, number)
+        state = state_of(loop, number, start)
+        if (names := unkept(loop, state[0]["moved"])) and not warned:
+            warned.extend(names)
+            warnings.warn(f"checkpoint: {_moves(names)}", RuntimeWarning, stacklevel=2)
         if loop.processes.first:
             checkpoints.save(number, *state)
 
     loop.keep = keep
+
+
+def _moves(names: list[str]) -> str:
+    return (
+        f"{names[0]} changes as the run goes on ({len(names)} in all), and is no tensor of model or objective, so no "
+        "checkpoint keeps it: make it a buffer, register_buffer(name, tensor), for the run to be resumed"
+    )
 
 
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
@@ -255,10 +297,6 @@ def _device(given: Any) -> torch.device:
     if device.type == "meta":
         raise ValueError("device: expected one on which tensors have values, got the meta device")
     return device
-
-
-def _name(scheduler: Any) -> str | None:
-    return scheduler if scheduler is None or isinstance(scheduler, str) else getattr(scheduler, "__qualname__", "own")
 
 
 def _unwrapped(model: Any) -> Any:

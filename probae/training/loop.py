@@ -69,7 +69,7 @@ class Loop:
                         mean = float(total) / count
                         if not math.isfinite(mean):  # a GPU is asked only when it is recorded anyway
                             self.fail(minibatch, mean, number)
-                        self.record(number, mean, start)
+                        self.record(number, mean, start, every)
                         bar.set_postfix(self.shown())
                         total, count = torch.zeros_like(total), 0
                         if (reason := self.ends(patience, callbacks, asked)) is not None:
@@ -113,7 +113,7 @@ class Loop:
         if self.best[1]:
             self.pair.load_state_dict(self.best[1])
 
-    def record(self, number: int, loss: float, start: float) -> None:
+    def record(self, number: int, loss: float, start: float, every: int) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
         self.take.settle()
         self.run.compile = self.take.why
@@ -126,7 +126,8 @@ class Loop:
                 self.best = value, copy.deepcopy(self.pair.state_dict())
                 self.run.best_step = number
         self.good = copy.deepcopy(self.pair.state_dict())
-        heed(self.take.scheduler, -loss if self.watch is None else row["validation"])
+        if number % every == 0:  # the last step may come between, and a longer run would not stop there
+            heed(self.take.scheduler, -loss if self.watch is None else row["validation"])
         row["seconds"] = time.perf_counter() - start
         self.run.records.append(row)
 

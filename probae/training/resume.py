@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from typing import Any
 
 from torch import Tensor
 
 from probae.seeding import set_streams, streams
-from probae.training.checkpoint import fingerprint
+from probae.training.damage import alike
+from probae.training.identity import of_optimizer, of_validation, tensors_of, values_of
 from probae.training.loop import Loop
+from probae.training.optimizers import by_record
 
 
-def identity_of(loop: Loop) -> dict[str, Any]:
-    """What the run is: a checkpoint of another model, objective, optimizer or data set is refused."""
-    optimizer = loop.take.optimizer
-    groups = [{k: v for k, v in g.items() if k not in {"params", "lr", "initial_lr"}} for g in optimizer.param_groups]
-    return {
-        "model": type(loop.run.model).__name__,
-        "parameters": {name: [list(t.shape), str(t.dtype)] for name, t in loop.pair.state_dict().items()},
-        "objective": repr(loop.take.objective),
-        "optimizer": [type(optimizer).__name__, json.loads(json.dumps(groups, default=str))],
-        "data": {"size": loop.stream.size, **fingerprint(loop.stream.some())},
-        "processes": loop.processes.count,
-    }
-
-
-def state_of(loop: Loop, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state after a step, in plain values and in tensors."""
+def state_of(loop: Loop, number: int, start: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state after a step, in plain values and in tensors; ``start`` is the run's identity, from before its first step."""
     take = loop.take
     optimizer = take.optimizer.state_dict()
+    moved = [name for name, value in values_of(loop, large=False).items() if start.get(name, value) != value]
+    trained = {id(p) for p in take.parameters}
     parts = {
         "pair": loop.pair.state_dict(),
-        "objective": take.objective.state_dict(),
+        # what the user has set in it stays the user's
+        "objective": {
+            name: tensor
+            for name, tensor in tensors_of(take.objective).items()
+            if id(tensor) in trained or f"objective.{name}" in moved
+        },
         "best": loop.best[1],
         "stream": loop.stream.state(),
         # each process draws its own noise
@@ -50,6 +45,7 @@ def state_of(loop: Loop, number: int) -> tuple[dict[str, Any], dict[str, Tensor]
     groups = [{k: float(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in optimizer["param_groups"]]
     described = {
         "number": number,
+        "moved": moved,
         "best": loop.best[0],
         "best_step": loop.run.best_step,
         "records": loop.run.records,
@@ -60,27 +56,55 @@ def state_of(loop: Loop, number: int) -> tuple[dict[str, Any], dict[str, Tensor]
     return described, {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
 
 
-def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Go on from a state."""
+def unkept(loop: Loop, moved: list[str]) -> list[str]:
+    """Of what has moved since the start, the names of what is no tensor of model or objective: no checkpoint has it."""
+    modules = {"model": loop.pair, "objective": loop.take.objective}
+    kept = {f"{role}.{name}" for role, module in modules.items() for name in tensors_of(module)}
+    return [name for name in moved if name not in kept]
+
+
+def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor], differing: set[str]) -> None:
+    """Go on from a state, whose form was checked; what differs in optimizer and schedule is taken as it is here."""
+    parts, take = parts_of(tensors), loop.take
+    device = take.step.device
+    loop.pair.load_state_dict(parts["pair"])
+    take.objective.load_state_dict({**take.objective.state_dict(), **parts.get("objective", {})})
+    loop.number = described["number"]
+    if not any(map(of_validation, differing)):  # else what was best there says nothing
+        loop.best = described["best"], {name: tensor.to(device) for name, tensor in parts.get("best", {}).items()}
+        loop.run.best_step = described["best_step"]
+    loop.run.records[:] = described["records"]
+    loop.spent = loop.run.records[-1]["seconds"]
+    _put_back_optimizer(loop, described, parts, any(map(of_optimizer, differing)))
+    take.restore(described["steps"], parts["step"]["taken"])
+    loop.run.compile = take.why
+    own = [parts["random"][f"{loop.processes.rank}.{i}"] for i in range(len(streams(device)))]
+    set_streams(device, own)
+
+
+def parts_of(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the part of the run that they are of, and by name."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = tensor
-    take = loop.take
-    device = take.step.device
-    loop.pair.load_state_dict(parts["pair"])
-    take.objective.load_state_dict(parts.get("objective", {}))
-    loop.best = described["best"], {name: tensor.to(device) for name, tensor in parts.get("best", {}).items()}
-    loop.number, loop.run.best_step = described["number"], described["best_step"]
-    loop.run.records[:] = described["records"]
-    loop.spent = loop.run.records[-1]["seconds"]
-    told = described["optimizer"]
+    return parts
+
+
+def _put_back_optimizer(
+    loop: Loop, described: dict[str, Any], parts: dict[str, dict[str, Tensor]], differing: bool
+) -> None:
+    optimizer, scheduler = loop.take.optimizer, loop.take.scheduler
+    own, told = optimizer.state_dict(), described["optimizer"]
     state = {int(i): {**plain, **parts.get(f"optimizer.{i}", {})} for i, plain in told["state"].items()}
-    take.optimizer.load_state_dict({"state": state, "param_groups": told["param_groups"]})
-    if take.scheduler is not None:
-        take.scheduler.load_state_dict(described["scheduler"])
-    take.restore(described["steps"], parts["step"]["taken"])
-    loop.run.compile = take.why
-    loop.stream.restore(parts.get("stream", {}))
-    own = [parts["random"][f"{loop.processes.rank}.{i}"] for i in range(len(streams(device)))]
-    set_streams(device, own)
+    groups = own["param_groups"] if differing else alike(own["param_groups"], told["param_groups"], "the optimizer")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if scheduler is None or (differing and by_record(scheduler)):
+        return
+    if not differing:
+        scheduler.load_state_dict(alike(scheduler.state_dict(), described["scheduler"], "the scheduler"))
+        return
+    with warnings.catch_warnings():  # torch expects a step of the optimizer before each
+        warnings.simplefilter("ignore")
+        for _ in range(described["number"]):
+            scheduler.step()

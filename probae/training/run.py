@@ -56,7 +56,7 @@ class Run:
         last = self.records[-1]
         best = ""
         if self.watched is not None and self.best_step is not None:
-            value = max(r["validation"] for r in self.records)
+            value = next(r["validation"] for r in self.records if r["step"] == self.best_step)
             best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
         note = f"; {self.note}" if self.note else ""
         return (

@@ -135,7 +135,8 @@ class Steps:
     def restore(self, state: dict[str, Any], step: Tensor) -> None:
         """Go on as it was decided; the optimizer's state is there, so that no eager step is needed first."""
         self.wanted, self.why, self.ran = state["wanted"], state["why"], state["ran"]
-        self.moving, self.traceable, self.failures = state["moving"], state["traceable"], state["failures"]
+        self.moving, self.failures = state["moving"], state["failures"]
+        self.traceable = state["traceable"] and self.compile is not False
         # a proof is an eager step: they come where they would have come
         self.first, self.proofs_due = False, state["proofs"]
         self.resumed = True
