@@ -27,8 +27,9 @@ from torch.utils.data import (
 
 from probae.batches import Batch, length
 from probae.fingerprints import fingerprints, generators
+from probae.generator import generator as shared_generator
 from probae.processes import ALONE, Processes
-from probae.seeding import derived, python_seeded, seeded, set_state, state_of
+from probae.seeding import Generator, derived, python_seeded, seeded, set_state, state_of
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 
 _BLOCK = 1024  # rows fetched at a time, when all of the data are read once
@@ -198,7 +199,7 @@ class Streamed(Source):
                 "or a DistributedSampler"
             )
         # a sampler without a generator of its own draws from the process's stream
-        self.generators = {"shared": torch.default_generator, **generators([("loader", loader)])}
+        self.own = generators([("loader", loader)])
         self.start, self.taken, self.epoch = self._states(), 0, 0
         self.resumed: Iterator[Batch] | None = None
         self.before = self.settings()
@@ -235,9 +236,8 @@ class Streamed(Source):
     def require_resumable(self) -> None:
         """Raise a ValueError if a sampler keeps what no checkpoint has, or if rows follow neither from it nor from the seed."""
         found, after = generators([("loader", self.loader)]), self.settings()
-        own = self.generators.keys() - {"shared"}
         changed = [n for n in {**self.before, **after} if self.before.get(n) != after.get(n)] + sorted(
-            found.keys() ^ own
+            found.keys() ^ self.own.keys()
         )
         if changed:
             raise ValueError(
@@ -275,7 +275,7 @@ class Streamed(Source):
 
     def require(self, state: dict[str, Tensor], number: int) -> None:
         """Raise a ValueError if this is no state of the stream after so many minibatches."""
-        for name, generator in self.generators.items():
+        for name, generator in self._generators().items():
             set_state(copy.deepcopy(generator), state[name])
         if not (0 <= int(state["taken"]) <= number and 0 <= int(state["epoch"]) <= number):
             raise ValueError(f"the stream of data stands at batch {int(state['taken'])}, the run at step {number}")
@@ -292,17 +292,20 @@ class Streamed(Source):
                     f"the DataLoader gives fewer than the {self.taken} batches that were taken of this pass"
                 )
 
+    def _generators(self) -> dict[str, Generator]:
+        return {"shared": shared_generator(), **self.own}
+
     def _states(self) -> dict[str, Tensor]:
-        return {name: state_of(generator) for name, generator in self.generators.items()}
+        return {name: state_of(generator) for name, generator in self._generators().items()}
 
     def _set(self, states: dict[str, Tensor]) -> None:
-        for name, generator in self.generators.items():
+        for name, generator in self._generators().items():
             set_state(generator, states[name])
 
     def _noise(self) -> list[list[int]]:
         """Where all streams stand that the data set may draw from."""
         shared: list[Any] = [random._inst, np.random.mtrand._rand]  # type: ignore[attr-defined]
-        return [state_of(generator).tolist() for generator in (*self.generators.values(), *shared)]
+        return [state_of(generator).tolist() for generator in (*self._generators().values(), *shared)]
 
     def _all(self) -> Iterator[Batch]:
         empty = True
