@@ -22,6 +22,8 @@ import probae
 from probae.cli import main
 from probae.lineup import CANDIDATES
 
+pytestmark = pytest.mark.xdist_group("cli")  # one process makes the fixtures for all
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib").use("Agg")
 

@@ -16,6 +16,8 @@ import probae
 from probae.comparison.baselines import fit_baselines
 from probae.comparison.folds import parts
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one process makes the fixtures for all
+
 BASELINES = ["independent features", "full Gaussian", "mixture of 10 Gaussians"]
 D = 4
 

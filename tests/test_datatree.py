@@ -15,6 +15,8 @@ from torch import nn
 import probae
 from probae import datatree
 
+pytestmark = pytest.mark.xdist_group("datatree")  # one process makes the fixtures for all
+
 az = pytest.importorskip("arviz_stats")
 xarray = pytest.importorskip("xarray")
 

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import probae
 
+pytestmark = pytest.mark.xdist_group("isolation")  # one process makes the fixtures for all
+
 D = 6
 X = torch.rand(120, D, generator=torch.Generator().manual_seed(0))
 

@@ -12,6 +12,8 @@ import torch
 
 import probae
 
+pytestmark = pytest.mark.xdist_group("processes")  # one process makes the fixtures for all
+
 ROOT = Path(probae.__file__).parents[1]
 #: what all scripts begin with: a point guide draws nothing, so one process and two see the same noise
 START = """
