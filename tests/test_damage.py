@@ -209,10 +209,10 @@ FIRST = "decoder.layers.0.weight"
 LOGIT = build("Logit", low=0.0, high=1.0)
 MODELS = {
     "300,000 layers": recipe(build("VAE", features=D, latents=L, hidden=[1] * 300_000)),
-    "300,000 transforms": recipe(
-        build("Transformed", pair=build("PPCA", features=D, latents=L), transform=[LOGIT] * 300_000)
+    "30,000 transforms": recipe(
+        build("Transformed", pair=build("PPCA", features=D, latents=L), transform=[LOGIT] * 30_000)
     ),
-    "300,000 arguments": recipe({"build": "VAE", "arguments": {f"a{i}": 1 for i in range(300_000)}}),
+    "30,000 arguments": recipe({"build": "VAE", "arguments": {f"a{i}": 1 for i in range(30_000)}}),
     "terabytes": recipe(build("VAE", features=10**9, latents=10**6)),
     "NaN": weight(FIRST, lambda t: t * float("nan")),
     "half of it in float16": weight(FIRST, lambda t: t.half()),
@@ -282,13 +282,17 @@ def test_a_pyro_param_of_another_shape_is_told_with_the_file(stored):
         probae.log_evidence(probae.load(stored, into=with_param(1)), data())
 
 
+class Refusing(nn.Linear):
+    def _load_from_state_dict(self, *args, **kwargs):
+        raise RuntimeError("no")
+
+
 class Late(nn.Module):
     """Takes its first tensors, and fails at the last."""
 
-    def __init__(self):
+    def __init__(self, last=Refusing):
         super().__init__()
-        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
-        self.register_buffer("narrow", torch.zeros(1).expand(3))  # which nothing can be written into
+        self.first, self.last = nn.Linear(2, 2), last(2, 2)
 
     def model(self, x):
         raise NotImplementedError
@@ -296,14 +300,9 @@ class Late(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_load_that_fails_leaves_into_as_it_was(dtype, tmp_path):
-    class Whole(Late):
-        def __init__(self):
-            super().__init__()
-            self.narrow = torch.arange(3.0)
-
-    folder, into = probae.save(Whole().to(dtype), tmp_path), Late()
+    folder, into = probae.save(Late(nn.Linear).to(dtype), tmp_path), Late()
     before = {name: tensor.clone() for name, tensor in into.state_dict().items()}
-    with pytest.raises(ValueError, match="does not take its tensors"):
+    with pytest.raises(ValueError, match="does not take its tensors: no"):
         probae.load(folder, into=into)
     assert into.training
     assert all(tensor.dtype == before[name].dtype for name, tensor in into.state_dict().items())
