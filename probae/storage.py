@@ -200,10 +200,9 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[st
     if keeper is None or not waits:
         fill(module, tensors, str(folder))
         return
-    for name in sorted(made & inside.keys() - own):
-        kept = not name.startswith("stored.") or "." not in name.removeprefix("stored.")
-        if not kept or inside[name].dtype not in FLOATS:
-            raise ValueError(f"{folder}: {name!r}, {inside[name].dtype}, is nothing that a pair keeps of its programs")
+    for name in sorted(name for name in made & inside.keys() - own if name.startswith("stored.")):
+        if "." in name.removeprefix("stored.") or inside[name].dtype not in FLOATS:
+            raise ValueError(f"{folder}: {name!r}, {inside[name].dtype}, is nothing that pyro.param makes")
     if extra := sorted(inside.keys() - own - made):
         raise ValueError(f"{folder}: the file has a tensor {extra[0]!r} that the model lacks ({len(extra)} in all)")
     outside = {name for name in module.state_dict() if not name.startswith(prefix)}

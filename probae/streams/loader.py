@@ -1,14 +1,11 @@
-"""Minibatches of a Dataset, fetched by its places, and of a DataLoader, whose own order and batch size hold."""
+"""Minibatches of a DataLoader, whose own order and batch size hold."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import multiprocessing
-import os
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import clear_frames, walk_tb
 from typing import Any
@@ -16,160 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from probae.batches import Batch, length
 from probae.fingerprints import fingerprints, generators
 from probae.generator import generator as shared_generator
 from probae.processes import ALONE, Processes
 from probae.seeding import Generator, derived, python_seeded, seeded, set_state, state_of
-from probae.streams.minibatches import Minibatch, Shuffle, Source
-
-_BLOCK = 1024  # rows fetched at a time, when all of the data are read once
-_STEP, _PASS, _SOME = 11, 12, 13  # what rows are fetched for: each has draws of its own
-_FEW = 32  # rows that tell whether a data set draws
-_AHEAD = 4  # minibatches that each worker fetches before they are asked for
-_LET = "let it draw by torch, numpy.random or random, whose streams follow from the run's seed"
-
-
-class Fetched(Source):
-    """The rows of a map-style Dataset, shuffled anew in each pass; a last, smaller batch is completed from the next.
-
-    What the Dataset draws, by torch, NumPy or Python, follows from the seed and the number of the minibatch, whoever
-    fetches it.
-
-    Args:
-        data: with ``len(data)`` and ``data[i]``; a Hugging Face data set too.
-        workers: processes that fetch ahead; None takes one where processes are forked and there are no others, else none.
-    """
-
-    def __init__(
-        self,
-        data: Any,
-        batch_size: int,
-        seed: int,
-        dtype: torch.dtype | None,
-        device: torch.device,
-        workers: int | None = None,
-        processes: Processes = ALONE,
-        keeps: bool | None = None,
-    ):
-        self.rows, self.size, self.dtype, self.device = _Rows(data, seed), _length(data), dtype, device
-        self.keeps = keeps
-        self.shuffle = Shuffle(self.size, batch_size, seed, processes=processes)
-        self.number = 0
-        self.taken = self._now()
-        forked = multiprocessing.get_start_method(allow_none=True) in {None, "fork"} and hasattr(os, "fork")
-        # a child that is forked while a thread of the exchange takes the interpreter's lock waits for it for ever
-        alone = processes.count == 1
-        self.workers = int(forked and alone) if workers is None else workers
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        ahead: deque[dict[str, Tensor]] = deque()
-
-        def places() -> Iterator[list[int]]:
-            while True:
-                self.number += 1
-                index = self.shuffle.next().tolist()
-                ahead.append(self._now())
-                yield [_STEP, self.number, *index]
-
-        for item in self._loader(places(), self.workers):
-            self.taken = ahead.popleft()
-            yield Minibatch(self._batch(item), share=self.shuffle.share)
-
-    def passes(self) -> Iterator[Batch]:
-        """The data once, in blocks, each process its part."""
-        own = self.shuffle.processes
-        starts = list(range(0, self.size, _BLOCK))
-        mine = starts[own.rank :: own.count] or starts[:1]
-        places = ([_PASS, start // _BLOCK, *range(start, min(start + _BLOCK, self.size))] for start in mine)
-        for item in self._loader(places, self.workers if len(mine) > 1 else 0):
-            yield self._batch(item)
-
-    def some(self) -> Batch:
-        """Rows from all over the data."""
-        places = np.linspace(0, self.size - 1, min(self.size, _BLOCK)).astype(int).tolist()
-        return self._batch(self.rows.__getitems__([_SOME, 0, *places]))
-
-    def require_resumable(self) -> None:
-        """Raise a ValueError if rows do not follow from the seed: where workers read them, nobody knows what they draw."""
-        if self.rows.whole:
-            return
-
-        def read() -> Any:
-            return self.rows.__getitems__([_SOME, 0, *range(min(self.size, _FEW))])
-
-        _require_same_rows(read)
-        found = generators([("data", self.rows.data)])
-        before = {name: state_of(generator) for name, generator in found.items()}
-        read()
-        for name, generator in found.items():
-            if not torch.equal(before[name], state_of(generator)):
-                raise ValueError(
-                    f"checkpoint: the data set draws from a random generator of its own, {name}, which no checkpoint keeps: "
-                    f"{_LET}"
-                )
-
-    def state(self) -> dict[str, Tensor]:
-        """The order after the last minibatch that was asked for; those fetched ahead are fetched again."""
-        return self.taken
-
-    def require(self, state: dict[str, Tensor], number: int) -> None:
-        """Raise a ValueError if this is no state of the stream after so many minibatches."""
-        super().require(state, number)
-        if int(state["number"]) != number:
-            raise ValueError(f"the stream of data stands at minibatch {int(state['number'])}, the run at {number}")
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-        self.number = int(state["number"])
-        self.shuffle.restore(state)
-        self.taken = self._now()
-
-    def _now(self) -> dict[str, Tensor]:
-        return {**self.shuffle.state(), "number": torch.tensor(self.number)}
-
-    def _loader(self, places: Iterator[list[int]], workers: int) -> DataLoader[Any]:
-        return DataLoader(
-            self.rows,
-            batch_sampler=places,  # type: ignore[arg-type]
-            num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else the loader draws from the process's stream
-        )
-
-    def _batch(self, item: Any) -> Batch:
-        return self.as_batch(_unpacked(item))
-
-
-class _Rows(Dataset[Any]):
-    """A data set read by lists of places, before which stand what they are for and the number of the minibatch."""
-
-    def __init__(self, data: Any, seed: int):
-        # a Hugging Face data set gives tensors, and a batch of them at once
-        self.whole = hasattr(data, "with_format") and hasattr(data, "column_names")
-        self.data, self.seed = data.with_format("torch") if self.whole else data, seed
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, places: list[int]) -> Any:
-        purpose, number, *places = places
-        with seeded(derived(self.seed, purpose, number)):
-            if self.whole:
-                found = self.data[places]
-                return next(iter(found.values())) if len(found) == 1 else dict(found)
-            several = getattr(self.data, "__getitems__", None)
-            return default_collate(several(places) if several else [self.data[i] for i in places])
+from probae.streams.minibatches import Minibatch, Source
+from probae.streams.rows import FEW, STEP, length_of, require_same_rows, unpacked
 
 
 class Streamed(Source):
@@ -187,7 +39,7 @@ class Streamed(Source):
         keeps: bool | None = None,
     ):
         self.seed = seed
-        self.loader, self.dtype, self.device, self.size = loader, dtype, device, _length(loader.dataset)
+        self.loader, self.dtype, self.device, self.size = loader, dtype, device, length_of(loader.dataset)
         self.keeps = keeps
         # with a DistributedSampler the loader gives this process's rows; else all have the same batches, and share them
         self.distributed = isinstance(loader.sampler, DistributedSampler)
@@ -259,12 +111,12 @@ class Streamed(Source):
             self._set(start)
             with seeded(self.seed):
                 before = self._noise()
-                rows = [self.loader.dataset[i] for i in range(min(self.size, _FEW))]
+                rows = [self.loader.dataset[i] for i in range(min(self.size, FEW))]
                 moved.append(before != self._noise())
             return rows
 
         try:
-            _require_same_rows(read)
+            require_same_rows(read)
         finally:
             self._set(start)
         return any(moved)
@@ -313,7 +165,7 @@ class Streamed(Source):
             self.loader.sampler.set_epoch(self.epoch)
         for item in self._items():
             empty = False
-            yield self.as_batch(_unpacked(item))
+            yield self.as_batch(unpacked(item))
         if empty:
             raise ValueError("the DataLoader gave no batch: expected at least one (is drop_last set on few data?)")
 
@@ -321,46 +173,13 @@ class Streamed(Source):
         """The loader's items; what its data set draws by NumPy or Python in this process follows from the seed."""
         items: Iterator[Any] | None = None
         for number in itertools.count():
-            with python_seeded(derived(self.seed, _STEP, self.epoch, number)):
+            with python_seeded(derived(self.seed, STEP, self.epoch, number)):
                 items = iter(self.loader) if items is None else items
                 try:
                     item = next(items)
                 except StopIteration:
                     return
             yield item
-
-
-def _require_same_rows(read: Callable[[], Any]) -> None:
-    """Raise a ValueError if the same rows, read twice from the same seed, are not the same."""
-    first, second = (fingerprints([("rows", read())]) for _ in range(2))
-    if first != second:
-        raise ValueError(
-            f"checkpoint: the data set gives other rows when it is read again from the same seed, so that a run on it could "
-            f"not be resumed: {_LET}"
-        )
-
-
-def _unpacked(item: Any) -> Any:
-    """default_collate gives lists for tuples, and a TensorDataset tuples of one."""
-    if isinstance(item, list | tuple):
-        return item[0] if len(item) == 1 else tuple(item)
-    return item
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _length(data: Any) -> int:
-    try:
-        size = len(data)
-    except TypeError as error:
-        raise ValueError(
-            "the data set has no length: training needs N, the number of data, to weigh what all data share"
-        ) from error
-    if size == 0:
-        raise ValueError("the data set is empty: expected N >= 1 data")
-    return size
 
 
 @contextmanager

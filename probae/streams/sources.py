@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from probae.batches import as_batch
 from probae.processes import ALONE, Processes
-from probae.streams.loader import Fetched, Streamed
+from probae.streams.fetched import Fetched
+from probae.streams.loader import Streamed
 from probae.streams.mapped import Mapped
 from probae.streams.minibatches import InMemory, Source
 
