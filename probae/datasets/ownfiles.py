@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from probae.arguments import printable
 from probae.batches import as_batch
 from probae.datasets.dataset import Dataset, Kind, split
 from probae.datasets.formats import numbers, numpy_arrays, table
@@ -37,7 +38,7 @@ def load_file(path: Path, seed: int, missing: str | None = None) -> Dataset:
     train, validation, test = parts if len(parts) == 3 else split(parts[0], seed)
     return Dataset(
         path.stem, train, validation, test, kind, maximum, image_shape, tuple(names) if names else None,
-        description=f"{path.name}{note}: {how}",
+        description=f"{printable(path.name)}{note}: {how}", files=(path,),
     )  # fmt: skip
 
 
