@@ -91,11 +91,13 @@ def as_path(name: str, value: Any) -> Path:
 
     Raises:
         TypeError: if it is none.
-        ValueError: if it has a character that no path can have.
+        ValueError: if it is empty, or has a character that no path can have.
     """
     if not isinstance(value, str | bytes | os.PathLike):
         raise TypeError(f"{name}: expected a path, got {_shown(value)}")
     text = os.fsdecode(value)
+    if not text:
+        raise ValueError(f"{name}: expected a path, got an empty one; the current folder is '.'")
     if "\0" in text:
         raise ValueError(f"{name}: expected a path, got {text!r}, which has a null character")
     return Path(text)

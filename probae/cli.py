@@ -6,15 +6,16 @@ import functools
 import io
 import json
 import math
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from probae.arguments import as_path
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
@@ -38,13 +39,18 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-            print(f"probae: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"probae: {in_print(' '.join(str(error).split()))}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             print("probae: interrupted", file=sys.stderr)
             raise typer.Exit(130) from error
 
     return run
+
+
+def in_print(text: str) -> str:
+    """A text with escapes for what a terminal would obey: names in files and of files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 COMPILE: dict[str, bool | str] = {"auto": "auto", "eager": False, "flat": "flat", "compiled": True}
@@ -71,43 +77,57 @@ def compare(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that fit models at the same time.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="probae-compare/DATA")
+        str | None, typer.Option(help="Folder for the results.", metavar="PATH", show_default="probae-compare/DATA")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the results of a run with other options or data; nothing else.")
+    ] = False,
 ) -> None:
     """Fit a line-up of models to data, and print one table of held-out log p(x).
 
-    The table, the figures and the fitted models are written to a folder. Without an option: scikit-learn's 1,797
-    handwritten digits, in a few minutes.
+    The table, the figures and the fitted models are written to a folder, in which nothing is replaced but unchanged
+    results of the same run. Without an option: scikit-learn's 1,797 handwritten digits, in a few minutes.
     """
     from probae import comparison, datasets, lineup
+    from probae.results import KIND, Results, checksum_of
+    from probae.writing import preparing
 
     if compile not in COMPILE:
         raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
     console = Console(markup=False, highlight=False)
     loaded = datasets.load(data, seed=seed, missing=missing)
-    folder = out if out is not None else Path("probae-compare") / loaded.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
     chosen = lineup.choose(loaded, [name.strip() for name in models.split(",")] if models else None)
     test = subset(loaded.test, test_rows, seed)
-    console.print(f"{loaded.name}: {loaded.description}")
-    console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n")
+    settings: dict[str, Any] = {"latents": latents, "steps": steps, "test_rows": test_rows, "particles": particles}
+    settings |= {"seed": seed, "compile": compile, "missing": missing}
+    whole = checksum_of((loaded.train, loaded.validation, loaded.test))
+    run = {"data": loaded.name, "checksum of the data": whole, "models": chosen, **settings}
+    with preparing(folder, KIND) as place:
+        results = Results(folder, run, loaded.files, force)
+        results.require_free(written_names(chosen, loaded.image_shape is not None))
+        console.print(in_print(f"{loaded.name}: {loaded.description}"))
+        console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n")
 
-    fitted: dict[str, Pair] = {}
-    seconds: dict[str, float] = {}
-    settings = loaded, latents, steps, seed, COMPILE[compile], processes
-    for name, model, took in lineup.train_all(chosen, *settings, progress=sys.stderr.isatty()):
-        fitted[name], seconds[name] = model, took
-        console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
-    result = comparison.compare(
-        fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
-    )
-    table = result.table.assign(fit_seconds=[seconds.get(name, math.nan) for name in result.table.index])
+        fitted: dict[str, Pair] = {}
+        seconds: dict[str, float] = {}
+        how = loaded, latents, steps, seed, COMPILE[compile], processes
+        for name, model, took in lineup.train_all(chosen, *how, progress=sys.stderr.isatty()):
+            fitted[name], seconds[name] = model, took
+            console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
+        result = comparison.compare(
+            fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
+        )
+        table = result.table.assign(fit_seconds=[seconds.get(name, math.nan) for name in result.table.index])
+        console.print()
+        console.print(rendered(table, loaded, console.width))
+        for note in result.notes:
+            console.print(f"· {note}")
+        made = place / "results"
+        written = write(made, result, table, loaded, test, settings)
+        results.put(made)
     console.print()
-    console.print(rendered(table, loaded, console.width))
-    for note in result.notes:
-        console.print(f"· {note}")
-    written = write(folder, result, table, loaded, test, {"latents": latents, "steps": steps, "seed": seed})
-    console.print(f"\nwritten to {folder}: {', '.join(written)}")
+    console.print(in_print(f"written to {folder}: {', '.join(written)}"))
 
 
 @app.command("list")
@@ -183,6 +203,14 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
     return shown
 
 
+def written_names(chosen: Sequence[str], images: bool) -> list[str]:
+    """The files that `write` makes; names of baselines have an asterisk where there are numbers in them."""
+    names = ["table.csv", "table.json", "evidence.csv", "evidence.png"]
+    models = [*chosen, "independent_features", "full_Gaussian", "mixture_of_*"]
+    names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors")]
+    return [*names, "reconstructions.png", "samples.png"] if images else names
+
+
 def write(
     folder: Path, result: Comparison, table: Any, data: Dataset, test: Any, settings: dict[str, Any]
 ) -> list[str]:
@@ -191,6 +219,7 @@ def write(
 
     from probae import figures, lineup, storage
 
+    folder.mkdir()
     table.to_csv(folder / "table.csv")
     result.evidence().to_csv(folder / "evidence.csv")
     rows = json.loads(table.reset_index().to_json(orient="records"))
@@ -203,9 +232,6 @@ def write(
     }
     (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
     written = ["table.csv", "table.json", "evidence.csv"]
-    for old in (folder / "models").glob("*"):  # of an earlier run into the same folder
-        if {f.name for f in old.glob("*")} == {"model.json", "model.safetensors"}:
-            shutil.rmtree(old)
     for entry in result.entries:
         storage.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
     written.append("models/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from probae.isolation import isolated
 from probae.pair import Pair, as_pair
 from probae.parameters import FLOATS, fill, fill_known
 from probae.recipe import from_json, to_json
+from probae.writing import mark, place_of, preparing, require_free, write
 
 FORMAT = 1
+KIND = "model"
 _JSON, _TENSORS = "model.json", "model.safetensors"
 _MOST = 1000  # objects that a recipe builds
 
@@ -38,14 +41,16 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         model: a torch module with the tensors (a model of ours, a class of the user's, a `Pair`), or a `Run`.
-        folder: made if it is not there; an earlier model in it is replaced.
+        folder: made if it is not there; an earlier model in it is replaced. Whenever the process is killed, the old one or
+            the new one loads.
 
     Returns:
         The folder's path.
 
     Raises:
         TypeError: if the model is no torch module, or the folder no path.
-        ValueError: if a tensor of the model has no values, or a parameter values that are no numbers (NaN).
+        ValueError: if a tensor of the model has no values, or a parameter values that are no numbers (NaN); if a file has the
+            name of one of these and was not written by `save`: it stays as it is.
         OSError: if the folder cannot be made or written to.
 
     Example:
@@ -67,8 +72,9 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         recipe = None
     found, made = _tensors_of(module)
     _require_numbers(module, found, "model", recipe is not None)
-    tensors = serialise({name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(found.items())})
+    tensors = serialise({name: t.detach().cpu().contiguous().clone() for name, t in sorted(found.items())}, mark(KIND))
     described = {
+        **mark(KIND),
         "format": FORMAT,
         "class": type(model).__name__,
         "recipe": recipe,
@@ -76,9 +82,13 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         "made": made,
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _TENSORS, tensors)
-    _write(folder / _JSON, (json.dumps(described, indent=2) + "\n").encode())
+    with preparing(folder, KIND, partial(_finish, folder)) as place:
+        for name in (_JSON, _TENSORS):
+            require_free(folder / name, KIND)
+        write(place / _TENSORS, tensors)
+        write(place / _JSON, (json.dumps(described, indent=2) + "\n").encode())
+        os.replace(place / _JSON, folder / _JSON)  # from here on `load` gives the new one
+        os.replace(place / _TENSORS, folder / _TENSORS)
     return folder
 
 
@@ -99,18 +109,7 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
     """
 
     folder = as_path("folder", folder)
-    for name in (_JSON, _TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"no model in {folder}: expected the files {_JSON} and {_TENSORS}, {name} is missing or no file"
-            )
-    described = _described(folder / _JSON)
-    try:
-        raw = reading.tensors(folder / _TENSORS)
-    except ValueError as error:
-        raise ValueError(f"{folder / _TENSORS} is damaged: {error}") from error
-    if hashlib.sha256(raw).hexdigest() != described["sha256"]:
-        raise ValueError(f"{folder / _TENSORS} is damaged, or belongs to another {_JSON}: its checksum differs")
+    described, raw = _whole(folder)
     try:
         tensors = deserialise(raw)
     except SafetensorError as error:
@@ -129,6 +128,39 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
     _read_into(module, tensors, set(described["made"]) if into is not None else set(), folder)
     module.eval()
     return into if into is not None else module
+
+
+def _whole(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """What ``model.json`` says, and the tensors that belong to it, also while another process saves, or after it was killed."""
+    pending = place_of(folder, KIND) / _TENSORS
+    for name, places in ((_JSON, [folder / _JSON]), (_TENSORS, [folder / _TENSORS, pending])):
+        if not any(path.is_file() for path in places):
+            raise FileNotFoundError(
+                f"no model in {folder}: expected the files {_JSON} and {_TENSORS}, {name} is missing or no file"
+            )
+    trouble = f"or belongs to another {_JSON}: its checksum differs"
+    for _ in range(3):
+        described = _described(folder / _JSON)
+        for path in (folder / _TENSORS, pending):
+            try:
+                if hashlib.sha256(raw := reading.tensors(path)).hexdigest() == described["sha256"]:
+                    return described, raw
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                trouble = str(error)
+    raise ValueError(f"{folder / _TENSORS} is damaged, {trouble}")
+
+
+def _finish(folder: Path) -> None:
+    """Move the tensors to ``model.json`` that a `save` has put there."""
+    pending = place_of(folder, KIND) / _TENSORS
+    try:
+        waits = hashlib.sha256(reading.tensors(pending)).hexdigest() == _described(folder / _JSON)["sha256"]
+    except (OSError, ValueError):  # there is nothing to finish
+        return
+    if waits:
+        os.replace(pending, folder / _TENSORS)
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -240,16 +272,3 @@ def _module(model: Any) -> nn.Module:
     if isinstance(model, nn.Module) and not callable(getattr(model, "model", None)):
         return model
     return as_pair(model)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside the file and rename, so that no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

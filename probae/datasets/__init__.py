@@ -106,8 +106,9 @@ def load(
         read, about = s.read, s.description
         if missing is not None and s.read_gaps is not None:
             read, about = s.read_gaps, s.description_gaps
-        splits, feature_names = read(*_paths(name, s, root))
-        return Dataset(name, *splits, s.kind, s.maximum, s.image_shape, feature_names, about)
+        paths = _paths(name, s, root)
+        splits, feature_names = read(*paths)
+        return Dataset(name, *splits, s.kind, s.maximum, s.image_shape, feature_names, about, paths)
     if name in CORRELATIONS:
         raise ValueError(f"{name!r} is a correlation matrix, without rows: use correlation_matrix({name!r})")
     path = Path(os.path.expanduser(name))

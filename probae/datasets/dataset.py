@@ -1,6 +1,7 @@
 """What a data set is: three arrays of rows, what their values are, and how rows are split."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ class Dataset:
         image_shape: (height, width) where a row is an image, row by row.
         feature_names: D names, where the features have any.
         description: One line: what it is, and where it was published.
+        files: What it was read from.
 
     Example:
         >>> x = np.eye(3, dtype=np.uint8)
@@ -41,6 +43,7 @@ class Dataset:
     image_shape: tuple[int, int] | None = None
     feature_names: tuple[str, ...] | None = None
     description: str = ""
+    files: tuple[Path, ...] = ()
 
     @property
     def features(self) -> int:

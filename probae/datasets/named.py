@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probae.arguments import printable
 from probae.datasets.dataset import Kind, Splits, split
 from probae.datasets.formats import archive, idx_images, numbers, table
 
@@ -78,7 +79,7 @@ def _newsgroups(path: Path) -> Contents:
 def _oil_flow(path: Path) -> Contents:
     parts = archive(path, dict.fromkeys(("train", "valid", "test"), (np.floating, (1_000, 12))))
     if not all(np.isfinite(part).all() for part in parts):
-        raise ValueError(f"{path}: expected finite numbers")
+        raise ValueError(f"{printable(path)}: expected finite numbers")
     train, validation, test = (part.astype(np.float32) for part in parts)
     return (train, validation, test), None
 
@@ -89,7 +90,7 @@ def _columns(path: Path, wanted: tuple[str, ...], rows: int) -> np.ndarray:
     absent = [name for name in wanted if name not in names]
     if absent or len(frame) != rows:
         got = f"no column {', '.join(absent)}" if absent else f"{len(frame):,} rows"
-        raise ValueError(f"{path}: expected {rows:,} rows with columns {', '.join(wanted)}; got {got}")
+        raise ValueError(f"{printable(path)}: expected {rows:,} rows with columns {', '.join(wanted)}; got {got}")
     return numbers(path, frame.iloc[:, [names.index(name) for name in wanted]])
 
 
@@ -97,7 +98,7 @@ def _holzinger_swineford(path: Path) -> Contents:
     tests = tuple(f"x{i}" for i in range(1, 10))
     x = _columns(path, tests, rows=301)
     if not np.isfinite(x).all():
-        raise ValueError(f"{path}: expected a finite number in every row of x1 to x9")
+        raise ValueError(f"{printable(path)}: expected a finite number in every row of x1 to x9")
     return split(x.astype(np.float32), SPLIT_SEED), tests
 
 
@@ -107,12 +108,14 @@ def _bfi(path: Path, gaps: bool = False) -> Contents:
     whole = ~np.isnan(x).any(1)
     complete = x[whole]
     if len(complete) != 2_436 or not np.isin(complete, np.arange(1, 7)).all():
-        raise ValueError(f"{path}: expected answers 1 to 6, complete in 2,436 rows; got {len(complete):,} complete")
+        raise ValueError(
+            f"{printable(path)}: expected answers 1 to 6, complete in 2,436 rows; got {len(complete):,} complete"
+        )
     parts = split((complete - 1).astype(np.uint8), SPLIT_SEED)
     if gaps:
         others = x[~whole]
         if not np.isin(others[~np.isnan(others)], np.arange(1, 7)).all():
-            raise ValueError(f"{path}: expected answers 1 to 6")
+            raise ValueError(f"{printable(path)}: expected answers 1 to 6")
         # complete cases keep their places, so that both versions of the set hold out the same people
         more = split((others - 1).astype(np.float32), SPLIT_SEED)
         parts = tuple(np.concatenate([a.astype(np.float32), b]) for a, b in zip(parts, more, strict=True))  # type: ignore[assignment]
@@ -238,8 +241,8 @@ def read_correlations(path: Path, entry: Correlations) -> tuple[np.ndarray, tupl
     names = tuple(str(name) for name in frame.iloc[:, 0])
     columns = slice(1, entry.size + 1)
     if len(names) != entry.size or (header or [])[columns] != [entry.prefix + name for name in names]:
-        raise ValueError(f"{path}: {expected}")
+        raise ValueError(f"{printable(path)}: {expected}")
     matrix = numbers(path, frame.iloc[:, columns])
     if not (np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1) and (np.abs(matrix) <= 1).all()):
-        raise ValueError(f"{path}: {expected}: symmetric, with ones on its diagonal and no entry beyond 1")
+        raise ValueError(f"{printable(path)}: {expected}: symmetric, with ones on its diagonal and no entry beyond 1")
     return matrix, names

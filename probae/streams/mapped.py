@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probae.arguments import printable
 from probae.batches import Batch
 from probae.processes import ALONE, Processes
 from probae.streams.minibatches import Minibatch, Shuffle, Source
@@ -33,7 +34,7 @@ class Mapped(Source):
     """The rows of a ``numpy.memmap``, shuffled anew in each pass; a last, smaller batch is completed from the next.
 
     Raises:
-        ValueError: if the array is empty.
+        ValueError: if the array is empty, or its file has been cut short since it was mapped.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class _Rows:
 
     def __init__(self, array: Any):
         self.array, self.file, self.start, self.waited = array, -1, 0, math.inf
+        self._require_whole()
         within = (
             array.flags.c_contiguous and array.mode != "c" and array._mmap is not None and array.filename is not None
         )
@@ -142,6 +144,7 @@ class _Rows:
         if isinstance(places, slice):
             places = np.arange(*places.indices(len(self.array)))
         parts = []
+        self._require_whole()
         for few in np.array_split(places, max(1, len(places) * _HUGE // _RESIDENT)):
             parts.append(np.array(self.array[few]))
             # private changes would go with their pages
@@ -149,11 +152,26 @@ class _Rows:
                 self.array._mmap.madvise(mmap.MADV_DONTNEED)
         return np.concatenate(parts)
 
+    def _require_whole(self) -> None:
+        """Raise a ValueError if the file ends before the array: to touch its pages would end the process."""
+        memory = self.array._mmap
+        if memory is None or memory.closed:
+            return
+        begin = np.frombuffer(memory, np.uint8).ctypes.data
+        steps = zip(self.array.shape, self.array.strides, strict=True)
+        last = self.array.ctypes.data + sum((n - 1) * step for n, step in steps if step > 0) + self.array.itemsize
+        skipped = self.array.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if last - begin + skipped > memory.size():
+            name = printable(self.array.filename)
+            raise ValueError(f"{name}: the file has been cut short since it was mapped, and holds the array no more")
+
     def _read(self, into: memoryview, place: int) -> None:
         while into:
             count = os.preadv(self.file, [into], place)
             if count == 0:
-                raise OSError(f"{self.array.filename}: the file ends before the array that is mapped from it")
+                raise OSError(
+                    f"{printable(self.array.filename)}: the file ends before the array that is mapped from it"
+                )
             into, place = into[count:], place + count
 
     def _same(self) -> bool:

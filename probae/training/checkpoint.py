@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,29 +20,29 @@ from torch import Tensor
 from probae import reading
 from probae.arguments import printable
 from probae.training.identity import differences, lasting, told
+from probae.writing import InTheWay, bears_mark, mark
+from probae.writing import write as _write
 
 FORMAT = 1
+KIND = "checkpoint"
 _STATE, _TENSORS = "state.json", "state.safetensors"
 _KEPT = 2  # a torn one leaves the one before
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder, ``step-00000100/`` and so on; the last two are kept.
+    """The checkpoints of one run in a folder, ``step-00000100/`` and so on; the last two that are whole are kept.
 
     Args:
-        folder: made if it is not there.
+        folder: in which nothing but checkpoints that bear probae's mark is ever replaced or removed.
         identity: what the run is, plain values by name; a checkpoint of another run is refused.
-
-    Raises:
-        OSError: if the folder cannot be made or written to.
+        place: where one is prepared, in that folder; needed to save.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
+    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any], place: Path | None = None):
         self.folder = Path(folder)
         self.identity = json.loads(json.dumps(identity))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder, os.W_OK):
-            raise PermissionError(f"checkpoint: the folder {self.folder} cannot be written to")
+        self.place = place
+        self.whole: list[Path] = []
 
     def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Write one; a reader sees it whole or not at all.
@@ -50,7 +51,7 @@ class Checkpoints:
             OSError: if it cannot be written (a full disk); earlier ones are still there.
             TypeError: if something in the state is no plain value.
         """
-        content = serialise({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+        content = serialise({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, mark(KIND))
         described = {"identity": self.identity, "state": state}
         try:
             text = json.dumps(described)
@@ -62,14 +63,16 @@ class Checkpoints:
             "sha256": hashlib.sha256(content).hexdigest(),
             "described_sha256": hashlib.sha256(text.encode()).hexdigest(),
         }
-        place = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".writing-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        if self.place is None:
+            raise RuntimeError("only the process that holds the folder writes checkpoints")
+        place, temporary = self.folder / f"step-{step:08d}", self.place / "new"
         try:
-            temporary.mkdir()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
             _write(temporary / _TENSORS, content)
-            _write(temporary / _STATE, (json.dumps({"format": FORMAT, **sums, "described": text}) + "\n").encode())
-            shutil.rmtree(place, ignore_errors=True)
+            raw = {**mark(KIND), "format": FORMAT, **sums, "described": text}
+            _write(temporary / _STATE, (json.dumps(raw) + "\n").encode())
+            self._remove(place)
             os.replace(temporary, place)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -77,8 +80,10 @@ class Checkpoints:
                 error.errno,
                 f"checkpoint of step {step} could not be written ({error.strerror}); the last one still loads",
             ) from error
-        for old in list(self._all())[_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        self.whole = [*self.whole, place][-_KEPT:]
+        for old in self._all():
+            if old not in self.whole and _number(old) < step:
+                self._remove(old)
 
     def latest(
         self, require: Callable[[dict[str, Any], dict[str, Tensor], set[str]], None], force: bool = False
@@ -113,6 +118,7 @@ class Checkpoints:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+            self.whole = [place]
             return described["state"], tensors, set(found)
         if trouble is not None:
             raise ValueError(
@@ -120,8 +126,47 @@ class Checkpoints:
             )
         return None
 
+    def require_free(self, after: int, steps: int, every: int) -> None:
+        """Refuse to go on after a step where a checkpoint would have to replace what is none of probae's.
+
+        Raises:
+            InTheWay: naming what would be replaced.
+        """
+        for path in self.folder.glob("step-*"):
+            number = _number(path)
+            if after < number <= steps and (number % every == 0 or number == steps) and not _is_ours(path):
+                raise InTheWay(
+                    f"checkpoint: {printable(path)} is in the way: it is no checkpoint that probae has written, and stays. "
+                    "Take another folder, or move it away"
+                )
+
     def _all(self) -> Iterator[Path]:
-        yield from sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        found = (p for p in self.folder.glob("step-*") if _number(p) >= 0 and p.is_dir())
+        yield from sorted(found, key=_number, reverse=True)
+
+    def _remove(self, place: Path) -> None:
+        """Remove a checkpoint of probae's, at once or not at all, and nothing else."""
+        if self.place is None or not _is_ours(place):
+            return
+        old = self.place / "old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _number(place: Path) -> int:
+    """The step of a checkpoint by its name, -1 for any other name."""
+    found = re.fullmatch(r"step-(\d{8,18})", place.name, re.ASCII)
+    return int(found[1]) if found else -1
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a folder is a checkpoint that probae has written, be it torn, with nothing else in it."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    files = list(place.iterdir())
+    names = {file.name for file in files}
+    return names <= {_STATE, _TENSORS} and any(bears_mark(file, KIND) for file in files)
 
 
 class AnotherRun(ValueError):
@@ -148,10 +193,3 @@ def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if hashlib.sha256(raw["described"].encode()).hexdigest() != raw["described_sha256"]:
         raise ValueError(f"the checksum of {_STATE} differs")
     return reading.parsed(raw["described"]), deserialise(content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

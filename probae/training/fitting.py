@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from probae.precision import PRECISIONS
 from probae.processes import local_device, processes
 from probae.seeding import checked_seed, derived, reseed, seeded
 from probae.streams import InMemory, fetching, source
-from probae.training.checkpoint import AnotherRun, Checkpoints
+from probae.training.checkpoint import KIND, AnotherRun, Checkpoints
 from probae.training.damage import require_state
 from probae.training.identity import identity_of, values_of
 from probae.training.loop import Loop
@@ -33,6 +35,7 @@ from probae.training.resume import parts_of, put_back, state_of, unkept
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
+from probae.writing import preparing
 
 _BUILD = 21  # what a run draws for before it starts
 
@@ -100,7 +103,8 @@ def fit(
             that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
             compiled steps take batches of several shapes). Other steps, ``every``, ``patience``, ``workers``, callbacks and
             progress are the same call; anything else that decides the bits is not, down to one row of the data, and a
-            checkpoint of another call is refused, each difference named.
+            checkpoint of another call is refused, each difference named. Nothing else in the folder is replaced or removed;
+            one run at a time writes to it.
         resume: ``"same"``, or ``"force"`` to go on from a checkpoint of another call all the same, with a warning: model and
             state of the optimizer are the checkpoint's; the objective's settings, learning rate and schedule are those given.
         workers: processes that fetch a Dataset's rows ahead; by default one where processes are forked (Linux), and none
@@ -115,7 +119,7 @@ def fit(
         ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
         FloatingPointError: if the loss or a gradient is not finite, naming the step and, where they show, the site and the
             rows; the parameters are then those of the last record. On a GPU this shows at the next record.
-        OSError: if a checkpoint cannot be written; the one before still loads.
+        OSError: if a checkpoint cannot be written; the one before still loads. If another run is writing to the folder.
         ChildProcessError, ConnectionError: if a process that reads data, or that trains too, has died.
 
     Example:
@@ -150,7 +154,10 @@ def fit(
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
     team = processes(where)
     stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
-    with seeded(seed, where), fetching():
+    with seeded(seed, where), fetching(), ExitStack() as held:
+        place: Path | None = None
+        if folder is not None and team.first:
+            place = held.enter_context(preparing(folder, KIND))
         rows = Checksum(stream.ordered)
         for batch in stream.passes():
             if folder is not None:
@@ -203,8 +210,9 @@ def fit(
             seen = Checksum(not isinstance(validation, DataLoader))
             if held_out is not None:
                 seen.add(held_out)
-            identity = identity_of(loop, team.gather(rows), seen, settings)
-            _keep(loop, Checkpoints(folder, identity), resume == "force")
+            checkpoints = Checkpoints(folder, identity_of(loop, team.gather(rows), seen, settings), place)
+            _keep(loop, checkpoints, resume == "force")
+            checkpoints.require_free(loop.number, steps, every)
         try:
             with team.together():
                 loop.go(steps, every, patience, callbacks, progress)
