@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from probae.batches import Batch, length
-from probae.fingerprints import fingerprints, generators
+from probae.fingerprints import Checksum, fingerprints, generators
 from probae.processes import ALONE, Processes
 from probae.seeding import derived, python_seeded, seeded, set_state, state_of
 from probae.streams.minibatches import Minibatch, Source
-from probae.streams.rows import FEW, STEP, length_of, require_same_rows, unpacked
+from probae.streams.rows import FEW, STEP, length_of, require_same_rows, twice, unpacked
 
 
 class Streamed(Source):
@@ -70,6 +70,19 @@ class Streamed(Source):
         """The data once, in blocks, each process its part."""
         for batch in self._all():
             yield batch if self.distributed else self.processes.share(batch)[0]
+
+    def common(self) -> Checksum:
+        """A checksum of the first batch, if the batches are those of all processes."""
+        start = self._states()
+
+        def read() -> Batch:
+            self._set(start)
+            return self.some()
+
+        try:
+            return Checksum() if self.distributed else twice(read)
+        finally:
+            self._set(start)
 
     def smallest(self, batch: Batch) -> int:
         """The rows of this very block: they are the loader's minibatches."""

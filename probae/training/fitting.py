@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from torch.utils.data import DataLoader
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.checks import check
-from probae.fingerprints import Checksum
+from probae.fingerprints import Checksum, of_data
 from probae.flat.choice import MODES
 from probae.isolation import isolated
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
-from probae.processes import local_device, processes
+from probae.processes import Processes, local_device, processes
 from probae.seeding import checked_seed, derived, reseed, seeded
-from probae.streams import InMemory, fetching, source
+from probae.sites import Layout
+from probae.streams import InMemory, Source, fetching, source
 from probae.training.checkpoint import AnotherRun, Checkpoints
 from probae.training.damage import require_state
 from probae.training.identity import identity_of, values_of
@@ -149,49 +151,41 @@ def fit(
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
     team = processes(where)
-    stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
-    with seeded(seed, where), fetching():
-        rows = Checksum(stream.ordered)
-        for batch in stream.passes():
+    with seeded(seed, where), fetching(), team.together():
+        with team.ready():
+            stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
+            rows = Checksum(stream.ordered)
+            for batch in stream.passes():
+                if folder is not None:
+                    rows.add(batch)
+                layout = check(pair, batch, seed, training=True)
+                _require_rows(pair, stream.smallest(batch))
+                _require_whole(layout, batch_size, stream, team)
             if folder is not None:
-                rows.add(batch)
-            layout = check(pair, batch, seed, training=True)
-            _require_rows(pair, stream.smallest(batch))
-            if layout.whole and team.count > 1:
-                raise ValueError(
-                    "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
-                    f"{team.count} processes cannot share them: train in one"
+                stream.require_resumable()
+            goal.to(device=where)
+            watch = held_out = None
+            if validation is not None:
+                held_out = _gather(validation, pair, where)
+                options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
+                watch = Watch(pair, held_out, goal, **options, processes=team)
+            chosen = make_optimizer(parameter_groups(pair, goal, rates))
+            limits = limits_of(norms, chosen.param_groups)
+            if pair.has("initialise"):
+                with torch.no_grad():
+                    call(pair.initialise, stream.some())
+            rate = make_scheduler(chosen)
+            if folder is not None and rate is not None and not hasattr(rate, "state_dict"):
+                raise TypeError(
+                    f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}"
                 )
-            if layout.whole and batch_size < stream.size:
-                raise ValueError(
-                    f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
-                    f"a parameter has their size); got {batch_size}"
-                )
-        if folder is not None:
-            stream.require_resumable()
-        goal.to(device=where)
-        watch = held_out = None
-        if validation is not None:
-            held_out = _gather(validation, pair, where)
-            options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
-            watch = Watch(pair, held_out, goal, **options, processes=team)
-        chosen = make_optimizer(parameter_groups(pair, goal, rates))
-        limits = limits_of(norms, chosen.param_groups)
-        if pair.has("initialise"):
-            with torch.no_grad():
-                call(pair.initialise, stream.some())
         team.agree([pair, goal])
         note = getattr(getattr(pair, "inner", pair), "fit_note", "")
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None, note=note)
-        rate = make_scheduler(chosen)
-        if folder is not None and rate is not None and not hasattr(rate, "state_dict"):
-            raise TypeError(f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}")
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
         take = Steps(pair, goal, chosen, rate, limits, stream.size, **options)
         loop = Loop(pair, take, stream, watch, run)
-        if team.rank:
-            reseed(team.noise(seed), where)
-        if folder is not None:
+        if folder is not None or team.count > 1:
             settings = {
                 "batch_size": None if isinstance(data, DataLoader) else batch_size,
                 "clip": norms,
@@ -203,11 +197,23 @@ def fit(
             seen = Checksum(not isinstance(validation, DataLoader))
             if held_out is not None:
                 seen.add(held_out)
-            identity = identity_of(loop, team.gather(rows), seen, settings)
-            _keep(loop, Checkpoints(folder, identity), resume == "force")
+            identity = identity_of(loop, seen, settings)
+        if team.count > 1:
+            asked = {
+                "steps": steps,
+                "every (steps)": every,
+                "patience": patience,
+                "checkpoint": folder is not None,
+                "resume": resume,
+            }
+            first = team.require_same({**identity, **asked, **of_data("data", stream.common())})
+            identity = {name: first[name] for name in identity}
+        if team.rank:
+            reseed(team.noise(seed), where)
+        if folder is not None:
+            _keep(loop, folder, {**identity, **of_data("data", *team.gather(rows))}, resume == "force")
         try:
-            with team.together():
-                loop.go(steps, every, patience, callbacks, progress)
+            loop.go(steps, every, patience, callbacks, progress)
         finally:
             loop.restore_best()
             pair.eval()
@@ -227,6 +233,20 @@ def _built(model: Any, seed: int) -> Any:
     return built
 
 
+def _require_whole(layout: Layout, batch_size: int, stream: Source, team: Processes) -> None:
+    """Raise a ValueError if programs that run on all of the data at once would get less."""
+    if layout.whole and team.count > 1:
+        raise ValueError(
+            "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
+            f"{team.count} processes cannot share them: train in one"
+        )
+    if layout.whole and batch_size < stream.size:
+        raise ValueError(
+            f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
+            f"a parameter has their size); got {batch_size}"
+        )
+
+
 def _require_rows(pair: Pair, rows: int) -> None:
     """Raise a ValueError if a minibatch of one row would meet batch normalisation, which has no variance to divide by."""
     names = [name for name, module in pair.named_modules() if isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm)]
@@ -237,7 +257,7 @@ def _require_rows(pair: Pair, rows: int) -> None:
         )
 
 
-def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
+def _keep(loop: Loop, folder: Path, identity: dict[str, Any], force: bool) -> None:
     """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
 
     def require(state: Any, tensors: dict[str, Tensor], differing: set[str]) -> None:
@@ -248,8 +268,10 @@ def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
         loop.stream.restore(parts.get("stream", {}))  # which reads, and may find less than there was
 
     start = values_of(loop)
-    if (found := checkpoints.latest(require, force)) is not None:
-        put_back(loop, *found)
+    with loop.processes.ready():
+        checkpoints = Checkpoints(folder, identity)
+        if (found := checkpoints.latest(require, force)) is not None:
+            put_back(loop, *found)
     if len(set(loop.processes.gather(loop.number))) > 1:
         raise ValueError(
             f"checkpoint: the processes do not find the same ones in {checkpoints.folder}: expected a folder that all share"
@@ -261,8 +283,9 @@ def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
         if (names := unkept(loop, state[0]["moved"])) and not warned:
             warned.extend(names)
             warnings.warn(f"checkpoint: {_moves(names)}", RuntimeWarning, stacklevel=2)
-        if loop.processes.first:
-            checkpoints.save(number, *state)
+        with loop.processes.ready():
+            if loop.processes.first:
+                checkpoints.save(number, *state)
 
     loop.keep = keep
 

@@ -133,7 +133,8 @@ class Loop:
 
     def ends(self, patience: int | None, callbacks: Sequence[Callable[[Run], Any]], asked: list[bool]) -> str | None:
         """Why training ends at this record, for all processes alike: no better value for so long, a callback, Ctrl-C."""
-        stop = True in [callback(self.run) for callback in callbacks]
+        with self.processes.ready():
+            stop = True in [callback(self.run) for callback in callbacks]
         if self.out_of(patience):
             return "patience"
         if self.processes.any(stop):
