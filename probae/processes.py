@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +61,7 @@ class Processes:
         """Whether any process asks for it."""
         return any(self.gather(asked))
 
-    def agree(self, modules: Iterable[nn.Module]) -> None:
+    def agree(self, modules: dict[str, nn.Module]) -> None:
         """Give all processes the parameters and buffers of the first.
 
         Raises:
@@ -69,12 +69,10 @@ class Processes:
         """
         if self.count == 1:
             return
-        tensors = {
-            f"{name!r} ({i})" if i else repr(name): tensor
-            for i, module in enumerate(modules)
-            for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        }
-        self.require_same({f"parameters {name}": [list(t.shape), str(t.dtype)] for name, t in tensors.items()})
+        tensors = tensors_of(modules)
+        kinds = {role: type(module).__name__ for role, module in modules.items()}
+        shapes = {f"parameters {name!r}": [list(t.shape), str(t.dtype)] for name, t in tensors.items()}
+        self.require_same({**kinds, **shapes})
         for _, tensor in sorted(tensors.items()):
             torch.distributed.broadcast(tensor.detach(), 0)
 
@@ -172,6 +170,12 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     place = os.environ.get("LOCAL_RANK")
     return torch.device("cuda") if place is None else torch.device("cuda", int(place) % torch.cuda.device_count())
+
+
+def tensors_of(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of modules, by name."""
+    parts = ((role, (*m.named_parameters(), *m.named_buffers())) for role, m in modules.items())
+    return {f"{role}.{name}": tensor for role, named in parts for name, tensor in named}
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.checks import check
-from probae.fingerprints import Checksum, of_data
+from probae.fingerprints import Checksum, fingerprint, of_data
 from probae.flat.choice import MODES
 from probae.isolation import isolated
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
-from probae.processes import Processes, local_device, processes
+from probae.processes import Processes, local_device, processes, tensors_of
 from probae.seeding import checked_seed, derived, reseed, seeded
 from probae.sites import Layout
 from probae.streams import InMemory, Source, fetching, source
@@ -151,6 +151,7 @@ def fit(
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
     team = processes(where)
+    modules = {"model": pair, "objective": goal}
     with seeded(seed, where), fetching(), team.together():
         with team.ready():
             stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
@@ -164,6 +165,8 @@ def fit(
             if folder is not None:
                 stream.require_resumable()
             goal.to(device=where)
+            # from before they learn of the data; what is trained starts as in the first process
+            fixed = {name: fingerprint(t) for name, t in tensors_of(modules).items() if not t.requires_grad}
             watch = held_out = None
             if validation is not None:
                 held_out = _gather(validation, pair, where)
@@ -179,7 +182,7 @@ def fit(
                 raise TypeError(
                     f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}"
                 )
-        team.agree([pair, goal])
+        team.agree(modules)
         note = getattr(getattr(pair, "inner", pair), "fit_note", "")
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None, note=note)
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
@@ -206,7 +209,7 @@ def fit(
                 "checkpoint": folder is not None,
                 "resume": resume,
             }
-            first = team.require_same({**identity, **asked, **of_data("data", stream.common())})
+            first = team.require_same({**identity, **fixed, **asked, **of_data("data", stream.common())})
             identity = {name: first[name] for name in identity}
         if team.rank:
             reseed(team.noise(seed), where)
@@ -217,6 +220,7 @@ def fit(
         finally:
             loop.restore_best()
             pair.eval()
+        team.agree(modules)  # on what each has gathered from its own rows, as batch normalisation does
     return run
 
 
