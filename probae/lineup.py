@@ -27,6 +27,7 @@ from probae.datasets import Dataset
 from probae.likelihoods import Head
 from probae.models import PPCA, VAE, Autoencoder, FactorAnalysis, SparseAutoencoder, StochasticAutoencoder
 from probae.pair import Pair
+from probae.processes import require_shared_memory
 from probae.seeding import seeded
 from probae.training import Run, fit
 from probae.transforms import Dequantised
@@ -235,11 +236,13 @@ def train_all(
 
     Raises:
         ChildProcessError: if a process dies.
+        OSError: if processes cannot share memory here.
     """
     if processes == 1:
         for name in names:
             yield name, *train(name, data, latents, steps, seed, compile, progress)
         return
+    require_shared_memory("processes", "1")
     context = multiprocessing.get_context("spawn")
     count = min(processes, len(names))
     with tempfile.TemporaryDirectory(prefix="probae-") as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -176,6 +177,25 @@ def tensors_of(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers of modules, by name."""
     parts = ((role, (*m.named_parameters(), *m.named_buffers())) for role, m in modules.items())
     return {f"{role}.{name}": tensor for role, named in parts for name, tensor in named}
+
+
+def shares_memory() -> bool:
+    """Whether processes of this machine can share memory, as workers that read data do: on Linux by way of /dev/shm."""
+    if not hasattr(os, "fork"):
+        return True
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except (OSError, ImportError):
+        return False
+    return True
+
+
+def require_shared_memory(asked: str, instead: str) -> None:
+    """Raise an OSError if processes that were asked for could not share memory."""
+    if not shares_memory():
+        raise OSError(
+            f"{asked}: other processes need shared memory (/dev/shm), which cannot be used here: take {instead}"
+        )
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

@@ -209,8 +209,14 @@ DIFFERENCES = {
         "validation is not there in rank 0 and None in rank 1",
     ),
     "validation": ("trained(validation=X + RANK)", "validation 'x'"),
-    "objective": ("trained(objective=['elbo', 'iwae'][RANK], kind='vae')", "objective is 'ELBO' in rank 0 and 'IWAE' in rank 1"),
-    "weight": ("trained(objective=ELBO(beta=[1.0, 2.0][RANK]), kind='vae')", "objective.beta is 'float64 (), 1.0' in rank 0"),
+    "objective": (
+        "trained(objective=['elbo', 'iwae'][RANK], kind='vae')",
+        "'ELBO' in rank 0 and 'IWAE' in rank 1",
+    ),
+    "weight": (
+        "trained(objective=ELBO(beta=[1.0, 2.0][RANK]), kind='vae')",
+        "objective.beta is 'float64 (), 1.0' in rank 0",
+    ),
     "optimizer": ("trained(optimizer=['adam', 'sgd'][RANK])", "optimizer is 'Adam' in rank 0 and 'SGD' in rank 1"),
     "scheduler": ("trained(scheduler=[None, 'cosine'][RANK])", "scheduler is None in rank 0 and 'Cosine"),
     "precision": (
@@ -235,7 +241,10 @@ DIFFERENCES = {
         "trained(DataLoader(TensorDataset(X), 33, generator=seeded(RANK), shuffle=True))",
         "seed 1' in rank 1",
     ),
-    "shapes": ("trained(kind='vae', hidden=(8 + RANK,))", "[[8], 'torch.float32'] in rank 0 and [[9], 'torch.float32'] in rank 1"),
+    "shapes": (
+        "trained(kind='vae', hidden=(8 + RANK,))",
+        "[[8], 'torch.float32'] in rank 0 and [[9],",
+    ),
     "depth": ("trained(kind='vae', hidden=(8,) * (1 + RANK))", "not there in rank 0"),
     "prior": (
         "trained(kind='vae', prior=[probae.priors.Normal(3), probae.priors.Laplace(3)][RANK])",
@@ -269,7 +278,7 @@ def told(tmp_path_factory):
     """What each process says of each call: all of them in one start, since an error leaves both ready for the next."""
     folder = tmp_path_factory.mktemp("told")
     body = f"""
-    import json
+    import json, resource
     from unittest import mock
     from probae.objectives import ELBO
     cases = { ({**DIFFERENCES} | {"fails: " + name: case for name, case in FAILURES.items()})!r}
@@ -289,12 +298,38 @@ def told(tmp_path_factory):
         probae.log_evidence(model, x, method=method, shard=True, **options)
     def fails(*_):
         raise RuntimeError("no such luck")
+    def no_number():
+        model, steps = build("vae"), []
+        def spoil(module, arguments, outputs):
+            steps.append(1)
+            return outputs * torch.nan if RANK and len(steps) > count[0] + 6 else outputs
+        count = [10**9]
+        model.decoder.register_forward_hook(spoil)
+        settings = dict(batch_size=33, every=1, compile=False, progress=False, device="cpu")
+        def start(run):
+            count[0] = len(steps) - 1 if len(run.records) == 1 else count[0]
+        probae.fit(model, X, steps=10, callbacks=[start], **settings)
+    def full_disk():
+        if RANK == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            trained(checkpoint=OUT + "/full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    cases |= {{"no number": ("no_number()", ""), "full disk": ("full_disk()", "")}}
     found = {{}}
     for name, (call, _) in cases.items():
         try:
             eval(call)
         except Exception as error:
             found[name] = f"{{type(error).__name__}}: {{error}}"
+    torch.manual_seed(RANK)
+    normalising = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 6))
+    model = probae.VAE(6, 3, encoder=normalising)
+    for _ in range(2):
+        probae.fit(model, X, steps=5, progress=False, device="cpu")
+    found["running mean"] = normalising[1].running_mean.tolist()
     found["after all"] = trained()[1].records[-1]["step"]
     with open(f"{{OUT}}/{{RANK}}.json", "w") as file:
         json.dump(found, file)
@@ -317,6 +352,26 @@ def test_what_fails_in_one_process_ends_all(told, name):
     assert first.startswith("ConnectionError: rank 1 of the 2 processes has stopped")
     assert second in first
     assert FAILURES[name][1] in second
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_told_by_all_with_its_rows(told):
+    first, second = (found["no number"] for found in told)
+    assert first.startswith(
+        "FloatingPointError: the loss is nan at step 7: site 'x' has no finite density at rows of the data"
+    )
+    assert first == f"{second} (rank 1)"
+
+
+def test_a_full_disk_ends_all(told):
+    first, second = (found["full disk"] for found in told)
+    assert first.startswith("OSError: [Errno 27] checkpoint of step 10 could not be written")
+    assert second == f"ConnectionError: rank 0 of the 2 processes has stopped, so all do: {first}"
+
+
+def test_processes_end_with_the_same_running_means(told):
+    first, second = (found["running mean"] for found in told)
+    assert first == second
+    assert any(first)
 
 
 def test_processes_can_go_on_after_errors(told):

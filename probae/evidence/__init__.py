@@ -84,7 +84,7 @@ def log_evidence(
         seed: of the draws; the caller's own random stream is left as it was.
         compile: how the programs are run, as for `log_weights`.
         shard: under ``torchrun``, each process evaluates its part of the data, and gets the values of all. Every process has
-            to make the call.
+            to make the same call; what differs is told.
         options: of ``"auto"``: ``rungs``, ``pilot``, ``refined={...}`` and ``ais={...}``, see
             `probae.evidence.ladder.Ladder`, and `probae.evidence.ladder.climb` for what it may cost. Of ``"refined"``:
             ``covariance="diagonal"``, ``steps``, ``draws``, ``defensive`` and ``memory``, see

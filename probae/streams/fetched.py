@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probae.batches import Batch
 from probae.fingerprints import Checksum, generators
-from probae.processes import ALONE, Processes
+from probae.processes import ALONE, Processes, require_shared_memory, shares_memory
 from probae.seeding import derived, seeded, state_of
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 from probae.streams.rows import FEW, LET, PASS, SOME, STEP, length_of, require_same_rows, twice, unpacked
@@ -54,7 +54,9 @@ class Fetched(Source):
         forked = multiprocessing.get_start_method(allow_none=True) in {None, "fork"} and hasattr(os, "fork")
         # a child that is forked while a thread of the exchange takes the interpreter's lock waits for it for ever
         alone = processes.count == 1
-        self.workers = int(forked and alone) if workers is None else workers
+        self.workers = int(forked and alone and shares_memory()) if workers is None else workers
+        if workers:
+            require_shared_memory("workers", "workers=0")
 
     def __iter__(self) -> Iterator[Minibatch]:
         ahead: deque[dict[str, Tensor]] = deque()

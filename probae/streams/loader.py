@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 
 from probae.batches import Batch, length
 from probae.fingerprints import Checksum, fingerprints, generators
-from probae.processes import ALONE, Processes
+from probae.processes import ALONE, Processes, require_shared_memory
 from probae.seeding import derived, python_seeded, seeded, set_state, state_of
 from probae.streams.minibatches import Minibatch, Source
 from probae.streams.rows import FEW, STEP, length_of, require_same_rows, twice, unpacked
@@ -37,6 +37,8 @@ class Streamed(Source):
         seed: int = 0,
         keeps: bool | None = None,
     ):
+        if loader.num_workers:
+            require_shared_memory("the DataLoader's num_workers", "num_workers=0")
         self.seed = seed
         self.loader, self.dtype, self.device, self.size = loader, dtype, device, length_of(loader.dataset)
         self.keeps = keeps

@@ -71,7 +71,9 @@ def fit(
 
     Under ``torchrun`` the processes train one model together (gloo on CPUs, NCCL on GPUs): each takes its rows of every
     minibatch, with noise of its own, and their gradients are averaged; ``batch_size`` counts the rows of all. Each returns
-    the same parameters. Batch normalisation sees the rows of its own process alone. Ctrl-C ends at the next record.
+    the same parameters. Batch normalisation sees the rows of its own process alone. Ctrl-C ends at the next record. The call
+    has to be the same in all, but for the values that parameters start from, which are those of the first: what differs
+    is told before the first step, data in memory or mapped down to one value, a Dataset or DataLoader by some of its rows.
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``; or a function without arguments that makes one,
@@ -114,11 +116,12 @@ def fit(
         `Run`, with ``run.model`` and ``run.history``.
 
     Raises:
-        ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
+        ValueError, TypeError: if an argument, the pair or the data do not fit, or differ between processes, before the first
+            step.
         FloatingPointError: if the loss or a gradient is not finite, naming the step and, where they show, the site and the
             rows; the parameters are then those of the last record. On a GPU this shows at the next record.
         OSError: if a checkpoint cannot be written; the one before still loads.
-        ChildProcessError, ConnectionError: if a process that reads data, or that trains too, has died.
+        ChildProcessError, ConnectionError: if a process that reads data, or that trains too, has died or failed.
 
     Example:
         >>> import probae
