@@ -62,18 +62,18 @@ class Processes:
         """Whether any process asks for it."""
         return any(self.gather(asked))
 
-    def agree(self, modules: dict[str, nn.Module]) -> None:
+    def agree(self, modules: dict[str, nn.Module], described: dict[str, Any] | None = None) -> None:
         """Give all processes the parameters and buffers of the first.
 
         Raises:
-            ValueError: if the processes hold different ones.
+            ValueError: if the processes hold different ones, or differ in what else is described.
         """
         if self.count == 1:
             return
-        tensors = tensors_of(modules)
+        tensors = held(modules)
         kinds = {role: type(module).__name__ for role, module in modules.items()}
         shapes = {f"parameters {name!r}": [list(t.shape), str(t.dtype)] for name, t in tensors.items()}
-        self.require_same({**kinds, **shapes})
+        self.require_same({**kinds, **shapes, **(described or {})})
         for _, tensor in sorted(tensors.items()):
             torch.distributed.broadcast(tensor.detach(), 0)
 
@@ -173,7 +173,7 @@ def local_device() -> torch.device:
     return torch.device("cuda") if place is None else torch.device("cuda", int(place) % torch.cuda.device_count())
 
 
-def tensors_of(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def held(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers of modules, by name."""
     parts = ((role, (*m.named_parameters(), *m.named_buffers())) for role, m in modules.items())
     return {f"{role}.{name}": tensor for role, named in parts for name, tensor in named}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +19,15 @@ from probae.isolation import isolated
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
-from probae.processes import Processes, local_device, processes, tensors_of
+from probae.processes import Processes, held, local_device, processes
 from probae.seeding import checked_seed, derived, reseed, seeded
 from probae.sites import Layout
 from probae.streams import InMemory, Source, fetching, source
-from probae.training.checkpoint import AnotherRun, Checkpoints
-from probae.training.damage import require_state
-from probae.training.identity import identity_of, values_of
+from probae.training.identity import identity_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record, optimizer_of, parameter_groups, rates_of, scheduler_of
 from probae.training.reduction import limits_of, norms_of
-from probae.training.resume import parts_of, put_back, state_of, unkept
+from probae.training.resume import keep
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
@@ -169,7 +165,7 @@ def fit(
                 stream.require_resumable()
             goal.to(device=where)
             # from before they learn of the data; what is trained starts as in the first process
-            fixed = {name: fingerprint(t) for name, t in tensors_of(modules).items() if not t.requires_grad}
+            fixed = {name: fingerprint(t) for name, t in held(modules).items() if not t.requires_grad}
             watch = held_out = None
             if validation is not None:
                 held_out = _gather(validation, pair, where)
@@ -185,7 +181,7 @@ def fit(
                 raise TypeError(
                     f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}"
                 )
-        team.agree(modules)
+        team.agree(modules, fixed)
         note = getattr(getattr(pair, "inner", pair), "fit_note", "")
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None, note=note)
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
@@ -212,12 +208,12 @@ def fit(
                 "checkpoint": folder is not None,
                 "resume": resume,
             }
-            first = team.require_same({**identity, **fixed, **asked, **of_data("data", stream.common())})
+            first = team.require_same({**identity, **asked, **of_data("data", stream.common())})
             identity = {name: first[name] for name in identity}
         if team.rank:
             reseed(team.noise(seed), where)
         if folder is not None:
-            _keep(loop, folder, {**identity, **of_data("data", *team.gather(rows))}, resume == "force")
+            keep(loop, folder, {**identity, **of_data("data", *team.gather(rows))}, resume == "force")
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
@@ -262,46 +258,6 @@ def _require_rows(pair: Pair, rows: int) -> None:
             f"batch_size: a minibatch has one row, and batch normalisation ({names[0]}) needs two: choose another batch size, "
             "or DataLoader(..., drop_last=True)"
         )
-
-
-def _keep(loop: Loop, folder: Path, identity: dict[str, Any], force: bool) -> None:
-    """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
-
-    def require(state: Any, tensors: dict[str, Tensor], differing: set[str]) -> None:
-        parts = parts_of(tensors)
-        require_state(loop, state, parts, differing)
-        if (names := unkept(loop, state["moved"])) and not force:
-            raise AnotherRun(f"checkpoint: {_moves(names)}, or go on all the same with resume='force'")
-        loop.stream.restore(parts.get("stream", {}))  # which reads, and may find less than there was
-
-    start = values_of(loop)
-    with loop.processes.ready():
-        checkpoints = Checkpoints(folder, identity)
-        if (found := checkpoints.latest(require, force)) is not None:
-            put_back(loop, *found)
-    if len(set(loop.processes.gather(loop.number))) > 1:
-        raise ValueError(
-            f"checkpoint: the processes do not find the same ones in {checkpoints.folder}: expected a folder that all share"
-        )
-    warned: list[str] = []
-
-    def keep(number: int) -> None:
-        state = state_of(loop, number, start)
-        if (names := unkept(loop, state[0]["moved"])) and not warned:
-            warned.extend(names)
-            warnings.warn(f"checkpoint: {_moves(names)}", RuntimeWarning, stacklevel=2)
-        with loop.processes.ready():
-            if loop.processes.first:
-                checkpoints.save(number, *state)
-
-    loop.keep = keep
-
-
-def _moves(names: list[str]) -> str:
-    return (
-        f"{names[0]} changes as the run goes on ({len(names)} in all), and is no tensor of model or objective, so no "
-        "checkpoint keeps it: make it a buffer, register_buffer(name, tensor), for the run to be resumed"
-    )
 
 
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:
