@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import random
 import re
 import types
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
@@ -18,10 +20,15 @@ from torch.distributions.utils import _lazy_property_and_property
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 
+import probae
 from probae.batches import Batch, leaves
 from probae.reach import PLAIN, parts, reached
 from probae.seeding import Generator
 
+# of a pair, what follows from the rest or is found anew at each start
+_DERIVED = {"_layout", "_form", "_constraints", "_places", "_guides", "_named", "_blocked", "_surveyed", "_made"}
+#: what is left out of models
+OF_MODELS = frozenset(_DERIVED | {"_awaited", "_inner", "_probae_pair", "training", "_is_full_backward_hook"})
 _SHOWN = 4  # numbers of an array that are written out; of more there is a checksum
 _LARGE = 2**24  # bytes of an array that are compared while a run goes on
 _PIECE = 2**26  # bytes of data on the CPU at a time
@@ -62,6 +69,26 @@ def fingerprints(
     return found
 
 
+def versions() -> dict[str, str]:
+    """The versions of what computes, by name."""
+    found = {"probae": probae.__version__, "torch": str(torch.__version__), "pyro": pyro.__version__}
+    return {**found, "python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The names under which plain values differ: settings before what they lead to."""
+    names = (name for name in {**first, **second} if first.get(name, ...) != second.get(name, ...))
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> tuple[int, str]:
+    path = name.split(" ")[0]
+    group = path.split(".")[0]
+    order = ["model", "parameters", "trained", "objective", "optimizer", "scheduler", "loader"]
+    place = order.index(group) if group in order else -1
+    return (place if "." not in path or group in {"optimizer", "scheduler", "loader"} else len(order)), name
+
+
 def fingerprint(value: Any) -> Any:
     """One value, as plain data that JSON keeps as they are."""
     if isinstance(value, Tensor):
@@ -75,6 +102,8 @@ def fingerprint(value: Any) -> Any:
         return value if math.isfinite(value) else repr(value)
     if isinstance(value, str | bytes):
         return value if isinstance(value, str) and len(value) < 100 else f"{len(value)} characters, {_crc(repr(value))}"
+    if isinstance(value, torch.device):
+        return value.type
     if isinstance(value, PLAIN):
         return str(value)
     if isinstance(value, types.FunctionType):
@@ -107,6 +136,14 @@ class Checksum:
         self.sums: dict[str, int] = {}
         self.kinds: dict[str, list[Any]] = {}
 
+    @classmethod
+    def of(cls, blocks: Iterable[Batch]) -> Checksum:
+        """That of blocks, in their order."""
+        found = cls()
+        for block in blocks:
+            found.add(block)
+        return found
+
     def add(self, batch: Batch) -> None:
         """The next block."""
         for name, leaf in leaves(batch):
@@ -124,6 +161,12 @@ class Checksum:
     def sum(self, leaf: str) -> str:
         """That of a leaf."""
         return f"{self.sums[leaf]:08x}"
+
+
+def of_data(name: str, *checksums: Checksum) -> dict[str, Any]:
+    """Data by their leaves: checksums of the parts that they were read in, which are of one form."""
+    kinds = checksums[0].kinds
+    return {f"{name} {leaf!r}": [*kinds[leaf], *(c.sum(leaf) for c in checksums)] for leaf in kinds}
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:

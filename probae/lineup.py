@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from probae.datasets import Dataset
 from probae.likelihoods import Head
 from probae.models import PPCA, VAE, Autoencoder, FactorAnalysis, SparseAutoencoder, StochasticAutoencoder
 from probae.pair import Pair
+from probae.processes import require_shared_memory
 from probae.seeding import seeded
 from probae.training import Run, fit
 from probae.transforms import Dequantised
@@ -230,15 +236,18 @@ def train_all(
 
     Raises:
         ChildProcessError: if a process dies.
+        OSError: if processes cannot share memory here.
     """
     if processes == 1:
         for name in names:
             yield name, *train(name, data, latents, steps, seed, compile, progress)
         return
+    require_shared_memory("processes", "1")
     context = multiprocessing.get_context("spawn")
     count = min(processes, len(names))
-    start = context.Value("i", 0), max(1, torch.get_num_threads() // count)
     with tempfile.TemporaryDirectory(prefix="probae-") as folder:
+        ended, alive = context.Pipe(duplex=False)
+        start = context.Value("i", 0), max(1, torch.get_num_threads() // count), ended, folder
         pool = ProcessPoolExecutor(count, context, _start, start)
         try:
             jobs = [pool.submit(_train_into, folder, name, data, latents, steps, seed, compile) for name in names]
@@ -250,15 +259,26 @@ def train_all(
                 "a process that fits a model has died (killed, or out of memory): ask for fewer processes"
             ) from error
         finally:
+            alive.close()  # fits that are not done end with it
             pool.shutdown(cancel_futures=True)
 
 
-def _start(started: Any, threads: int) -> None:
-    """What a worker takes of the machine: its share of the cores, and a GPU by its number."""
+def _start(started: Any, threads: int, ended: Connection, folder: str) -> None:
+    """What a worker takes of the machine: its share of the cores, and a GPU by its number; no longer than it is needed."""
+    threading.Thread(target=_follow, args=(ended, folder), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the main process decides
     torch.set_num_threads(threads)
     with started.get_lock():
         os.environ["LOCAL_RANK"] = str(started.value)
         started.value += 1
+
+
+def _follow(ended: Connection, folder: str) -> None:
+    """End this process when the main one closes its end of a pipe, or is killed and cannot tidy up."""
+    with contextlib.suppress(OSError, EOFError):
+        ended.recv_bytes()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _train_into(

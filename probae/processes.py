@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from probae.arguments import printable
 from probae.batches import Batch, each, length
+from probae.fingerprints import differing
 from probae.seeding import derived
+
+_SHOWN = 4  # differences that a message has
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,58 @@ class Processes:
         """Whether any process asks for it."""
         return any(self.gather(asked))
 
-    def agree(self, modules: Iterable[nn.Module]) -> None:
+    def agree(self, modules: dict[str, nn.Module], described: dict[str, Any] | None = None) -> None:
         """Give all processes the parameters and buffers of the first.
 
         Raises:
-            ValueError: if the processes hold different ones.
+            ValueError: if the processes hold different ones, or differ in what else is described.
         """
         if self.count == 1:
             return
-        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        own = [tuple(t.shape) for t in tensors]
-        if any(own != other for other in self.gather(own)):
-            raise ValueError("the processes hold different models: every one has to build the same")
-        for tensor in tensors:
+        tensors = held(modules)
+        kinds = {role: type(module).__name__ for role, module in modules.items()}
+        shapes = {f"parameters {name!r}": [list(t.shape), str(t.dtype)] for name, t in tensors.items()}
+        self.require_same({**kinds, **shapes, **(described or {})})
+        for _, tensor in sorted(tensors.items()):
             torch.distributed.broadcast(tensor.detach(), 0)
+
+    def require_same(self, described: dict[str, Any]) -> dict[str, Any]:
+        """What the first process does, in plain values by name.
+
+        Raises:
+            ValueError: in every process, if another one does something else, naming differences and ranks.
+        """
+        first, *others = self.gather(described)
+        found: dict[str, str] = {}
+        for rank, other in enumerate(others, 1):
+            for name in differing(first, other):
+                # what is named rank is each one's own number
+                if name not in found and not name.lower().endswith("rank"):
+                    here, there = (_shown(values, name) for values in (first, other))
+                    found[name] = f"{printable(name)} is {here} in rank 0 and {there} in rank {rank}"
+        if found:
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            raise ValueError(
+                f"the {self.count} processes have to do the same, and do not: {'; '.join(list(found.values())[:_SHOWN])}{more}"
+            )
+        return first
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """A block without an exchange, at whose end all processes go on, or none does.
+
+        Raises:
+            ConnectionError: if the block failed in another process, naming it and its error.
+        """
+        try:
+            yield
+        except Exception as error:
+            with suppress(RuntimeError):  # the others are gone too
+                self.gather(f"{type(error).__name__}: {error}")
+            raise
+        for rank, told in enumerate(self.gather(None)):
+            if told is not None:
+                raise ConnectionError(f"rank {rank} of the {self.count} processes has stopped, so all do: {told}")
 
     def share(self, batch: Batch) -> tuple[Batch, float]:
         """This one's rows of a batch that all have, and how much of it they are; without any, one that counts nothing."""
@@ -128,6 +171,35 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     place = os.environ.get("LOCAL_RANK")
     return torch.device("cuda") if place is None else torch.device("cuda", int(place) % torch.cuda.device_count())
+
+
+def held(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of modules, by name."""
+    parts = ((role, (*m.named_parameters(), *m.named_buffers())) for role, m in modules.items())
+    return {f"{role}.{name}": tensor for role, named in parts for name, tensor in named}
+
+
+def shares_memory() -> bool:
+    """Whether processes of this machine can share memory, as workers that read data do: on Linux by way of /dev/shm."""
+    if not hasattr(os, "fork"):
+        return True
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except (OSError, ImportError):
+        return False
+    return True
+
+
+def require_shared_memory(asked: str, instead: str) -> None:
+    """Raise an OSError if processes that were asked for could not share memory."""
+    if not shares_memory():
+        raise OSError(
+            f"{asked}: other processes need shared memory (/dev/shm), which cannot be used here: take {instead}"
+        )
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    return f"{values[name]!r:.100}" if name in values else "not there"
 
 
 def _leave() -> None:

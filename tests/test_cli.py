@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from unittest import mock
@@ -554,3 +556,36 @@ def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
 
 def _dying(*_):
     os._exit(9)
+
+
+#: also where the tests themselves run in the background, and Ctrl-C is ignored
+MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from probae.cli import main; main()"
+LONG = ["--models", "autoencoder,stochastic_autoencoder", "--steps", 10**7, "--compile", "eager", "--processes", 2]
+SIGNALS = [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_the_main_process_alone_ends_all_and_leaves_no_folder(tmp_path, number):
+    (scratch := tmp_path / "scratch").mkdir()
+    arguments = ["compare", "--data", write(tmp_path, "real"), *LONG, "--out", tmp_path / "out"]
+    environment = os.environ | {"TMPDIR": str(scratch), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    started = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, start_new_session=True)
+    try:
+        _until(lambda: list(scratch.glob("probae-*")))
+        time.sleep(3)  # the fits are under way
+        os.kill(started.pid, number)
+        _, err = started.communicate(timeout=60)  # every process that is left would hold its end
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == (130 if number == signal.SIGINT else -number)
+    assert b"Traceback" not in err
+    assert not list(scratch.glob("probae-*"))
+
+
+def _until(holds):
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

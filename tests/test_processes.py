@@ -1,5 +1,6 @@
 """Several processes that train one model, as torchrun starts them; each test runs two."""
 
+import json
 import os
 import signal
 import subprocess
@@ -28,19 +29,21 @@ RANK, OUT = int(os.environ.get("RANK", 0)), sys.argv[1]
 X = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) + 1
 
 class Rows(Dataset):
+    def __init__(self, x=X):
+        self.x = x
     def __len__(self):
-        return len(X)
+        return len(self.x)
     def __getitem__(self, i):
-        return X[i]
+        return self.x[i]
 
-def build(kind="point"):
+def build(kind="point", hidden=(8,), prior=None):
     torch.manual_seed(RANK)  # the first one's parameters are taken
     if kind == "vae":
-        return probae.VAE(6, 3, hidden=(8,))
+        return probae.VAE(6, 3, hidden=hidden, prior=prior)
     return probae.SparseAutoencoder(6, 3, (8,), posterior="point")
 
-def trained(x=X, kind="point", **options):
-    model = build(kind)
+def trained(x=X, kind="point", hidden=(8,), prior=None, **options):
+    model = build(kind, hidden, prior)
     settings = dict(steps=30, every=10, batch_size=33, lr=1e-2, compile=False, progress=False, device="cpu") | options
     run = probae.fit(model, x, **settings)
     return model, run, {name: value.clone() for name, value in model.state_dict().items()}
@@ -192,6 +195,189 @@ def test_the_exchange_lies_inside_the_compiled_step(tmp_path):
     one, two = torch.load(tmp_path / "0.1.pt"), torch.load(tmp_path / "1.2.pt")
     for key, value in one.items():
         torch.testing.assert_close(two[key].double(), value.double(), rtol=0, atol=1e-5)
+
+
+#: what the second process is given, and what the message names
+DIFFERENCES = {
+    "lr": ("trained(lr=[1e-2, 1e-3][RANK])", "optimizer.lr is 0.01 in rank 0 and 0.001 in rank 1"),
+    "clip": ("trained(clip=[None, 1.0][RANK])", "clip is None in rank 0 and 1.0 in rank 1"),
+    "seed": ("trained(seed=RANK)", "seed is 0 in rank 0 and 1 in rank 1"),
+    "batch size": ("trained(batch_size=[33, 50][RANK])", "batch_size is 33 in rank 0 and 50 in rank 1"),
+    "steps": ("trained(steps=[30, 40][RANK])", "steps is 30 in rank 0 and 40 in rank 1"),
+    "every": ("trained(every=[10, 5][RANK])", "every (steps) is 10 in rank 0 and 5 in rank 1"),
+    "patience": ("trained(validation=X, patience=[None, 5][RANK])", "patience is None in rank 0 and 5 in rank 1"),
+    "validation of one": (
+        "trained(validation=[X, None][RANK])",
+        "validation is not there in rank 0 and None in rank 1",
+    ),
+    "validation": ("trained(validation=X + RANK)", "validation 'x'"),
+    "objective": (
+        "trained(objective=['elbo', 'iwae'][RANK], kind='vae')",
+        "'ELBO' in rank 0 and 'IWAE' in rank 1",
+    ),
+    "weight": (
+        "trained(objective=ELBO(beta=[1.0, 2.0][RANK]), kind='vae')",
+        "objective.beta is 'float64 (), 1.0' in rank 0",
+    ),
+    "optimizer": ("trained(optimizer=['adam', 'sgd'][RANK])", "optimizer is 'Adam' in rank 0 and 'SGD' in rank 1"),
+    "scheduler": ("trained(scheduler=[None, 'cosine'][RANK])", "scheduler is None in rank 0 and 'Cosine"),
+    "precision": (
+        "trained(precision=['float32', 'bf16'][RANK])",
+        "precision is 'float32' in rank 0 and 'bf16' in rank 1",
+    ),
+    "compile": ("trained(compile=[False, True][RANK])", "compile is 'flat' in rank 0 and True in rank 1"),
+    "checkpoint": (
+        "trained(checkpoint=[None, OUT + '/kept'][RANK])",
+        "checkpoint is False in rank 0 and True in rank 1",
+    ),
+    "one number": ("trained(torch.cat([X[:-1], X[-1:] + RANK]))", "data 'x'"),
+    "number of rows": ("trained(X[: 200 - RANK])", "data rows is 200 in rank 0 and 199 in rank 1"),
+    "mapped": ("trained(mapped(torch.cat([X[:-1], X[-1:] + RANK])))", "data 'x'"),
+    "Dataset": ("trained(Rows(X + RANK))", "data 'x'"),
+    "DataLoader": ("trained(DataLoader(TensorDataset(X + RANK), 33))", "data 'x'"),
+    "batches of a DataLoader": (
+        "trained(DataLoader(TensorDataset(X), 33 + RANK))",
+        "loader.batch_size is 33 in rank 0",
+    ),
+    "generator": (
+        "trained(DataLoader(TensorDataset(X), 33, generator=seeded(RANK), shuffle=True))",
+        "seed 1' in rank 1",
+    ),
+    "shapes": (
+        "trained(kind='vae', hidden=(8 + RANK,))",
+        "[[8], 'torch.float32'] in rank 0 and [[9],",
+    ),
+    "depth": ("trained(kind='vae', hidden=(8,) * (1 + RANK))", "not there in rank 0"),
+    "prior": (
+        "trained(kind='vae', prior=[probae.priors.Normal(3), probae.priors.Laplace(3)][RANK])",
+        "'Laplace' in rank 1",
+    ),
+    "version": ("other_version()", "probae is '0"),
+    "evidence of a method": (
+        "evidence(method=['elbo', 'iwae'][RANK])",
+        "method is 'elbo' in rank 0 and 'iwae' in rank 1",
+    ),
+    "evidence of particles": ("evidence(particles=5 + RANK)", "particles is 5 in rank 0 and 6 in rank 1"),
+    "evidence of data": ("evidence(torch.cat([X[:-1], X[-1:] + RANK]))", "data 'x'"),
+    "evidence of a number of rows": ("evidence(X[: 200 - RANK])", "data rows is 200 in rank 0"),
+    "evidence of a seed": ("evidence(seed=RANK)", "seed is 0 in rank 0 and 1 in rank 1"),
+    "evidence of an option": ("evidence(method='refined', steps=5 + RANK)", "steps is 5 in rank 0 and 6 in rank 1"),
+    "evidence of parameters": ("evidence(start=RANK)", "checksum"),
+}
+#: what fails in the second process alone, and what both say
+FAILURES = {
+    "values": ("trained(torch.where(torch.arange(200)[:, None] == 5, X.new_tensor([0.0, torch.nan][RANK]), X))", "NaN"),
+    "features": ("trained(X[:, : 6 - RANK])", "5"),
+    "optimizer": ("trained(optimizer=['adam', lambda groups: None][RANK])", "optimizer: expected"),
+    "callback": ("trained(callbacks=[[lambda run: None, fails][RANK]])", "RuntimeError: no such luck"),
+    "evidence": ("evidence(failing=RANK == 1)", "no such luck"),
+    "folder": ("trained(checkpoint=[OUT + '/new', __file__][RANK])", "FileExistsError"),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What each process says of each call: all of them in one start, since an error leaves both ready for the next."""
+    folder = tmp_path_factory.mktemp("told")
+    body = f"""
+    import json, resource
+    from unittest import mock
+    from probae.objectives import ELBO
+    cases = { ({**DIFFERENCES} | {"fails: " + name: case for name, case in FAILURES.items()})!r}
+    def mapped(x):
+        np.save(f"{{OUT}}/x.{{RANK}}.npy", x.numpy())
+        return np.load(f"{{OUT}}/x.{{RANK}}.npy", mmap_mode="r")
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+    def other_version():
+        with mock.patch.object(probae, "__version__", f"0.{{RANK}}"):
+            trained()
+    def evidence(x=X, method="iwae", start=0, failing=False, **options):
+        torch.manual_seed(start)
+        model = probae.VAE(6, 3, hidden=(8,))
+        if failing:
+            model.encoder.register_forward_hook(fails)
+        probae.log_evidence(model, x, method=method, shard=True, **options)
+    def fails(*_):
+        raise RuntimeError("no such luck")
+    def no_number():
+        model, steps = build("vae"), []
+        def spoil(module, arguments, outputs):
+            steps.append(1)
+            return outputs * torch.nan if RANK and len(steps) > count[0] + 6 else outputs
+        count = [10**9]
+        model.decoder.register_forward_hook(spoil)
+        settings = dict(batch_size=33, every=1, compile=False, progress=False, device="cpu")
+        def start(run):
+            count[0] = len(steps) - 1 if len(run.records) == 1 else count[0]
+        probae.fit(model, X, steps=10, callbacks=[start], **settings)
+    def full_disk():
+        if RANK == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            trained(checkpoint=OUT + "/full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    cases |= {{"no number": ("no_number()", ""), "full disk": ("full_disk()", "")}}
+    found = {{}}
+    for name, (call, _) in cases.items():
+        try:
+            eval(call)
+        except Exception as error:
+            found[name] = f"{{type(error).__name__}}: {{error}}"
+    torch.manual_seed(RANK)
+    normalising = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 6))
+    model = probae.VAE(6, 3, encoder=normalising)
+    for _ in range(2):
+        probae.fit(model, X, steps=5, progress=False, device="cpu")
+    found["running mean"] = normalising[1].running_mean.tolist()
+    found["after all"] = trained()[1].records[-1]["step"]
+    with open(f"{{OUT}}/{{RANK}}.json", "w") as file:
+        json.dump(found, file)
+    """
+    launch(script(folder, body), 2, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_processes_that_differ_are_told_apart_before_the_first_step(told, name):
+    first, second = (found[name] for found in told)
+    assert first == second
+    assert first.startswith("ValueError: the 2 processes have to do the same")
+    assert DIFFERENCES[name][1] in first
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_fails_in_one_process_ends_all(told, name):
+    first, second = (found[f"fails: {name}"] for found in told)
+    assert first.startswith("ConnectionError: rank 1 of the 2 processes has stopped")
+    assert second in first
+    assert FAILURES[name][1] in second
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_told_by_all_with_its_rows(told):
+    first, second = (found["no number"] for found in told)
+    assert first.startswith(
+        "FloatingPointError: the loss is nan at step 7: site 'x' has no finite density at rows of the data"
+    )
+    assert first == f"{second} (rank 1)"
+
+
+def test_a_full_disk_ends_all(told):
+    first, second = (found["full disk"] for found in told)
+    assert first.startswith("OSError: [Errno 27] checkpoint of step 10 could not be written")
+    assert second == f"ConnectionError: rank 0 of the 2 processes has stopped, so all do: {first}"
+
+
+def test_processes_end_with_the_same_running_means(told):
+    first, second = (found["running mean"] for found in told)
+    assert first == second
+    assert any(first)
+
+
+def test_processes_can_go_on_after_errors(told):
+    assert [found["after all"] for found in told] == [30, 30]
 
 
 @pytest.mark.parametrize(

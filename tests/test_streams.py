@@ -1,11 +1,14 @@
 """Data that are read as they are needed: mapped files, Datasets, DataLoaders."""
 
+import multiprocessing.synchronize
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import probae
+from probae import datasets, lineup
 from probae.streams import source
 from probae.streams.mapped import _Rows
 
@@ -122,3 +125,29 @@ def test_a_file_that_was_replaced_is_not_read(tmp_path):
     (tmp_path / "x.npy").unlink()
     np.save(tmp_path / "x.npy", np.zeros((50, 6), np.float32))
     assert (_Rows(array).at(np.arange(50)) == 1).all()
+
+
+@pytest.fixture
+def unshared(monkeypatch):
+    """A machine whose processes cannot share memory, as one without /dev/shm."""
+
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
+
+
+def test_a_dataset_is_read_in_this_process_where_memory_cannot_be_shared(unshared):
+    x = torch.randn(40, D)
+    runs = [probae.fit(vae(), Rows(x), steps=5, progress=False, **options) for options in ({}, {"workers": 0})]
+    assert all(torch.equal(a, b) for a, b in zip(*(state(run.model).values() for run in runs), strict=True))
+
+
+def test_workers_that_cannot_share_memory_are_refused_at_the_start(unshared):
+    data = Rows(torch.randn(40, D))
+    with pytest.raises(OSError, match=r"workers: other processes need shared memory .*: take workers=0"):
+        probae.fit(vae(), data, steps=5, workers=1, progress=False)
+    with pytest.raises(OSError, match=r"num_workers: other processes need shared memory .*: take num_workers=0"):
+        probae.fit(vae(), DataLoader(data, 10, num_workers=1), steps=5, progress=False)
+    with pytest.raises(OSError, match="processes: other processes need shared memory"):
+        next(lineup.train_all(["ppca", "vae"], datasets.load("digits"), 2, 5, processes=2))

@@ -20,10 +20,11 @@ from probae.evidence.result import Evidence, joined
 from probae.evidence.tractable import enumerate_states, exact, states
 from probae.evidence.tradeoff import RateDistortion, rate_distortion
 from probae.evidence.weights import Weights, log_weights, no_bound, no_evidence, prepare
+from probae.fingerprints import OF_MODELS, fingerprints, of_data, versions
 from probae.isolation import isolated
 from probae.pair import Pair, as_pair
 from probae.processes import ALONE, processes
-from probae.seeding import derived, seeded
+from probae.seeding import checked_seed, derived, seeded
 from probae.sites import Layout
 from probae.streams import fetching, source, streams_from_disk
 
@@ -83,7 +84,7 @@ def log_evidence(
         seed: of the draws; the caller's own random stream is left as it was.
         compile: how the programs are run, as for `log_weights`.
         shard: under ``torchrun``, each process evaluates its part of the data, and gets the values of all. Every process has
-            to make the call.
+            to make the same call; what differs is told.
         options: of ``"auto"``: ``rungs``, ``pilot``, ``refined={...}`` and ``ais={...}``, see
             `probae.evidence.ladder.Ladder`, and `probae.evidence.ladder.climb` for what it may cost. Of ``"refined"``:
             ``covariance="diagonal"``, ``steps``, ``draws``, ``defensive`` and ``memory``, see
@@ -179,17 +180,24 @@ def _by_blocks(
     team = processes(device) if shard else ALONE
     if isinstance(x, DataLoader) and not isinstance(x.sampler, SequentialSampler):
         raise ValueError("x: expected a DataLoader that keeps the order of its data, got one that shuffles")
-    stream = source(x, _ROWS, seed, pair.dtype, device, keeps=pair.keeps_precision)
-    blocks = stream.passes() if streams_from_disk(x) else rows_of(stream.some(), math.ceil(stream.size / team.count))
     parts: dict[int, Evidence] = {}
-    with seeded(seed, device), fetching():  # a DataLoader draws from the process's stream
-        for number, block in enumerate(blocks):
-            if number % team.count == team.rank:
-                at = derived(seed, number) if number else seed  # one block has the draws of data in memory
-                parts[number] = log_evidence(
-                    pair, block, method, particles=particles, seed=at, compile=compile, **options
-                )
-    with team.together():
+    with seeded(seed, device), fetching(), team.together():  # a DataLoader draws from the process's stream
+        with team.ready():
+            stream = source(x, _ROWS, seed, pair.dtype, device, keeps=pair.keeps_precision)
+        if team.count > 1:
+            asked = {"method": method, "particles": particles, "seed": checked_seed(seed), "compile": compile}
+            settings = fingerprints([("model", pair), *options.items()], OF_MODELS)
+            rows = {"data rows": stream.size, **of_data("data", stream.common())}
+            team.require_same({**versions(), **asked, **settings, **rows})
+        with team.ready():
+            share = math.ceil(stream.size / team.count)
+            blocks = stream.passes() if streams_from_disk(x) else rows_of(stream.some(), share)
+            for number, block in enumerate(blocks):
+                if number % team.count == team.rank:
+                    at = derived(seed, number) if number else seed  # one block has the draws of data in memory
+                    parts[number] = log_evidence(
+                        pair, block, method, particles=particles, seed=at, compile=compile, **options
+                    )
         found = {number: part for parts_ in team.gather(parts) for number, part in parts_.items()}
     ordered = [found[number] for number in sorted(found)]
     if len(ordered) > 1 and ordered[0].shared_mc_stderr is not None:

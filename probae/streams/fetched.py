@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probae.batches import Batch
-from probae.fingerprints import generators
-from probae.processes import ALONE, Processes
+from probae.fingerprints import Checksum, generators
+from probae.processes import ALONE, Processes, require_shared_memory, shares_memory
 from probae.seeding import derived, seeded, state_of
 from probae.streams.minibatches import Minibatch, Shuffle, Source
-from probae.streams.rows import FEW, LET, PASS, SOME, STEP, length_of, require_same_rows, unpacked
+from probae.streams.rows import FEW, LET, PASS, SOME, STEP, length_of, require_same_rows, twice, unpacked
 
 _BLOCK = 1024  # rows fetched at a time, when all of the data are read once
 _AHEAD = 4  # minibatches that each worker fetches before they are asked for
@@ -54,7 +54,9 @@ class Fetched(Source):
         forked = multiprocessing.get_start_method(allow_none=True) in {None, "fork"} and hasattr(os, "fork")
         # a child that is forked while a thread of the exchange takes the interpreter's lock waits for it for ever
         alone = processes.count == 1
-        self.workers = int(forked and alone) if workers is None else workers
+        self.workers = int(forked and alone and shares_memory()) if workers is None else workers
+        if workers:
+            require_shared_memory("workers", "workers=0")
 
     def __iter__(self) -> Iterator[Minibatch]:
         ahead: deque[dict[str, Tensor]] = deque()
@@ -83,6 +85,10 @@ class Fetched(Source):
         """Rows from all over the data."""
         places = np.linspace(0, self.size - 1, min(self.size, _BLOCK)).astype(int).tolist()
         return self._batch(self.rows.__getitems__([SOME, 0, *places]))
+
+    def common(self) -> Checksum:
+        """A checksum of rows from all over the data."""
+        return twice(self.some)
 
     def require_resumable(self) -> None:
         """Raise a ValueError if rows do not follow from the seed: where workers read them, nobody knows what they draw."""

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from probae.batches import Batch, length
-from probae.fingerprints import fingerprints, generators
+from probae.fingerprints import Checksum, fingerprints, generators
 from probae.generator import generator as shared_generator
-from probae.processes import ALONE, Processes
+from probae.processes import ALONE, Processes, require_shared_memory
 from probae.seeding import Generator, derived, python_seeded, seeded, set_state, state_of
 from probae.streams.minibatches import Minibatch, Source
-from probae.streams.rows import FEW, STEP, length_of, require_same_rows, unpacked
+from probae.streams.rows import FEW, STEP, length_of, require_same_rows, twice, unpacked
 
 
 class Streamed(Source):
@@ -38,6 +38,8 @@ class Streamed(Source):
         seed: int = 0,
         keeps: bool | None = None,
     ):
+        if loader.num_workers:
+            require_shared_memory("the DataLoader's num_workers", "num_workers=0")
         self.seed = seed
         self.loader, self.dtype, self.device, self.size = loader, dtype, device, length_of(loader.dataset)
         self.keeps = keeps
@@ -71,6 +73,19 @@ class Streamed(Source):
         """The data once, in blocks, each process its part."""
         for batch in self._all():
             yield batch if self.distributed else self.processes.share(batch)[0]
+
+    def common(self) -> Checksum:
+        """A checksum of the first batch, if the batches are those of all processes."""
+        start = self._states()
+
+        def read() -> Batch:
+            self._set(start)
+            return self.some()
+
+        try:
+            return Checksum() if self.distributed else twice(read)
+        finally:
+            self._set(start)
 
     def smallest(self, batch: Batch) -> int:
         """The rows of this very block: they are the loader's minibatches."""

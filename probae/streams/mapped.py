@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probae.arguments import printable
 from probae.batches import Batch
+from probae.fingerprints import Checksum
 from probae.processes import ALONE, Processes
 from probae.streams.minibatches import Minibatch, Shuffle, Source
 
@@ -74,9 +75,17 @@ class Mapped(Source):
 
     def passes(self) -> Iterator[Batch]:
         """The data once, in blocks, each process its part."""
-        rows, own = max(1, _BLOCK // max(1, self.width)), self.shuffle.processes
+        own = self.shuffle.processes
+        yield from self._blocks(own.rank, own.count)
+
+    def common(self) -> Checksum:
+        """A checksum of all rows."""
+        return Checksum.of(self._blocks(0, 1))
+
+    def _blocks(self, rank: int, count: int) -> Iterator[Batch]:
+        rows = max(1, _BLOCK // max(1, self.width))
         starts = range(0, self.size, rows)
-        for start in starts[own.rank :: own.count] or starts[:1]:
+        for start in starts[rank::count] or starts[:1]:
             yield self._rows(slice(start, start + rows))
 
     def some(self) -> Batch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, as_batch, leaves, length, rows_at
+from probae.fingerprints import Checksum
 from probae.processes import ALONE, Processes
 from probae.seeding import set_state
 
@@ -65,6 +66,13 @@ class Source:
     def some(self) -> Batch:
         """Enough of the data to take their units from, and to know them again; the same in all processes."""
         raise NotImplementedError
+
+    def common(self) -> Checksum:
+        """A checksum of rows that every process has, from all over the data: by it they know whether theirs are the same.
+
+        It is empty where none has the same rows: data that are read anew at random, or dealt out by a sampler.
+        """
+        return Checksum.of([self.some()])
 
     def settings(self) -> dict[str, Any]:
         """What decides the order of the data beside seed and batch size, as plain values by name."""

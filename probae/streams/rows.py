@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from probae.fingerprints import fingerprints
+from probae.batches import Batch
+from probae.fingerprints import Checksum, fingerprints
 
 STEP, PASS, SOME = 11, 12, 13  # what rows are read for: each has draws of its own
 FEW = 32  # rows that tell whether a data set draws
@@ -29,6 +30,12 @@ def length_of(data: Any) -> int:
     if size == 0:
         raise ValueError("the data set is empty: expected N >= 1 data")
     return size
+
+
+def twice(read: Callable[[], Batch]) -> Checksum:
+    """The checksum of rows, or an empty one if they are others when they are read again."""
+    first, second = (Checksum.of([read()]) for _ in range(2))
+    return first if first.sums == second.sums else Checksum()
 
 
 def require_same_rows(read: Callable[[], Any]) -> None:

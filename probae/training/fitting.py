@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,22 +15,22 @@ from torch.utils.data import DataLoader
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.checks import check
-from probae.fingerprints import Checksum
+from probae.fingerprints import Checksum, fingerprint, of_data
 from probae.flat.choice import MODES
 from probae.isolation import isolated
 from probae.objectives import Objective, named
 from probae.pair import Pair, as_pair
 from probae.precision import PRECISIONS
-from probae.processes import local_device, processes
+from probae.processes import Processes, held, local_device, processes
 from probae.seeding import checked_seed, derived, reseed, seeded
-from probae.streams import InMemory, fetching, source
-from probae.training.checkpoint import KIND, AnotherRun, Checkpoints
-from probae.training.damage import require_state
-from probae.training.identity import identity_of, values_of
+from probae.sites import Layout
+from probae.streams import InMemory, Source, fetching, source
+from probae.training.checkpoint import KIND, Checkpoints
+from probae.training.identity import identity_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record, optimizer_of, parameter_groups, rates_of, scheduler_of
 from probae.training.reduction import limits_of, norms_of
-from probae.training.resume import parts_of, put_back, state_of, unkept
+from probae.training.resume import keep
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.watch import Watch
@@ -72,7 +71,9 @@ def fit(
 
     Under ``torchrun`` the processes train one model together (gloo on CPUs, NCCL on GPUs): each takes its rows of every
     minibatch, with noise of its own, and their gradients are averaged; ``batch_size`` counts the rows of all. Each returns
-    the same parameters. Batch normalisation sees the rows of its own process alone. Ctrl-C ends at the next record.
+    the same parameters. Batch normalisation sees the rows of its own process alone. Ctrl-C ends at the next record. The call
+    has to be the same in all, but for the values that parameters start from, which are those of the first: what differs
+    is told before the first step, data in memory or mapped down to one value, a Dataset or DataLoader by some of its rows.
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``; or a function without arguments that makes one,
@@ -116,11 +117,12 @@ def fit(
         `Run`, with ``run.model`` and ``run.history``.
 
     Raises:
-        ValueError, TypeError: if an argument, the pair or the data do not fit, before the first step.
+        ValueError, TypeError: if an argument, the pair or the data do not fit, or differ between processes, before the first
+            step.
         FloatingPointError: if the loss or a gradient is not finite, naming the step and, where they show, the site and the
             rows; the parameters are then those of the last record. On a GPU this shows at the next record.
         OSError: if a checkpoint cannot be written; the one before still loads. If another run is writing to the folder.
-        ChildProcessError, ConnectionError: if a process that reads data, or that trains too, has died.
+        ChildProcessError, ConnectionError: if a process that reads data, or that trains too, has died or failed.
 
     Example:
         >>> import probae
@@ -153,52 +155,47 @@ def fit(
     if precision == "bf16" and pair.dtype not in (None, torch.float32):
         raise ValueError(f"precision='bf16': expected parameters in float32, got {pair.dtype}")
     team = processes(where)
-    stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
-    with seeded(seed, where), fetching(), ExitStack() as held:
+    modules = {"model": pair, "objective": goal}
+    with seeded(seed, where), fetching(), team.together(), ExitStack() as until_the_end:
         place: Path | None = None
-        if folder is not None and team.first:
-            place = held.enter_context(preparing(folder, KIND))
-        rows = Checksum(stream.ordered)
-        for batch in stream.passes():
+        with team.ready():
+            if folder is not None and team.first:
+                place = until_the_end.enter_context(preparing(folder, KIND))
+            stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
+            rows = Checksum(stream.ordered)
+            for batch in stream.passes():
+                if folder is not None:
+                    rows.add(batch)
+                layout = check(pair, batch, seed, training=True)
+                _require_rows(pair, stream.smallest(batch))
+                _require_whole(layout, batch_size, stream, team)
             if folder is not None:
-                rows.add(batch)
-            layout = check(pair, batch, seed, training=True)
-            _require_rows(pair, stream.smallest(batch))
-            if layout.whole and team.count > 1:
-                raise ValueError(
-                    "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
-                    f"{team.count} processes cannot share them: train in one"
+                stream.require_resumable()
+            goal.to(device=where)
+            # from before they learn of the data; what is trained starts as in the first process
+            fixed = {name: fingerprint(t) for name, t in held(modules).items() if not t.requires_grad}
+            watch = held_out = None
+            if validation is not None:
+                held_out = _gather(validation, pair, where)
+                options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
+                watch = Watch(pair, held_out, goal, **options, processes=team)
+            chosen = make_optimizer(parameter_groups(pair, goal, rates))
+            limits = limits_of(norms, chosen.param_groups)
+            if pair.has("initialise"):
+                with torch.no_grad():
+                    call(pair.initialise, stream.some())
+            rate = make_scheduler(chosen)
+            if folder is not None and rate is not None and not hasattr(rate, "state_dict"):
+                raise TypeError(
+                    f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}"
                 )
-            if layout.whole and batch_size < stream.size:
-                raise ValueError(
-                    f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
-                    f"a parameter has their size); got {batch_size}"
-                )
-        if folder is not None:
-            stream.require_resumable()
-        goal.to(device=where)
-        watch = held_out = None
-        if validation is not None:
-            held_out = _gather(validation, pair, where)
-            options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
-            watch = Watch(pair, held_out, goal, **options, processes=team)
-        chosen = make_optimizer(parameter_groups(pair, goal, rates))
-        limits = limits_of(norms, chosen.param_groups)
-        if pair.has("initialise"):
-            with torch.no_grad():
-                call(pair.initialise, stream.some())
-        team.agree([pair, goal])
+        team.agree(modules, fixed)
         note = getattr(getattr(pair, "inner", pair), "fit_note", "")
         run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None, note=note)
-        rate = make_scheduler(chosen)
-        if folder is not None and rate is not None and not hasattr(rate, "state_dict"):
-            raise TypeError(f"scheduler: checkpoint= needs one with state_dict() and load_state_dict(), got {rate!r}")
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
         take = Steps(pair, goal, chosen, rate, limits, stream.size, **options)
         loop = Loop(pair, take, stream, watch, run)
-        if team.rank:
-            reseed(team.noise(seed), where)
-        if folder is not None:
+        if folder is not None or team.count > 1:
             settings = {
                 "batch_size": None if isinstance(data, DataLoader) else batch_size,
                 "clip": norms,
@@ -210,15 +207,30 @@ def fit(
             seen = Checksum(not isinstance(validation, DataLoader))
             if held_out is not None:
                 seen.add(held_out)
-            checkpoints = Checkpoints(folder, identity_of(loop, team.gather(rows), seen, settings), place)
-            _keep(loop, checkpoints, resume == "force")
-            checkpoints.require_free(loop.number, steps, every)
+            identity = identity_of(loop, seen, settings)
+        if team.count > 1:
+            asked = {
+                "steps": steps,
+                "every (steps)": every,
+                "patience": patience,
+                "checkpoint": folder is not None,
+                "resume": resume,
+            }
+            first = team.require_same({**identity, **asked, **of_data("data", stream.common())})
+            identity = {name: first[name] for name in identity}
+        if team.rank:
+            reseed(team.noise(seed), where)
+        if folder is not None:
+            checkpoints = Checkpoints(folder, {**identity, **of_data("data", *team.gather(rows))}, place)
+            keep(loop, checkpoints, resume == "force")
+            with team.ready():
+                checkpoints.require_free(loop.number, steps, every)
         try:
-            with team.together():
-                loop.go(steps, every, patience, callbacks, progress)
+            loop.go(steps, every, patience, callbacks, progress)
         finally:
             loop.restore_best()
             pair.eval()
+        team.agree(modules)  # on what each has gathered from its own rows, as batch normalisation does
     return run
 
 
@@ -235,6 +247,20 @@ def _built(model: Any, seed: int) -> Any:
     return built
 
 
+def _require_whole(layout: Layout, batch_size: int, stream: Source, team: Processes) -> None:
+    """Raise a ValueError if programs that run on all of the data at once would get less."""
+    if layout.whole and team.count > 1:
+        raise ValueError(
+            "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
+            f"{team.count} processes cannot share them: train in one"
+        )
+    if layout.whole and batch_size < stream.size:
+        raise ValueError(
+            f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
+            f"a parameter has their size); got {batch_size}"
+        )
+
+
 def _require_rows(pair: Pair, rows: int) -> None:
     """Raise a ValueError if a minibatch of one row would meet batch normalisation, which has no variance to divide by."""
     names = [name for name, module in pair.named_modules() if isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm)]
@@ -243,43 +269,6 @@ def _require_rows(pair: Pair, rows: int) -> None:
             f"batch_size: a minibatch has one row, and batch normalisation ({names[0]}) needs two: choose another batch size, "
             "or DataLoader(..., drop_last=True)"
         )
-
-
-def _keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
-    """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
-
-    def require(state: Any, tensors: dict[str, Tensor], differing: set[str]) -> None:
-        parts = parts_of(tensors)
-        require_state(loop, state, parts, differing)
-        if (names := unkept(loop, state["moved"])) and not force:
-            raise AnotherRun(f"checkpoint: {_moves(names)}, or go on all the same with resume='force'")
-        loop.stream.restore(parts.get("stream", {}))  # which reads, and may find less than there was
-
-    start = values_of(loop)
-    if (found := checkpoints.latest(require, force)) is not None:
-        put_back(loop, *found)
-    if len(set(loop.processes.gather(loop.number))) > 1:
-        raise ValueError(
-            f"checkpoint: the processes do not find the same ones in {checkpoints.folder}: expected a folder that all share"
-        )
-    warned: list[str] = []
-
-    def keep(number: int) -> None:
-        state = state_of(loop, number, start)
-        if (names := unkept(loop, state[0]["moved"])) and not warned:
-            warned.extend(names)
-            warnings.warn(f"checkpoint: {_moves(names)}", RuntimeWarning, stacklevel=2)
-        if loop.processes.first:
-            checkpoints.save(number, *state)
-
-    loop.keep = keep
-
-
-def _moves(names: list[str]) -> str:
-    return (
-        f"{names[0]} changes as the run goes on ({len(names)} in all), and is no tensor of model or objective, so no "
-        "checkpoint keeps it: make it a buffer, register_buffer(name, tensor), for the run to be resumed"
-    )
 
 
 def _gather(data: Any, pair: Pair, device: torch.device) -> Batch:

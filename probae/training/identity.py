@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from typing import Any
 
-import pyro
 import torch
 
-import probae
 from probae.arguments import printable
-from probae.fingerprints import Checksum, fingerprint, fingerprints
+from probae.fingerprints import OF_MODELS, Checksum, differing, fingerprint, fingerprints, of_data, versions
 from probae.training.loop import Loop
 
-# of a pair, what follows from the rest or is found anew at each start
-_DERIVED = {"_layout", "_form", "_constraints", "_places", "_guides", "_named", "_blocked", "_surveyed", "_made"}
-_SKIP = frozenset(_DERIVED | {"_awaited", "_inner", "_probae_pair", "training", "_is_full_backward_hook"})
 # of optimizers and schedules, what is listed by itself, or moves as steps are taken
 _MOVES = frozenset(
     {"optimizer", "state", "param_groups", "defaults", "_opt_called", "_step_count", "_get_lr_called_within_step"}
@@ -24,22 +18,20 @@ _MOVES = frozenset(
 _SHOWN = 8  # differences that a message has
 
 
-def identity_of(loop: Loop, data: list[Checksum], validation: Checksum, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the run is, before its first step.
+def identity_of(loop: Loop, validation: Checksum, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the run is, before its first step; the data by their number alone, see `probae.fingerprints.of_data`.
 
     What the user may change is not in it: the number of steps, ``every`` (where no schedule goes by records), ``patience``,
     ``workers``, ``callbacks``, ``progress``, and the values that parameters start from, which the checkpoint has.
     """
     take, pair = loop.take, loop.pair
     found = {
-        **{"probae": probae.__version__, "torch": str(torch.__version__), "pyro": pyro.__version__},
-        "python": ".".join(platform.python_version_tuple()[:2]),
+        **versions(),
         **{"device": take.step.device.type, "dtype": str(pair.dtype), "processes": loop.processes.count},
         **settings,
-        **_of_data("data", data),
         "data rows": loop.stream.size,
         **loop.stream.settings(),
-        **({"validation": None} if loop.watch is None else _of_data("validation", [validation])),
+        **({"validation": None} if loop.watch is None else of_data("validation", validation)),
         "watched": None if loop.watch is None else f"{loop.watch.kind}, {loop.watch.particles} particles",
         "model": type(loop.run.model).__name__,
         **{f"parameters {name!r}": [list(t.shape), str(t.dtype)] for name, t in pair.state_dict().items()},
@@ -57,7 +49,7 @@ def values_of(loop: Loop, large: bool = True) -> dict[str, Any]:
     trained = frozenset(id(p) for p in loop.take.parameters)
     found = {name: fingerprint(t) for name, t in states.items() if id(t) not in trained}
     found |= fingerprints([("optimizer", loop.take.optimizer)], _MOVES, known, large)
-    return found | fingerprints(modules.items(), _SKIP, known, large)
+    return found | fingerprints(modules.items(), OF_MODELS, known, large)
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -67,7 +59,6 @@ def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, str]:
     """Where the identities of two runs differ, by name and in words."""
-    names = [name for name in {**here, **there} if here.get(name, ...) != there.get(name, ...)]
     missing = object()
 
     def shown(value: Any) -> str:
@@ -75,7 +66,7 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, str]:
 
     return {
         name: f"its {printable(name)} is {shown(there.get(name, missing))}, here it is {shown(here.get(name, missing))}"
-        for name in sorted(names, key=_rank)
+        for name in differing(here, there)
     }
 
 
@@ -98,21 +89,6 @@ def of_optimizer(name: str) -> bool:
 def of_validation(name: str) -> bool:
     """Whether a difference of that name makes values of early stopping another thing."""
     return name.startswith(("validation", "watched"))
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """What is said first: settings, then what they lead to."""
-    path = name.split(" ")[0]
-    group = path.split(".")[0]
-    order = ["model", "parameters", "trained", "objective", "optimizer", "scheduler", "loader"]
-    place = order.index(group) if group in order else -1
-    return (place if "." not in path or group in {"optimizer", "scheduler", "loader"} else len(order)), name
-
-
-def _of_data(name: str, checksums: list[Checksum]) -> dict[str, Any]:
-    """The checksums of all processes, each of its part."""
-    kinds = checksums[0].kinds
-    return {f"{name} {leaf!r}": [*kinds[leaf], *(c.sum(leaf) for c in checksums)] for leaf in kinds}
 
 
 def _of_optimizer(loop: Loop) -> dict[str, Any]:

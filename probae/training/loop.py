@@ -93,16 +93,21 @@ class Loop:
         except ValueError:  # from a distribution that validates its arguments
             if self.sound():
                 raise
-            self.fail(minibatch, math.nan, number)
+            self.fail(minibatch, math.nan, number, alone=True)
 
-    def fail(self, minibatch: Minibatch, loss: float, number: int) -> NoReturn:
-        """Go back to the last good parameters, and say where the trouble lies."""
+    def fail(self, minibatch: Minibatch, loss: float, number: int, alone: bool = False) -> NoReturn:
+        """Go back to the last good parameters, and say where the trouble lies: it may be in another process's rows."""
         trouble = Trouble(self.take, minibatch)
         found = (
             trouble.found() if self.sound() else None
         )  # a step that was refused has left the parameters as they were
         self.pair.load_state_dict(self.good)
-        raise FloatingPointError(trouble.told(found or trouble.found(), loss, number))
+        found = found or trouble.found()
+        told = trouble.told(found, loss, number)
+        seen = [None] if alone else self.processes.gather(None if found is None else told)
+        if found is None:
+            told = next((f"{text} (rank {rank})" for rank, text in enumerate(seen) if text is not None), told)
+        raise FloatingPointError(told)
 
     def sound(self) -> bool:
         """Whether all parameters are finite."""
@@ -133,7 +138,8 @@ class Loop:
 
     def ends(self, patience: int | None, callbacks: Sequence[Callable[[Run], Any]], asked: list[bool]) -> str | None:
         """Why training ends at this record, for all processes alike: no better value for so long, a callback, Ctrl-C."""
-        stop = True in [callback(self.run) for callback in callbacks]
+        with self.processes.ready():
+            stop = True in [callback(self.run) for callback in callbacks]
         if self.out_of(patience):
             return "patience"
         if self.processes.any(stop):

@@ -8,10 +8,50 @@ from typing import Any
 from torch import Tensor
 
 from probae.seeding import set_streams, streams
-from probae.training.damage import alike
+from probae.training.checkpoint import AnotherRun, Checkpoints
+from probae.training.damage import alike, require_state
 from probae.training.identity import of_optimizer, of_validation, tensors_of, values_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record
+
+
+def keep(loop: Loop, checkpoints: Checkpoints, force: bool) -> None:
+    """Go on from the last checkpoint, and write one at every record; of several processes the first writes."""
+
+    def require(state: Any, tensors: dict[str, Tensor], differing: set[str]) -> None:
+        parts = parts_of(tensors)
+        require_state(loop, state, parts, differing)
+        if (names := unkept(loop, state["moved"])) and not force:
+            raise AnotherRun(f"checkpoint: {_moves(names)}, or go on all the same with resume='force'")
+        loop.stream.restore(parts.get("stream", {}))  # which reads, and may find less than there was
+
+    start = values_of(loop)
+    with loop.processes.ready():
+        if (found := checkpoints.latest(require, force)) is not None:
+            put_back(loop, *found)
+    if len(set(loop.processes.gather(loop.number))) > 1:
+        raise ValueError(
+            f"checkpoint: the processes do not find the same ones in {checkpoints.folder}: expected a folder that all share"
+        )
+    warned: list[str] = []
+
+    def write(number: int) -> None:
+        state = state_of(loop, number, start)
+        if (names := unkept(loop, state[0]["moved"])) and not warned:
+            warned.extend(names)
+            warnings.warn(f"checkpoint: {_moves(names)}", RuntimeWarning, stacklevel=2)
+        with loop.processes.ready():
+            if loop.processes.first:
+                checkpoints.save(number, *state)
+
+    loop.keep = write
+
+
+def _moves(names: list[str]) -> str:
+    return (
+        f"{names[0]} changes as the run goes on ({len(names)} in all), and is no tensor of model or objective, so no "
+        "checkpoint keeps it: make it a buffer, register_buffer(name, tensor), for the run to be resumed"
+    )
 
 
 def state_of(loop: Loop, number: int, start: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
