@@ -21,6 +21,7 @@ def unpacked(item: Any) -> Any:
 
 
 def length_of(data: Any) -> int:
+    """N, the number of rows of a data set, checked."""
     try:
         size = len(data)
     except TypeError as error:
