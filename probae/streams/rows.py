@@ -21,7 +21,7 @@ def unpacked(item: Any) -> Any:
 
 
 def length_of(data: Any) -> int:
-    """N, the number of rows of a data set, checked."""
+    """N, the number of data; raises a ValueError if they do not tell, or are none."""
     try:
         size = len(data)
     except TypeError as error:
