@@ -15,7 +15,7 @@ import torch
 
 import probae
 from probae import writing
-from probae.writing import InTheWay, bears_mark, place_of, preparing
+from probae.writing import InTheWay, bears_mark, place_of
 
 JSON, TENSORS = "model.json", "model.safetensors"
 unix = pytest.mark.skipif(os.name == "nt", reason="needs signals and locks of Unix")
