@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,3 +280,113 @@ def test_what_is_left_of_a_killed_write_is_no_checkpoint(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         probae.fit(build(), data(), steps=30, every=10, batch_size=32, checkpoint=tmp_path, progress=False)
+
+
+# -- the user's own files in the folder --------------------------------------------------------------------------------
+
+
+def run_to(folder, steps, **options):
+    options = {"every": 10, "batch_size": 32, "compile": False, "progress": False} | options
+    return probae.fit(build(), data(), steps=steps, checkpoint=folder, **options)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def damaged(folder, name):
+    """A checkpoint of probae's that cannot be read, under a name of a later step."""
+    shutil.copytree(folder / "step-00000020", folder / name)
+    for file in (folder / name).iterdir():
+        file.write_bytes(file.read_bytes()[:200])
+
+
+def test_folders_with_other_names_are_neither_read_nor_removed(tmp_path):
+    for name in ("step-best", "step-final", "step-1", "step-00000005 copy", "step-99999999x", "step--0000001"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "state.json").write_text("mine")
+    (tmp_path / "step-notes").write_text("mine")
+    before = names(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_to(tmp_path, 50)
+        run = run_to(tmp_path, 70)
+    assert names(tmp_path) == sorted([*before, "step-00000060", "step-00000070"])
+    assert list(run.history["step"]) == [10, 20, 30, 40, 50, 60, 70]
+    assert all((tmp_path / name / "state.json").read_text() == "mine" for name in before if name != "step-notes")
+
+
+def test_unreadable_ones_of_later_steps_do_not_cost_the_good_ones(tmp_path):
+    run_to(tmp_path, 20)
+    damaged(tmp_path, "step-99999998")
+    damaged(tmp_path, "step-99999999")
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        run = run_to(tmp_path, 50)
+    assert list(run.history["step"]) == [10, 20, 30, 40, 50]
+    assert names(tmp_path)[:2] == ["step-00000040", "step-00000050"]
+
+
+def test_steps_past_eight_digits_are_sorted_by_number(tmp_path):
+    run_to(tmp_path, 20)
+    (tmp_path / "step-00000010").rename(tmp_path / "step-99999999")
+    (tmp_path / "step-00000020").rename(tmp_path / "step-100000000")
+    assert [place.name for place in Checkpoints(tmp_path, {})._all()] == ["step-100000000", "step-99999999"]
+
+
+MINE = {
+    "a folder": lambda p: (p.mkdir(), (p / "state.json").write_text("{}")),
+    "an empty folder": lambda p: p.mkdir(),
+    "a file": lambda p: p.write_text("mine"),
+    "a link to a folder": lambda p: ((p.parent / "other").mkdir(), p.symlink_to(p.parent / "other")),
+    "a link to nothing": lambda p: p.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
+@pytest.mark.parametrize("mine", MINE.values(), ids=MINE)
+def test_what_is_in_the_way_of_a_later_checkpoint_is_told_before_the_first_step(mine, tmp_path):
+    run_to(tmp_path, 20)
+    mine(tmp_path / "step-00000040")
+    before, seen = names(tmp_path), []
+    with pytest.raises(ValueError, match=r"step-00000040"):
+        run_to(tmp_path, 50, callbacks=[lambda run: seen.append(run.records[-1]["step"])])
+    assert seen == []
+    assert names(tmp_path) == before
+
+
+def test_a_checkpoint_with_a_file_of_the_users_in_it_and_a_linked_one_are_not_removed(tmp_path):
+    run_to(tmp_path / "kept", 20)
+    (tmp_path / "kept" / "step-00000010" / "notes.txt").write_text("mine")
+    (tmp_path / "kept" / "step-00000020").rename(tmp_path / "elsewhere")
+    (tmp_path / "kept" / "step-00000020").symlink_to(tmp_path / "elsewhere")
+    run_to(tmp_path / "kept", 60)
+    assert names(tmp_path / "kept") == ["step-00000010", "step-00000020", "step-00000050", "step-00000060"]
+    assert names(tmp_path / "elsewhere") == ["state.json", "state.safetensors"]
+    assert (tmp_path / "kept" / "step-00000010" / "notes.txt").read_text() == "mine"
+
+
+HELD = """
+    import sys, torch, probae
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) + 1
+    probae.fit(
+        probae.VAE(6, 2), x, steps=10**9, every=5, compile=False, checkpoint=sys.argv[1], progress=False,
+        callbacks=[lambda run: print("record", flush=True)],
+    )
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell")
+def test_two_runs_in_one_folder_are_told_apart_and_a_killed_one_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("probae.writing._PATIENCE", 0.2)
+    command = [sys.executable, "-c", textwrap.dedent(HELD), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(3):
+            assert process.stdout.readline() == "record\n"
+        with pytest.raises(BlockingIOError, match="another run is writing a checkpoint"):
+            run_to(tmp_path, 20)
+        process.kill()
+    assert ".writing-checkpoint" in names(tmp_path)
+    kept = [name for name in names(tmp_path) if name.startswith("step-")]
+    with pytest.raises(ValueError, match="another run"):
+        run_to(tmp_path, 20)
+    assert names(tmp_path) == kept, "and what the killed one was writing is gone"

@@ -26,6 +26,7 @@ _NO_DIGITS = MISSING | {"true", "false"}  # values that are no names
 _EXACT = 2**53  # beyond this number float64 leaves whole numbers out
 _COLUMNS = 2**17  # a table of more is no table
 _UNPACKED, _RATIO = 2**28, 100  # bytes, and times its size, that an archive may unpack to; the larger of the two
+_HEADER = 2**16  # bytes, more than NumPy itself reads
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -71,6 +72,9 @@ def numpy_arrays(path: Path, choose: Callable[[list[str]], list[str]]) -> list[n
         strangers = [member.filename for member in archive.infolist() if not member.filename.endswith(".npy")]
         if strangers:
             raise ValueError(f"{printable(path)}: expected NumPy arrays only, got the member {strangers[0]!r}")
+        if len(members) < len(archive.infolist()):
+            twice = next(name for name in members if sum(m.filename == f"{name}.npy" for m in archive.infolist()) > 1)
+            raise ValueError(f"{printable(path)}: two arrays have the name {twice!r}")
         chosen = [members[name] for name in choose(list(members))]
         unpacked = sum(member.file_size for member in chosen)
         if unpacked > max(_UNPACKED, _RATIO * size):
@@ -85,6 +89,11 @@ def numpy_arrays(path: Path, choose: Callable[[list[str]], list[str]]) -> list[n
 def _array(stream: IO[bytes], size: int) -> np.ndarray:
     """The array of so many bytes, header included."""
     version = np.lib.format.read_magic(stream)
+    length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+    if length > _HEADER:
+        raise ValueError(f"a header of {length:,} bytes")
+    stream.seek(0)
+    np.lib.format.read_magic(stream)
     header: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     if version <= (2, 0):  # what is later has names that are no ASCII, and holds no plain numbers
         shape, _, dtype = header(stream)
@@ -184,7 +193,10 @@ def numbers(path: Path, frame: "pd.DataFrame") -> np.ndarray:
         bad = column[values.isna() & column.notna()]
         if len(bad):
             name = frame.columns[index]
-            text.append(f"{name!r} ({bad.iloc[0]!r})" if isinstance(name, str) else f"{index + 1} ({bad.iloc[0]!r})")
+            told = repr(name) if isinstance(name, str) else str(index + 1)
+            text.append(
+                f"{name!r:.80} ({bad.iloc[0]!r:.80})" if isinstance(name, str) else f"{index + 1} ({bad.iloc[0]!r:.80})"
+            )
         x[:, index] = values.to_numpy(np.float64, na_value=np.nan)
     if text:
         more = f" and {len(text) - 5} more" if len(text) > 5 else ""
