@@ -193,7 +193,6 @@ def numbers(path: Path, frame: "pd.DataFrame") -> np.ndarray:
         bad = column[values.isna() & column.notna()]
         if len(bad):
             name = frame.columns[index]
-            told = repr(name) if isinstance(name, str) else str(index + 1)
             text.append(
                 f"{name!r:.80} ({bad.iloc[0]!r:.80})" if isinstance(name, str) else f"{index + 1} ({bad.iloc[0]!r:.80})"
             )
