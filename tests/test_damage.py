@@ -74,7 +74,7 @@ def put(*path):
 
 def tensor(name, change):
     def changed(found):
-        full = next(key for key in found if name in key)
+        full = max((key for key in found if name in key), key=lambda key: (found[key].dim(), key))
         new = change(found.pop(full))
         found.update({} if new is None else {full: new})
 
