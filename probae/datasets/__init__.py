@@ -77,10 +77,10 @@ def load(
 
     A ``.npy`` file holds one array of rows; a ``.npz`` file holds one, or train, validation (or valid) and test; a
     ``.csv`` file holds a column per feature, with or without a header (a first row 0, 1, 2, ..., which is pandas'
-    own, is taken for one; a first column with an empty heading is taken for row labels and left out). One array is
-    split 60/20/20 by a permutation of its rows. Rows of more than one dimension are flattened, and (N, H, W) are
-    images. The values are binary if all are 0 or 1, counts if all are nonnegative integers (their maximum is the
-    largest one in the whole file), and else real.
+    own, is taken for one; a first row of names and numbers only if no column can have these numbers as values; a first
+    column with an empty heading is taken for row labels and left out). One array is split 60/20/20 by a permutation of
+    its rows. Rows of more than one dimension are flattened, and (N, H, W) are images. The values are binary if all are 0
+    or 1, counts if all are nonnegative integers (their maximum is the largest one in the whole file), and else real.
 
     Arguments:
         name_or_path: One of `names`, or a path that ends in ``.npy``, ``.npz`` or ``.csv``.
@@ -91,7 +91,9 @@ def load(
 
     Errors:
         FileNotFoundError: The file is not there; for a named set, the message says what to put where.
-        ValueError: An unknown name; a damaged file; missing or infinite values; text; fewer than 10 rows.
+        ValueError: An unknown name; a damaged file, or what is no file; an archive that unpacks to more than 256 MiB and 100
+            times its size; missing or infinite values; whole numbers beyond 2^53 that float64 would change; text; a first
+            row that may be a header or data; fewer than 10 rows.
 
     Example:
         >>> load("digits")
