@@ -43,15 +43,19 @@ _own: list[torch.Generator] = []  # of the calls under way, the innermost last; 
 
 
 @contextmanager
-def own_generator() -> Iterator[None]:
-    """Run a block on the CPU's stream as no other thread reaches it; to be entered while holding `one_at_a_time`."""
+def own_generator() -> Iterator[bool]:
+    """Run a block on a CPU stream that no other thread reaches; to be entered while holding `one_at_a_time`.
+
+    Yields:
+        Whether the block has a generator of its own; alone it draws from torch's, which costs nothing.
+    """
     if not _own and not _others():
-        yield  # torch's own generator does, and costs nothing
+        yield False
         return
     _own.append(torch.Generator())
     try:
         with _OwnStream():
-            yield
+            yield True
     finally:
         _own.pop()
 

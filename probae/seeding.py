@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,12 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
     seed = checked_seed(seed)
     device = torch.device("cpu" if device is None else device)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with one_at_a_time(), torch.random.fork_rng(devices=gpus), python_seeded(seed), own_generator():
-        reseed(seed, device)
-        yield
+    with one_at_a_time(), python_seeded(seed), own_generator() as own:
+        # with a generator of its own the block leaves torch's to the threads that draw from it
+        kept = nullcontext() if own and not gpus else torch.random.fork_rng(devices=gpus)
+        with kept:
+            reseed(seed, device)
+            yield
 
 
 @contextmanager

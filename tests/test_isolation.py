@@ -345,3 +345,22 @@ def test_a_call_draws_the_same_beside_another_thread_and_the_others_stream_is_le
         before = torch.get_rng_state()
         assert torch.equal(probae.sample(models["vae"], 50), alone)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_threads_own_draws_are_not_disturbed(models):
+    torch.manual_seed(11)
+    expected = [torch.randn(3) for _ in range(200)]
+    found = []
+
+    def draw():
+        torch.manual_seed(11)
+        for _ in range(200):
+            found.append(torch.randn(3))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    while thread.is_alive():
+        probae.sample(models["vae"], 20)
+        probae.log_evidence(models["vae"], X[:5], method="iwae", particles=5, compile=False)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
