@@ -67,9 +67,6 @@ BROKEN_WHOLE: dict[str, list[str]] = {
 BROKEN_COMPILED: dict[str, list[str]] = {}
 #: and in log weights
 BROKEN_EVIDENCE: dict[str, list[str]] = {
-    "evidence/weights.py: a generator of torch's is not put back after the run that fills caches": [
-        "a_torch_generator_of_ones_own"
-    ],
     "flat/graph.py: the run that traces takes a value from iterators, which cannot be put back": [
         "a_counter_in_a_closure"
     ],

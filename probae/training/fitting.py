@@ -161,6 +161,8 @@ def fit(
         with team.ready():
             if folder is not None and team.first:
                 place = until_the_end.enter_context(preparing(folder, KIND))
+            elif folder is not None:  # what is no folder is refused in every process
+                folder.mkdir(parents=True, exist_ok=True)
             stream = source(data, batch_size, seed, pair.dtype, where, workers, team, pair.keeps_precision)
             rows = Checksum(stream.ordered)
             for batch in stream.passes():
