@@ -28,8 +28,8 @@ from torch import Tensor
 import probae
 from probae.evidence.annealed import Annealer, Annealing
 from probae.evidence.weights import prepare
-from probae.flat.graph import unvalidated
-from probae.seeding import still
+from probae.graphs.graph import unvalidated
+from probae.runtime.seeding import evaluating
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -111,13 +111,13 @@ def with_probae(
     options = Annealing(chains=CHAINS, distributions=DISTRIBUTIONS, leapfrog=LEAPFROG)
     annealer = Annealer(*prepare(model, x), options, 0, compile)
     rows = x.split(annealer.rows)
-    with still(model), unvalidated():
+    with evaluating(model), unvalidated():
         starts = [annealer.start("prior", part) for part in rows]
         points = [annealer.on("prior", u, part).at(u) for u, part in zip(starts, rows, strict=True)]
     log_w = [torch.zeros_like(point.base, dtype=torch.float64) for point in points]
 
     def run(n: int) -> None:
-        with still(model), unvalidated():
+        with evaluating(model), unvalidated():
             for i, part in enumerate(rows):
                 chains, place = annealer.on("prior", starts[i], part), slice(i * annealer.rows, (i + 1) * annealer.rows)
                 for t in range(DISTRIBUTIONS // 2, DISTRIBUTIONS // 2 + n):

@@ -72,9 +72,9 @@ def with_probae(
     model: probae.VAE, x: Tensor, compile: bool | str, covariance: str, steps: int = STEPS
 ) -> Callable[[], Found]:
     """``log_evidence(method="refined")`` over graphs that are kept."""
-    pair, batch, layout = prepare(model, x)
+    pair, batch, signature = prepare(model, x)
     options = Refinement(covariance=covariance, steps=steps, draws=DRAWS)
-    refiner = Refiner(pair, batch, layout, options, 1, compile, PARTICLES)
+    refiner = Refiner(pair, batch, signature, options, 1, compile, PARTICLES)
 
     def run() -> Found:
         found = refiner.weighed(batch, refiner.fitted(batch), PARTICLES, _WEIGHTS)

@@ -57,7 +57,7 @@ def cell(model: probae.Pair, x: torch.Tensor, method: str, options: dict[str, in
         found = probae.log_evidence(model, x, method, seed=1, **options)
     except ValueError:
         return "–"
-    chosen = f", {', '.join(sorted(set(found.rungs or ())))}" if method == "auto" and found.rungs else ""
+    chosen = f", {', '.join(sorted(set(found.estimators or ())))}" if method == "auto" and found.estimators else ""
     error = "" if found.bound == "exact" else f" ± {found.mean_mc_stderr:.2f}"
     return f"{found.mean:.2f}{error} ({time.perf_counter() - begun:.0f} s{chosen})"
 

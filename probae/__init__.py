@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# name -> the module that defines it; a room of its own has None
-_ROOMS: dict[str, str | None] = {
+# name -> the module that defines it
+_ROOMS = {
     "Pair": "pair",
     "PPCA": "models",
     "FactorAnalysis": "models",
@@ -29,7 +29,7 @@ _ROOMS: dict[str, str | None] = {
     "rate_distortion": "evidence",
     "diagnose": "diagnostics",
     "Diagnosis": "diagnostics",
-    "expost_prior": "expost",
+    "expost_prior": "transforms.expost",
     "compare": "comparison",
     "Comparison": "comparison",
     "sample": "pair",
@@ -37,9 +37,21 @@ _ROOMS: dict[str, str | None] = {
     "decode": "pair",
     "reconstruct": "pair",
     "impute": "pair",
-    "save": "storage",
-    "load": "storage",
-    **dict.fromkeys(("likelihoods", "priors", "posteriors", "nn", "objectives", "transforms", "models", "datasets")),
+    "save": "storage.saving",
+    "load": "storage.saving",
+}
+
+# public modules, by the name that users know
+_MODULES = {
+    "likelihoods": "heads.likelihoods",
+    "priors": "heads.priors",
+    "posteriors": "heads.posteriors",
+    "nn": "heads.nn",
+    "missing": "tracing.missing",
+    "objectives": "objectives",
+    "transforms": "transforms",
+    "models": "models",
+    "datasets": "data.datasets",
 }
 
 __all__ = [
@@ -71,6 +83,7 @@ __all__ = [
     "load",
     "log_evidence",
     "log_weights",
+    "missing",
     "models",
     "nn",
     "objectives",
@@ -85,11 +98,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from probae import datasets, likelihoods, models, nn, objectives, posteriors, priors, transforms
+    from probae import models, objectives, transforms
     from probae.comparison import Comparison, compare
+    from probae.data import datasets
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
-    from probae.expost import expost_prior
+    from probae.heads import likelihoods, nn, posteriors, priors
     from probae.models import (
         PPCA,
         VAE,
@@ -101,17 +115,20 @@ if TYPE_CHECKING:
         StochasticAutoencoder,
     )
     from probae.pair import Pair, decode, encode, impute, reconstruct, sample
-    from probae.storage import load, save
+    from probae.storage.saving import load, save
+    from probae.tracing import missing
     from probae.training import Run, fit
     from probae.transforms import Dequantised, Transformed
+    from probae.transforms.expost import expost_prior
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name in _MODULES:
+        value = importlib.import_module(f"probae.{_MODULES[name]}")
+    elif name in _ROOMS:
+        value = getattr(importlib.import_module(f"probae.{_ROOMS[name]}"), name)
+    else:
         raise AttributeError(f"module 'probae' has no attribute {name!r}")
-    room = _ROOMS[name]
-    module = importlib.import_module(f"probae.{room or name}")
-    value = module if room is None else getattr(module, name)
     globals()[name] = value
     return value
 

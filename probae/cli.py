@@ -19,7 +19,7 @@ from probae.arguments import as_path
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
-    from probae.datasets import Dataset
+    from probae.data.datasets import Dataset
     from probae.pair import Pair
 
 app = typer.Typer(
@@ -88,9 +88,11 @@ def compare(
     The table, the figures and the fitted models are written to a folder, in which nothing is replaced but unchanged
     results of the same run. Without an option: scikit-learn's 1,797 handwritten digits, in a few minutes.
     """
-    from probae import comparison, datasets, lineup
-    from probae.results import KIND, Results, checksum_of
-    from probae.writing import preparing
+    from probae import comparison
+    from probae.comparison import lineup
+    from probae.data import datasets
+    from probae.storage.folders import preparing
+    from probae.storage.results import KIND, Results, checksum_of
 
     if compile not in COMPILE:
         raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
@@ -134,7 +136,8 @@ def compare(
 @in_one_line
 def list_() -> None:
     """List the models and the data sets."""
-    from probae import datasets, lineup
+    from probae.comparison import lineup
+    from probae.data import datasets
 
     console = Console(markup=False, highlight=False)
     table = Table("model", "what it is", "for", title="models", title_justify="left", box=None, pad_edge=False)
@@ -217,7 +220,9 @@ def write(
     """Write table, per-datum evidence, figures and models; returns the names of what was written."""
     import torch
 
-    from probae import figures, lineup, storage
+    from probae.comparison import lineup
+    from probae.export import figures
+    from probae.storage import saving
 
     folder.mkdir()
     table.to_csv(folder / "table.csv")
@@ -233,7 +238,7 @@ def write(
     (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
     written = ["table.csv", "table.json", "evidence.csv"]
     for entry in result.entries:
-        storage.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
+        saving.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
     written.append("models/")
 
     result.plot().figure.savefig(folder / "evidence.png", dpi=150)

@@ -13,16 +13,16 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from probae.batches import Batch, as_batch, call, leaves, length
-from probae.guides import is_messenger
-from probae.isolation import one_at_a_time
-from probae.layout import PROGRAM_ERRORS, lay_out, run_at
-from probae.masks import Site
-from probae.missing import masked, require_numbers
-from probae.parameters import Parameters, object_of
-from probae.passes import Passes
-from probae.seeding import derived, still
-from probae.sites import Layout, rows_in_plate, samples
-from probae.traces import Traces
+from probae.programs.parameters import Parameters, object_of
+from probae.programs.passes import Passes
+from probae.runtime.isolation import one_at_a_time
+from probae.runtime.seeding import derived, evaluating
+from probae.tracing.guides import is_messenger
+from probae.tracing.masks import Site
+from probae.tracing.missing import masked, require_numbers
+from probae.tracing.signature import PROGRAM_ERRORS, run_at, signature_of
+from probae.tracing.sites import Signature, rows_in_plate, samples
+from probae.tracing.terms import Traces
 
 Program = Callable[..., Any]
 _FIRST = 22  # a purpose of its own: what programs make at their first run shares no draws with what follows
@@ -85,7 +85,7 @@ class Pair(Parameters, Passes, nn.Module):
 
     def __init__(self, model: Program | None = None, guide: Program | None = None, owner: Any = None):
         super().__init__()
-        self._layout: Layout | None = None
+        self._signature: Signature | None = None
         self._form: tuple[Any, ...] = ()
         if model is None and type(self) is Pair:
             raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
@@ -126,6 +126,11 @@ class Pair(Parameters, Passes, nn.Module):
         if self.has("posterior"):
             with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
                 pyro.sample("z", self.posterior(x))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the programs are a user's, around which the pair was made."""
+        return self._programs is not None
 
     @property
     def has_guide(self) -> bool:
@@ -170,19 +175,19 @@ class Pair(Parameters, Passes, nn.Module):
 
     # -- its runs ----------------------------------------------------------------------------------------------------
 
-    def layout(self, batch: Batch, seed: int = 0) -> Layout:
+    def signature(self, batch: Batch, seed: int = 0) -> Signature:
         """Where the sites lie; found by runs on a few rows and kept. Parameters that those make follow from the seed."""
         form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
-        if self._layout is None or self._form != form:  # programs may observe less of another form
-            self._layout = None
+        if self._signature is None or self._form != form:  # programs may observe less of another form
+            self._signature = None
             with self.surveyed():
-                layout = lay_out(self, batch, derived(seed, _FIRST))
-            self._layout, self._form = layout, form
-        return self._layout
+                signature = signature_of(self, batch, derived(seed, _FIRST))
+            self._signature, self._form = signature, form
+        return self._signature
 
-    def keep_layout(self, layout: Layout | None) -> None:
+    def keep_signature(self, signature: Signature | None) -> None:
         """Take what is now known of the sites; None finds them anew at the next run."""
-        self._layout = layout
+        self._signature = signature
 
     def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
@@ -195,40 +200,48 @@ class Pair(Parameters, Passes, nn.Module):
         Returns:
             The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
         """
-        layout = self.layout(batch)
-        if not self.has_guide and (latents := [n for n in layout.latents + layout.globals_ if n not in layout.summed]):
+        signature = self.signature(batch)
+        if not self.has_guide and (
+            latents := [n for n in signature.latents + signature.globals_ if n not in signature.summed]
+        ):
             raise ValueError(f"the pair has no guide to draw {latents} from: a bound needs one")
-        together = layout.vectorised or particles == 1
+        together = signature.vectorised or particles == 1
         each = particles if together else 1
-        runs = [self._run(batch, layout, each, through) for _ in range(1 if together else particles)]
-        return Traces(runs, layout, particles, rows_in_plate(runs[0][1], layout, batch))
+        runs = [self._run(batch, signature, each, through) for _ in range(1 if together else particles)]
+        return Traces(runs, signature, particles, rows_in_plate(runs[0][1], signature, batch))
 
     def replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
         """Run the model alone, at given values (K, N, ...) of its latents."""
-        layout = self.layout(batch)
-        model = run_at(self, self.model, batch, particles, layout, values)
-        return Traces([(poutine.Trace(), model)], layout, particles, length(batch))
+        signature = self.signature(batch)
+        model = run_at(self, self.model, batch, particles, signature, values)
+        return Traces([(poutine.Trace(), model)], signature, particles, length(batch))
 
     def _run(
-        self, batch: Batch, layout: Layout, particles: int, through: Callable[[Site], Tensor] | None
+        self, batch: Batch, signature: Signature, particles: int, through: Callable[[Site], Tensor] | None
     ) -> tuple[Any, Any]:
-        guide = self.run(self.guide, batch, particles, layout) if self.has_guide else poutine.Trace()
+        guide = self.run(self.guide, batch, particles, signature) if self.has_guide else poutine.Trace()
         if through is not None:
             for site in samples(guide):
                 if not site["is_observed"] and site["value"].requires_grad:
                     site["value"] = through(site)
-        return guide, self.run(self.model, batch, particles, layout, poutine.replay, trace=guide)
+        return guide, self.run(self.model, batch, particles, signature, poutine.replay, trace=guide)
 
     def run(
-        self, program: Program, batch: Batch, particles: int, layout: Layout | None, handler: Any = None, **options: Any
+        self,
+        program: Program,
+        batch: Batch,
+        particles: int,
+        signature: Signature | None,
+        handler: Any = None,
+        **options: Any,
     ) -> Any:
         """Trace one program under a particle plate to the left of its own plates; parameters come from this pair."""
 
         def vectorised() -> None:
-            if particles == 1 or layout is None:
+            if particles == 1 or signature is None:
                 call(program, batch)
             else:
-                with pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting):
+                with pyro.plate(PARTICLES, particles, dim=-1 - signature.nesting):
                     call(program, batch)
 
         self._require_default_dtype()
@@ -347,7 +360,7 @@ def _brought(pair: Pair, owner: Any) -> Iterator[tuple[str, Any]]:
 
     if any(tensor.is_meta for tensor in pair._tensors()):  # without values nothing can be tried
         return
-    with still(pair), pair.own_parameters(), poutine.block():
+    with evaluating(pair), pair.own_parameters(), poutine.block():
         prior = made("prior")
         z = None if prior is None else _value(prior)
         likelihood = None if z is None else made("likelihood", z)

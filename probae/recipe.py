@@ -12,22 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probae.seeding import seeded
+from probae.runtime.seeding import seeded
 
 # what torch says of tensors that do not fit, on one device or another
 _TOO_LARGE = re.compile("allocate|out of memory|(calculation|multiplication) overflow")
 
 T = TypeVar("T", bound=type)
 _BUILDERS: dict[str, type] = {}
+_NAMES: dict[type, str] = {}
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-def recorded(cls: T) -> T:
+def recorded(cls: T | None = None, *, role: str = "") -> Any:
     """Class decorator: its instances remember their constructor's arguments, and its name can be rebuilt from a recipe.
 
-    ``seed=`` of a constructor fixes what it draws, its initial weights; without it they are drawn from torch's own stream.
+    Where classes of several roles may share a name, ``role`` comes before it. ``seed=`` of a constructor fixes what it
+    draws, its initial weights; without it they are drawn from torch's own stream.
     A constructor whose tensors do not fit into memory raises a ValueError that says so.
     """
+    if cls is None:
+        return functools.partial(recorded, role=role)
     init = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
 
@@ -52,18 +56,12 @@ def recorded(cls: T) -> T:
     added = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
     __init__.__signature__ = signature.replace(parameters=[*options, added, *rest])  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[misc]
-    known = _BUILDERS.setdefault(_key(cls), cls)
+    name = f"{role} {cls.__name__}".strip()
+    known = _BUILDERS.setdefault(name, cls)
     if known.__module__ != cls.__module__:
-        raise RuntimeError(
-            f"two recorded classes have the name {_key(cls)!r}, in {known.__module__} and {cls.__module__}"
-        )
+        raise RuntimeError(f"two recorded classes have the name {name!r}, in {known.__module__} and {cls.__module__}")
+    _NAMES[cls] = name
     return cls
-
-
-def _key(cls: type) -> str:
-    """The name in a recipe: the class's own, after its role where classes of several roles may share it."""
-    role = {"likelihoods": "likelihood ", "priors": "prior ", "posteriors": "posterior "}
-    return role.get(cls.__module__.rpartition(".")[2], "") + cls.__name__
 
 
 def _frozen(value: Any) -> Any:
@@ -87,9 +85,9 @@ def to_json(value: Any) -> Any:
         return [to_json(v) for v in value]
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if _BUILDERS.get(_key(type(value))) is type(value):
+    if (name := _NAMES.get(type(value))) is not None:
         return {
-            "build": _key(type(value)),
+            "build": name,
             "arguments": {k: to_json(v) for k, v in vars(value)["_arguments"].items()},
         }
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be written as plain data")

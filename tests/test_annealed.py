@@ -13,11 +13,11 @@ from scipy.special import gammaln, logsumexp
 from torch import nn
 
 import probae
-from probae import likelihoods
 from probae.evidence import annealed, hmc, schedules
 from probae.evidence.annealed import Annealer, Annealing
-from probae.evidence.judging import settled_chains
+from probae.evidence.reliability import reliable_chains
 from probae.evidence.weights import prepare
+from probae.heads import likelihoods
 
 EXACT = 1e-10
 QUICK = {"distributions": 30, "pilot": 20, "leapfrog": 5}
@@ -534,12 +534,12 @@ def test_where_errors_are_believed_they_cover():
     for count, spread in ((8, 0.4), (16, 0.4), (16, 0.1)):
         log_w, judges = (torch.as_tensor(rng.standard_normal((2, count, 20_000)) * spread - spread**2 / 2)).unbind()
         found = annealed.evidence(log_w, log_w[0], "lower", "ais", "density")
-        believed = settled_chains(judges, 1.0)
+        believed = reliable_chains(judges, 1.0)
         assert believed.double().mean() > 0.5
         covered = (found.values.abs() < 2 * found.mc_stderr)[believed].double().mean()
         assert covered > 0.93
     heavy = torch.as_tensor(rng.standard_normal((16, 2_000)) * 2)
-    assert settled_chains(heavy, 1.0).double().mean() < 0.01
+    assert reliable_chains(heavy, 1.0).double().mean() < 0.01
 
 
 def test_errors_of_few_chains_are_widened_by_students_t():

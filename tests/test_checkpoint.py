@@ -377,7 +377,7 @@ HELD = """
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not tell")
 def test_two_runs_in_one_folder_are_told_apart_and_a_killed_one_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("probae.writing._PATIENCE", 0.2)
+    monkeypatch.setattr("probae.storage.folders._PATIENCE", 0.2)
     command = [sys.executable, "-c", textwrap.dedent(HELD), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for _ in range(3):

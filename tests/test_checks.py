@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import probae
-from probae import likelihoods
-from probae.checks import check
+from probae.heads import likelihoods
 from probae.objectives import ELBO
+from probae.tracing.checks import check
 
 N, D, L = 40, 4, 2
 

@@ -22,7 +22,7 @@ import torch
 
 import probae
 from probae.cli import main
-from probae.lineup import CANDIDATES
+from probae.comparison.lineup import CANDIDATES
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the fixtures for all
 
@@ -543,7 +543,7 @@ def test_fits_spread_over_processes_are_the_same(tmp_path):
 
 
 def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
-    from probae import lineup
+    from probae.comparison import lineup
 
     monkeypatch.setattr(lineup, "_start", _dying)
     file = write(tmp_path, "real")

@@ -242,13 +242,13 @@ def test_a_point_guide_under_a_proper_prior_has_no_evidence_by_its_own_weights()
     assert math.isnan(result.table["log_evidence"]["sparse"])
     assert "point" in result.notes[0]
     assert "–" in repr(result)
-    row = probae.compare({"sparse": model}, TEST, refined={"steps": 60}, rungs=("refined",), particles=100).table.loc[
-        "sparse"
-    ]
-    alone = probae.log_evidence(model, TEST, refined={"steps": 60}, rungs=("refined",), particles=100)
+    row = probae.compare(
+        {"sparse": model}, TEST, refined={"steps": 60}, estimators=("refined",), particles=100
+    ).table.loc["sparse"]
+    alone = probae.log_evidence(model, TEST, refined={"steps": 60}, estimators=("refined",), particles=100)
     assert row["log_evidence"] == alone.mean
     assert row["bound"] == "lower"
-    assert row["rungs"] == "refined"
+    assert row["estimators"] == "refined"
     assert math.isnan(row["pareto_k"])  # a point has no weights
 
 
@@ -618,15 +618,15 @@ def test_the_table_says_how_far_its_values_can_be_trusted(models):
     alone = probae.log_evidence(models["vae"], TEST, **options)
     assert table["pareto_k"]["vae"] == float(alone.details["guide_pareto_k"].median())
     assert table["reliable"]["vae"] == float(alone.reliable.double().mean())
-    counts = pd.Series(alone.rungs).value_counts()
-    for rung, count in counts.items():
-        assert f"{rung} {count / len(TEST):.0%}" in table["rungs"]["vae"] or (
-            len(counts) == 1 and table["rungs"]["vae"] == rung
+    counts = pd.Series(alone.estimators).value_counts()
+    for estimator, count in counts.items():
+        assert f"{estimator} {count / len(TEST):.0%}" in table["estimators"]["vae"] or (
+            len(counts) == 1 and table["estimators"]["vae"] == estimator
         )
     assert table["active_units"]["vae"] == probae.diagnose(models["vae"], TEST, particles=100).active_count
-    assert table["rungs"]["ppca"] == "exact"
+    assert table["estimators"]["ppca"] == "exact"
     assert table["reliable"]["ppca"] == 1
-    assert table["rungs"]["autoencoder"] == "–"
+    assert table["estimators"]["autoencoder"] == "–"
 
 
 def test_values_whose_error_is_not_to_be_believed_are_noted():

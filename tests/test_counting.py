@@ -180,7 +180,7 @@ def test_the_gradient_of_a_classification_loss_is_pyros():
         it, total = Classifying(True), []
         if own:
             pair, objective = probae.Pair(it.model, it.guide), probae.objectives.ELBO(300, analytic_kl=False)
-            pair.layout(batch)
+            pair.signature(batch)
         torch.manual_seed(own)
         for _ in range(12):
             it.zero_grad()

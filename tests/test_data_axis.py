@@ -357,7 +357,7 @@ def test_a_second_observed_site_in_a_plate_of_its_own_has_its_full_gradient():
     for plates in (("data", "labels"), ("labels", "data"), ("rows", "labels")):
         pair = probae.Pair(partial(model, plates), lambda x, y, plates=plates: own_plate(plates[0])(x))
         batch = x[:4], y[:4]
-        pair.layout(batch)
+        pair.signature(batch)
         loss = probae.objectives.ELBO(1, analytic_kl=False)(pair, batch, 12, torch.tensor(0.0))
         assert float(loss.detach()) == pytest.approx(
             -log_p(x[:4]).mean() - stats.norm.logpdf(y[:4].numpy()).mean(), abs=1e-9

@@ -279,7 +279,7 @@ def test_bounds_among_exact_values_make_a_bound():
     x = torch.randn(20, 4)
     fits = [probae.PPCA(4, 2), probae.VAE(4, 2, hidden=(4,))]
     for order in (fits, fits[::-1]):
-        table = probae.compare({"m": order}, x, particles=60, rungs=("iwae",)).table
+        table = probae.compare({"m": order}, x, particles=60, estimators=("iwae",)).table
         assert table["bound"].tolist() == ["lower"]
     both = probae.sandwich(fits[0], n=5, **AIS)
     assert len(probae.compare({"below": both.lower, "exact": fits[0]}, both.x).table) == 2
@@ -298,8 +298,8 @@ def test_bounds_among_exact_values_make_a_bound():
         ({"method": "refined", "particles": 30, "defensive": 0.99}, "leaves one for the guide, got 0.99"),
         ({"refined": 3}, "refined: expected a dictionary of its options, got 3"),
         ({"ais": {"chains": "x"}}, "chains: expected a whole number"),
-        ({"rungs": 3}, "rungs: expected some of"),
-        ({"rungs": [1]}, "rungs: expected some of"),
+        ({"estimators": 3}, "estimators: expected some of"),
+        ({"estimators": [1]}, "estimators: expected some of"),
     ],
 )
 def test_options_are_refused_by_name(options, message):

@@ -11,7 +11,8 @@ from scipy import optimize, stats
 from torch.distributions import Distribution
 
 import probae
-from probae import codes, likelihoods
+from probae.heads import code_priors as codes
+from probae.heads import likelihoods
 
 float64 = {"dtype": torch.float64}
 

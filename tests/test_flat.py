@@ -12,8 +12,9 @@ from torch import nn
 from torch._inductor import config
 
 import probae
-from probae import likelihoods
-from probae.flat import Untraceable, capture, choice, inductor, trace
+from probae.graphs import Untraceable, capture, inductor, trace
+from probae.graphs import cost as choice
+from probae.heads import likelihoods
 from probae.models import make, names
 from probae.objectives import ELBO, IWAE, Reconstruction, Warmup
 
@@ -79,7 +80,7 @@ def same_runs(build, x, **options):
 def test_losses_and_gradients_have_the_bits_of_eager_pyro(name, objective):
     torch.manual_seed(0)
     pair, objective, x, step = make(name, D, L).double(), OBJECTIVES[objective](), data(8), torch.tensor(3.0)
-    pair.layout(x)
+    pair.signature(x)
     function = gradients(pair, objective, x)
     try:
         torch.manual_seed(1)
@@ -326,7 +327,7 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_densities_in_float32(way):
     run = probae.fit(model, x, steps=60, every=20, precision="bf16", compile=way, progress=False)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     other = probae.VAE(features=D, latents=L, likelihood=likelihoods.Normal())
-    with probae.precision.products("bf16"):
+    with probae.runtime.precision.products("bf16"):
         lowered = other.likelihood(other.posterior(x).mean)
         assert lowered.mean.dtype == torch.float32
         coarse = other.encoder(x)

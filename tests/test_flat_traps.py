@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 import probae
 from probae.models import make
 from probae.objectives import ELBO, IWAE, Objective, Reconstruction, Warmup
-from probae.training import steps, whole
+from probae.training import fused as whole
+from probae.training import steps
 from probae.training.optimizers import OPTIMIZERS
 
 D, L, N = 5, 2, 24

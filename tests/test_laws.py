@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import probae
 from probae.models import REGISTRY, make, names
 from probae.objectives import ELBO
-from probae.traces import is_flat, samples
+from probae.tracing.terms import is_flat, samples
 
 N, D, L = 40, 6, 2
 EVERY = pytest.mark.parametrize("name", names())
@@ -85,14 +85,19 @@ def test_traces(name, particles):
 @EVERY
 def test_the_sites_of_the_guide_are_the_latents(name):
     instance, x = model(name), data()
-    layout = instance.layout(x)
+    signature = instance.signature(x)
     guide, program = instance.traces(x, 3).runs[0]
-    assert [s["name"] for s in samples(guide)] == ["z"] == list(layout.latents)
-    assert [s["name"] for s in samples(program) if s["is_observed"]] == ["x"] == list(layout.observed)
-    assert (set(layout.data_dims.values()), layout.nesting, layout.globals_, layout.measure) == ({-1}, 1, (), "density")
-    assert layout.vectorised
-    assert bool(layout.improper) == (name in FLAT) == is_flat(instance.prior())
-    assert bool(layout.points) == (name in POINT)
+    assert [s["name"] for s in samples(guide)] == ["z"] == list(signature.latents)
+    assert [s["name"] for s in samples(program) if s["is_observed"]] == ["x"] == list(signature.observed)
+    assert (set(signature.data_dims.values()), signature.nesting, signature.globals_, signature.measure) == (
+        {-1},
+        1,
+        (),
+        "density",
+    )
+    assert signature.vectorised
+    assert bool(signature.improper) == (name in FLAT) == is_flat(instance.prior())
+    assert bool(signature.points) == (name in POINT)
 
 
 @EVERY
@@ -263,7 +268,9 @@ def test_there_is_evidence_exactly_where_prior_and_guide_have_densities(name):
             with pytest.raises(ValueError, match=r"flat|point"):
                 probae.log_evidence(instance, data(), method)
         if name not in FLAT:  # by guides of each datum's own, which are no points
-            assert probae.log_evidence(instance, data(), refined={"steps": 50}, rungs=("refined",)).bound == "lower"
+            assert (
+                probae.log_evidence(instance, data(), refined={"steps": 50}, estimators=("refined",)).bound == "lower"
+            )
     else:
         assert probae.log_evidence(instance, data(), "elbo").bound == "lower"
 
@@ -272,7 +279,7 @@ def test_there_is_evidence_exactly_where_prior_and_guide_have_densities(name):
 def test_the_loss_is_the_mean_of_its_terms(name):
     """At one seed: −(log p(x|z) + log p(z) − log q(z|x)), by the model's three callables alone."""
     instance, x = model(name, torch.float64), data(dtype=torch.float64)
-    instance.layout(x)
+    instance.signature(x)
     torch.manual_seed(2)
     loss = ELBO(analytic_kl=False)(instance, x, N, torch.tensor(0.0))
     torch.manual_seed(2)

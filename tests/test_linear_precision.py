@@ -14,12 +14,12 @@ from sklearn import datasets
 from sklearn.decomposition import FactorAnalysis as Peer
 
 import probae
-from probae.distributions import LowRankNormal
-from probae.models.dependence import dependent_sets
-from probae.models.maximum_likelihood import factor_analysis, ppca
-from probae.models.profile_likelihood import newton
-from probae.models.quasi_newton import quasi_newton
-from probae.models.second_moments import leading_eigenpairs, second_moments
+from probae.heads.distributions import LowRankNormal
+from probae.linear_gaussian.dependence import dependent_sets
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.profile_likelihood import newton
+from probae.linear_gaussian.quasi_newton import quasi_newton
+from probae.linear_gaussian.second_moments import leading_eigenpairs, second_moments
 
 BOTH = pytest.mark.parametrize("kind", [probae.PPCA, probae.FactorAnalysis])
 EPS = 2.0**-24  # half the distance of 1 and the next float32

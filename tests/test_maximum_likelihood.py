@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.decomposition import FactorAnalysis as Peer
 from threadpoolctl import threadpool_limits
 
-from probae.models.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a fit that has not converged must not pass
 

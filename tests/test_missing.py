@@ -17,14 +17,15 @@ from scipy.special import expit
 from torch import nn
 
 import probae
-from probae import likelihoods, missing
-from probae.datasets import load
+from probae.data.datasets import load
+from probae.heads import likelihoods
+from probae.linear_gaussian.expectation_maximisation import expectation_maximisation
+from probae.linear_gaussian.gaussian_gaps import fit_mixture
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.observed_likelihood import standardised, step_from
 from probae.models import REGISTRY, make, names
-from probae.models.expectation_maximisation import expectation_maximisation
-from probae.models.gaussian_gaps import fit_mixture
-from probae.models.maximum_likelihood import factor_analysis, ppca
-from probae.models.observed_likelihood import standardised, step_from
 from probae.objectives import ELBO
+from probae.tracing import missing
 
 D, L = 5, 2
 LINEAR = {"ppca": probae.PPCA, "factor_analysis": probae.FactorAnalysis}

@@ -33,7 +33,7 @@ def value(objective, pair, x, seed=0, step=START):
 def gradients(objective, pair, x, parameters=None, repeats=REPEATS, seed=0):
     """The gradient (repeats, P) of independent evaluations."""
     parameters = list(pair.parameters()) if parameters is None else parameters
-    pair.layout(x)
+    pair.signature(x)
     torch.manual_seed(seed)
     rows = []
     for _ in range(repeats):
@@ -211,7 +211,7 @@ def test_dreg_with_a_feature_plate_beside_the_data_plate(data_dim, particles):
 
     x = data(8, 3)
     pair = probae.Pair(model, guide)
-    pair.layout(x)
+    pair.signature(x)
     plain, double = (gradients(IWAE(particles, g), pair, x, repeats=300) for g in ("standard", "dreg"))
     assert unbiased(double, plain)
 
@@ -406,7 +406,7 @@ def test_a_discrete_latent_that_all_data_share():
     log_p = nn.functional.logsigmoid(f64([0.4, -0.4]))
     exact = (log_q.exp() * (fits + (log_p - log_q) / size)).sum()
     pair = probae.Pair(model, guide)
-    pair.layout(x)
+    pair.signature(x)
     for particles in (1, 4):
         torch.manual_seed(0)
         draws = [torch.autograd.grad(ELBO(particles)(pair, x, size, START), [q])[0] for _ in range(300)]

@@ -13,9 +13,9 @@ from scipy import special, stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import probae
-from probae import likelihoods
 from probae.batches import as_batch, checksums, same_data
-from probae.distributions import Binomial, DiscretisedNormal, Poisson
+from probae.heads import likelihoods
+from probae.heads.distributions import Binomial, DiscretisedNormal, Poisson
 
 EPS = 2.0**-23
 D, L = 4, 2

@@ -718,7 +718,7 @@ def theirs(program, pair, elbo, seed=3):
 
 
 def ours(program, pair, particles=1, seed=3, size=N):
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     torch.manual_seed(seed)
     loss = probae.objectives.ELBO(particles, analytic_kl=False)
     return float(loss(pair, program.batch, size, torch.tensor(0.0)).detach())
@@ -767,7 +767,7 @@ class Rows(Dataset):
 def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
     program = make(name)
     pair = program.pair()
-    together = pair.layout(program.batch).vectorised and particles > 1
+    together = pair.signature(program.batch).vectorised and particles > 1
     elbo = program.elbo(num_particles=particles, vectorize_particles=together, max_plate_nesting=1)
     for _ in range(2):
         assert ours(program, pair, particles) == pytest.approx(theirs(program, pair, elbo), rel=1e-10)
@@ -780,7 +780,7 @@ def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
 def test_training_takes_the_steps_of_svi(name):
     program = make(name)
     pair = program.pair()
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     start, steps, lr = state(pair), 6, 0.02
     args, kwargs = program.arguments
     with pyros(program, pair):
@@ -799,7 +799,7 @@ def test_training_takes_the_steps_of_svi(name):
 def test_fit_trains_the_programs_and_leaves_pyros_store_alone(name):
     program = make(name)
     pair = program.pair()
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     before = {key: p.detach().clone() for key, p in pair.named_parameters()}
     store = pyro.get_param_store()
     with store.scope():
@@ -852,7 +852,7 @@ def test_two_fits_do_not_see_each_other(name):
     programs = make(name), make(name)
     first, second = pairs = [program.pair() for program in programs]
     for pair, program in zip(pairs, programs, strict=True):
-        pair.layout(program.batch)
+        pair.signature(program.batch)
     start = state(second)
     assert same(state(first), start)
     probae.fit(first, programs[0].batch, steps=5, batch_size=N, progress=False)
@@ -911,7 +911,7 @@ def test_evidence_follows_from_the_weights_of_pyros_traces(name):
         many = probae.log_evidence(pair, program.batch, "iwae", particles=2000, seed=1)
         bias = float((auto.mc_stderr.square() + many.mc_stderr.square()).mean()) / 2
         assert auto.bound == "lower"
-        assert set(auto.rungs) <= {"iwae", "refined", "ais"}
+        assert set(auto.estimators) <= {"iwae", "refined", "ais"}
         assert abs(auto.mean - many.mean) <= 4 * math.hypot(auto.mean_mc_stderr, many.mean_mc_stderr) + bias
         with pytest.raises(ValueError, match="method='enumerate'"):
             probae.log_evidence(pair, program.batch, "enumerate")
@@ -965,7 +965,7 @@ def test_validation_watches_a_bound(name):
     run = probae.fit(
         program.pair(), program.batch, validation=program.batch, steps=4, batch_size=N, every=2, progress=False
     )
-    assert run.watched in {"elbo", "log p(x)"}
+    assert run.monitor in {"elbo", "log p(x)"}
     assert run.history["validation"].notna().all()
 
 
@@ -993,7 +993,7 @@ def test_minibatches_weigh_global_latents_by_the_full_size(auto):
 def test_minibatches_weigh_the_sum_over_assignments_by_the_full_size():
     program = gmm(AutoDelta)
     pair = program.pair()
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     with pyros(program, pair):
         at = program.guide.median()
     prior = dist.Dirichlet(0.5 * torch.ones(K)).log_prob(at["weights"])

@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributions import transforms as maps
 
 import probae
-from probae.evidence.importance import iwae, judged
-from probae.evidence.judging import JUDGES, settled
-from probae.evidence.running import Running
+from probae.evidence.accumulators import Accumulator
+from probae.evidence.importance import iwae, with_reliability
+from probae.evidence.reliability import JUDGES, reliable_weights
 from probae.evidence.weights import Weights, prepare
 
 float64 = {"dtype": torch.float64}
@@ -108,7 +108,7 @@ def test_other_draws_judge_than_are_reported():
 
 
 def test_the_judges_are_a_stream_of_their_own():
-    model, batch, layout = prepare(gaussian(0.3), copies(0.5, 50))
+    model, batch, signature = prepare(gaussian(0.3), copies(0.5, 50))
     seen = []
 
     class Spied(Weights):
@@ -116,17 +116,17 @@ def test_the_judges_are_a_stream_of_their_own():
             seen.append((particles, seed))
             return super().by_chunks(batch, particles, seed, memory)
 
-    weights = Spied(model, layout, False)
-    found = judged(iwae(weights, batch, 200, 7), weights, batch, 7)
+    weights = Spied(model, signature, False)
+    found = with_reliability(iwae(weights, batch, 200, 7), weights, batch, 7)
     (reported, seed), (judges, other) = seen
     assert (reported, judges) == (200, JUDGES)
     assert seed != other
-    assert torch.equal(found.reliable, settled(iwae(weights, batch, JUDGES, other), 200))
+    assert torch.equal(found.reliable, reliable_weights(iwae(weights, batch, JUDGES, other), 200))
 
 
 def test_skewness_comes_chunk_by_chunk_as_at_once():
     log_w = torch.randn(301, 4, generator=torch.Generator().manual_seed(0), **float64) * number([0.1, 1.0, 3.0, 0.0])
-    running = Running(301)
+    running = Accumulator(301)
     for chunk in log_w.split(37):
         running.add(chunk)
     expected = stats.skew(log_w[:, :3].exp().numpy())
@@ -146,7 +146,7 @@ def test_skewness_comes_chunk_by_chunk_as_at_once():
         ("iwae", {"particles": 1}),
         ("refined", {"particles": 1, "steps": 2}),
         ("ais", {"chains": 1, "distributions": 5, "leapfrog": 2}),
-        ("auto", {"particles": 1, "rungs": ("iwae", "refined"), "refined": {"steps": 2}}),
+        ("auto", {"particles": 1, "estimators": ("iwae", "refined"), "refined": {"steps": 2}}),
     ],
 )
 def test_one_draw_tells_no_error(method, options):
@@ -215,7 +215,7 @@ def truth_of_modes(centres, shares):
 )
 def test_auto_drops_no_mode_that_the_guide_covers(centres, shares):
     x, truth = torch.zeros(60, **float64), truth_of_modes(centres, shares)
-    evidence = probae.log_evidence(modes(centres, shares), x, rungs=("iwae", "refined"), refined={"steps": 60})
+    evidence = probae.log_evidence(modes(centres, shares), x, estimators=("iwae", "refined"), refined={"steps": 60})
     off = evidence.values - truth
     missed = off < -4 * evidence.mc_stderr
     assert missed.double().mean() < 0.1
@@ -227,7 +227,7 @@ def test_auto_drops_no_mode_that_the_guide_covers(centres, shares):
 def test_a_refined_guide_in_one_of_two_modes_is_not_reliable(method):
     """Without a guide, draws of the prior find what it misses."""
     centres, shares = (-2.0, 2.0), (0.5, 0.5)
-    options = {"steps": 60} if method == "refined" else {"rungs": ("refined",), "refined": {"steps": 60}}
+    options = {"steps": 60} if method == "refined" else {"estimators": ("refined",), "refined": {"steps": 60}}
     evidence = probae.log_evidence(modes(centres, shares, guided=False), torch.zeros(60, **float64), method, **options)
     missed = evidence.values < truth_of_modes(centres, shares) - 4 * evidence.mc_stderr
     assert not (missed & evidence.reliable).any()

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 import probae
-from probae import likelihoods, priors
+from probae.heads import likelihoods, priors
 from probae.objectives import ELBO, IWAE, Objective, Reconstruction, Warmup
 
 D, L = 6, 2

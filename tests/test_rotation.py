@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from probae.models.rotation import rotate
+from probae.linear_gaussian.rotation import rotate
 
 METHODS = ["varimax", "quartimax", "oblimin"]
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import probae
 from probae.comparison.folds import parts
-from probae.seeding import derived, seeded
+from probae.runtime.seeding import derived, seeded
 
 D, L, N = 4, 2, 32
 

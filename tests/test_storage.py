@@ -28,10 +28,10 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import probae
-from probae import likelihoods as heads
-from probae import priors
+from probae.heads import likelihoods as heads
+from probae.heads import priors
 from probae.objectives import named as objective_named
-from probae.seeding import seeded
+from probae.runtime.seeding import seeded
 from probae.transforms import Affine, Logit
 
 D, L = 5, 2

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import probae
-from probae import datasets, lineup
-from probae.streams import source
-from probae.streams.mapped import _Rows
+from probae.comparison import lineup
+from probae.data import datasets
+from probae.data.streams import source
+from probae.data.streams.mapped import _Rows
 
 D = 6
 

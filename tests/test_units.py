@@ -9,8 +9,9 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import probae
-from probae import likelihoods, lineup
+from probae.comparison import lineup
 from probae.comparison.baselines import fit_baselines
+from probae.heads import likelihoods
 
 N, D, L = 400, 5, 2
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.checks import check
-from probae.diagnostics.units import latents
+from probae.diagnostics.latents import latents
 from probae.evidence import Evidence, log_evidence, no_bound
 from probae.pair import Pair, as_pair
-from probae.sites import Layout
+from probae.tracing.checks import check
+from probae.tracing.sites import Signature
 
 _DRAWS = 8  # of each datum's latents, for reconstruction and activity
 
@@ -81,11 +81,14 @@ class Entry:
         return float(known.median()) if len(known) else math.nan
 
     @property
-    def rungs(self) -> str:
+    def estimators(self) -> str:
         """The estimators that gave the values, with the share of the data of each where ``"auto"`` chose."""
-        used = [rung for e in self.evidence or [] for rung in (e.rungs or (e.method,) * len(e))]
-        shares = {rung: used.count(rung) / len(used) for rung in dict.fromkeys(used)}
-        return ", ".join(rung if share == 1 else f"{rung} {share:.0%}" for rung, share in shares.items()) or "–"
+        used = [estimator for e in self.evidence or [] for estimator in (e.estimators or (e.method,) * len(e))]
+        shares = {estimator: used.count(estimator) / len(used) for estimator in dict.fromkeys(used)}
+        return (
+            ", ".join(estimator if share == 1 else f"{estimator} {share:.0%}" for estimator, share in shares.items())
+            or "–"
+        )
 
     @property
     def parameters(self) -> float:
@@ -99,28 +102,28 @@ def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: d
     """An entry for fitted models on held-out data x; ``options`` are those of `log_evidence`, with a ``seed``."""
     start = time.perf_counter()
     pairs = [as_pair(fit) for fit in fits]
-    layouts = [check(pair, pair.as_batch(x)) for pair in pairs]
-    found = [_evidence(pair, layout, x, options) for pair, layout in zip(pairs, layouts, strict=True)]
+    signatures = [check(pair, pair.as_batch(x)) for pair in pairs]
+    found = [_evidence(pair, signature, x, options) for pair, signature in zip(pairs, signatures, strict=True)]
     evidence = [each for each in found if isinstance(each, Evidence)]
     why_not = next((each for each in found if isinstance(each, str)), None)
     if why_not is not None and evidence:
         raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {why_not}")
     seconds = time.perf_counter() - start
     reconstruction = active = math.nan
-    if pairs[0].has_guide and layouts[0].latents:
+    if pairs[0].has_guide and signatures[0].latents:
         batch = pairs[0].as_batch(x)
-        kept = latents(pairs[0], layouts[0], batch, _DRAWS, options["seed"])
+        kept = latents(pairs[0], signatures[0], batch, _DRAWS, options["seed"])
         if kept.reconstruction is not None:
             reconstruction = float(kept.reconstruction.mean())
         active = sum(int(unit.active.sum()) for unit in kept.units.values())
-    measure = layouts[0].measure
+    measure = signatures[0].measure
     return Entry(name, list(fits), evidence or None, why_not, reconstruction, active, measure, seconds, baseline)
 
 
-def _evidence(pair: Pair, layout: Layout, x: Any, options: dict[str, Any]) -> Evidence | str:
+def _evidence(pair: Pair, signature: Signature, x: Any, options: dict[str, Any]) -> Evidence | str:
     """log p(x), or the reason why there is none."""
-    reason = None if pair.tractable else no_bound(layout)
-    if reason is not None and (layout.improper or options["method"] in {"elbo", "iwae"}):
+    reason = None if pair.tractable else no_bound(signature)
+    if reason is not None and (signature.improper or options["method"] in {"elbo", "iwae"}):
         return reason
     try:
         return log_evidence(pair, x, **options)

@@ -14,7 +14,7 @@ from probae.comparison.baselines import fit_baselines
 from probae.comparison.comparable import require_one_measure
 from probae.comparison.entry import Entry, evaluated
 from probae.evidence.result import joined
-from probae.seeding import derived
+from probae.runtime.seeding import derived
 
 Fit = Callable[[Batch], Any]
 

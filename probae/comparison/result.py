@@ -13,6 +13,8 @@ from torch import Tensor
 from probae.comparison.baselines import INDEPENDENT
 from probae.comparison.entry import Entry, paired
 from probae.evidence import Evidence
+from probae.export.datatree import comparison_tree
+from probae.export.figures import evidence_figure
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +38,7 @@ class Comparison:
         these data; ``difference`` to the best, paired by datum, with ``difference_stderr`` over all data and
         ``difference_mc_stderr`` for these; ``over_independent``, the paired difference to independent features, and its
         error; ``fits`` and ``fit_stderr``, between the fits of one name; ``reconstruction``, E_q log p(x | z);
-        ``active_units``, the latents that the data move; ``pareto_k``, the median k̂ of the guide's own weights; ``rungs``,
+        ``active_units``, the latents that the data move; ``pareto_k``, the median k̂ of the guide's own weights; ``estimators``,
         the estimators that gave the values, and ``reliable``, the share of the data whose Monte-Carlo error can be believed;
         ``parameters``; ``seconds`` of evaluation; ``method``; ``role``.
         """
@@ -67,7 +69,7 @@ class Comparison:
             if independent is not None:
                 row["over_independent"], row["over_independent_stderr"], _ = paired(entry, independent)
         row["fits"] = len(entry.evidence or entry.models)
-        for name in ("reconstruction", "active_units", "pareto_k", "rungs", "reliable"):
+        for name in ("reconstruction", "active_units", "pareto_k", "estimators", "reliable"):
             row[name] = getattr(entry, name)
         row["parameters"], row["seconds"] = entry.parameters, entry.seconds
         row["method"] = entry.evidence[0].method if entry.evidence else "–"
@@ -83,14 +85,10 @@ class Comparison:
 
     def plot(self, ax: Any = None) -> Any:
         """The evidence of each model with intervals of two standard errors; needs ``probae[plots]``."""
-        from probae.figures import evidence_figure
-
         return evidence_figure(self.table, ax)
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""
-        from probae.datatree import comparison_tree
-
         return comparison_tree(self)
 
     def __repr__(self) -> str:

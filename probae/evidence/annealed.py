@@ -13,18 +13,18 @@ from torch import Tensor
 
 from probae.arguments import flag, one_of, positive, size, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
+from probae.evidence.accumulators import PARTS
 from probae.evidence.hmc import Chains, Point
-from probae.evidence.judging import settled_chains
 from probae.evidence.options import Options
+from probae.evidence.reliability import reliable_chains
 from probae.evidence.result import Evidence, as_values
-from probae.evidence.running import PARTS
 from probae.evidence.schedules import SCHEDULES, Tuned, tuned
 from probae.evidence.space import Space
 from probae.evidence.weights import MEMORY, even, padded
-from probae.flat.graph import unvalidated
+from probae.graphs.graph import unvalidated
 from probae.pair import Pair
-from probae.seeding import checked_seed, seeded, still
-from probae.sites import Layout
+from probae.runtime.seeding import checked_seed, evaluating, seeded
+from probae.tracing.sites import Signature
 
 STARTS = ("prior", "guide", "auto")
 _BLOCK_PILOT, _BLOCK_RUN, _BLOCK_BACK, _SHARED, _UNITS = range(5)  # streams of draws, each of its own
@@ -78,7 +78,7 @@ class Annealing(Options):
 
 
 def ais(
-    pair: Pair, batch: Batch, layout: Layout, options: Annealing, seed: int, compile: bool | str = "auto"
+    pair: Pair, batch: Batch, signature: Signature, options: Annealing, seed: int, compile: bool | str = "auto"
 ) -> Evidence:
     r"""The log of the mean weight of C annealed chains, a lower bound in expectation, with its delta-method standard error.
 
@@ -89,19 +89,19 @@ def ais(
     `Evidence` has ``details``, (N,) each: ``ess``, the effective number of chains; ``acceptance``, its mean over the path;
     ``tightness``, log p̂ less the mean of log w, the nats by which a single chain's bound is looser: it falls to 0 as T grows.
     The standard error is widened by Student's t, so that of few chains ±2 of it cover as they should; ``reliable`` says for
-    each datum whether it can be believed, by the chains of the pilot run, which is not reported (`settled_chains`).
+    each datum whether it can be believed, by the chains of the pilot run, which is not reported (`reliable_chains`).
 
     References: Neal (2001), *Annealed importance sampling*; Wu et al. (2017), *On the quantitative analysis of
     decoder-based generative models*.
     """
-    annealer = Annealer(pair, batch, layout, options, seed, compile)
+    annealer = Annealer(pair, batch, signature, options, seed, compile)
     log_w, accepted, pilot = annealer.gathered(lambda block: (*block.forward(), block.tuned.pilot))
     shared = None
-    if layout.globals_ and options.chains > 1:
+    if signature.globals_ and options.chains > 1:
         influence = (torch.softmax(log_w, 0) * options.chains).sum(1) / log_w.shape[1]
         shared = float(influence.std()) / math.sqrt(options.chains)
-    found = evidence(log_w, accepted, "lower", "ais", layout.measure, shared)
-    return replace(found, reliable=settled_chains(pilot, options.pilots / options.distributions))
+    found = evidence(log_w, accepted, "lower", "ais", signature.measure, shared)
+    return replace(found, reliable=reliable_chains(pilot, options.pilots / options.distributions))
 
 
 def evidence(
@@ -144,7 +144,7 @@ class Annealer:
     """Annealed chains for all data, block by block; all blocks are of one shape, so that one graph does for them.
 
     Args:
-        pair, batch, layout: as they were checked.
+        pair, batch, signature: as they were checked.
         options, seed, compile: as given.
         runs: how often each block will be run after its pilot.
         largest: the power of the likelihood at the end of the path, from the prior.
@@ -157,22 +157,22 @@ class Annealer:
         self,
         pair: Pair,
         batch: Batch,
-        layout: Layout,
+        signature: Signature,
         options: Annealing,
         seed: int,
         compile: bool | str,
         runs: int = 1,
         largest: float = 1.0,
     ):
-        self.pair, self.layout, self.options, self.seed = pair, layout, options, checked_seed(seed)
+        self.pair, self.signature, self.options, self.seed = pair, signature, options, checked_seed(seed)
         self.batch = each(Tensor.contiguous, batch)
-        self.space, self.compile, self.largest = Space(pair, batch, layout), compile, largest
+        self.space, self.compile, self.largest = Space(pair, batch, signature), compile, largest
         self.given = self._shared_latents()
         self.units = self._units()
-        self.rows = length(batch) if layout.whole else self._rows()
+        self.rows = length(batch) if signature.all_rows else self._rows()
         self.blocks = math.ceil(length(batch) / self.rows)
         self.starts = ["prior", "guide"] if options.start == "auto" else [options.start]
-        rows = self.batch if layout.whole else each(lambda leaf: leaf[:2], self.batch)
+        rows = self.batch if signature.all_rows else each(lambda leaf: leaf[:2], self.batch)
         if (reason := self.space.unguided(rows)) is not None:
             if options.start == "guide":
                 raise ValueError(f"start='guide': {reason}; start at the prior")
@@ -192,7 +192,7 @@ class Annealer:
 
         blocks = enumerate(rows_of(self.batch, self.rows))
         bar = tqdm(total=self.moves, disable=not self.options.progress, unit="transition", dynamic_ncols=True)
-        with still(self.pair, self.seed), unvalidated(), bar:
+        with evaluating(self.pair, self.seed), unvalidated(), bar:
             for number, rows in blocks:
                 block = Block(self, number, each(lambda leaf: padded(leaf, self.rows), rows), length(rows), bar.update)
                 block.tune()
@@ -239,8 +239,8 @@ class Annealer:
 
     def _shared_latents(self) -> dict[str, Tensor]:
         """A draw from the guide of the latents outside the data plate, for each chain."""
-        rows = self.batch if self.layout.whole else each(lambda leaf: leaf[:2], self.batch)
-        with still(self.pair, self.seed), self.draws(0, _SHARED):
+        rows = self.batch if self.signature.all_rows else each(lambda leaf: leaf[:2], self.batch)
+        with evaluating(self.pair, self.seed), self.draws(0, _SHARED):
             return self.space.shared(rows, self.options.chains)
 
     def _units(self) -> Tensor | None:
@@ -249,8 +249,8 @@ class Annealer:
         One step size serves all directions: it would be that of the narrowest. Found once and then held, it changes no
         expectation.
         """
-        rows = self.batch if self.layout.whole else each(lambda leaf: leaf[:2], self.batch)
-        with still(self.pair), self.draws(0, _UNITS):
+        rows = self.batch if self.signature.all_rows else each(lambda leaf: leaf[:2], self.batch)
+        with evaluating(self.pair), self.draws(0, _UNITS):
             number = self.options.chains if self.given else max(_SEEN, 4 * self.space.size)
             if number < 4 * self.space.size:
                 return None

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probae.evidence.ways import slopes, ways
-from probae.flat.capture import captured
+from probae.evidence.runner import slopes, ways
+from probae.graphs.capture import captured
 from probae.pair import Pair
 
 #: (u, what the densities depend on) -> log f₀ and r

@@ -27,18 +27,18 @@ from torch import Tensor
 
 from probae.arguments import one_of, positive, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
-from probae.evidence.judging import JUDGES, settled
 from probae.evidence.mixture import SEEN, Mixture, heavy_tails
+from probae.evidence.mixture_estimates import MixtureEstimate, Weighed, weighed
 from probae.evidence.options import Options
+from probae.evidence.reliability import JUDGES, reliable_weights
 from probae.evidence.result import Evidence
+from probae.evidence.runner import Way, slopes, way
 from probae.evidence.space import Space
-from probae.evidence.strata import Strata, Weighed, weighed
-from probae.evidence.ways import Way, slopes, way
 from probae.evidence.weights import MEMORY, even, padded, weighable
-from probae.flat.graph import unvalidated
+from probae.graphs.graph import unvalidated
 from probae.pair import Pair
-from probae.seeding import derived, seeded, still
-from probae.sites import Layout
+from probae.runtime.seeding import derived, evaluating, seeded
+from probae.tracing.sites import Signature
 
 _START, _FIT, _WEIGHTS, _JUDGES = range(4)  # streams of draws, each of its own
 _STARTING = 64  # draws of the guide, or the prior, by whose moments q starts
@@ -95,7 +95,7 @@ class Guides(NamedTuple):
 def refine(
     pair: Pair,
     batch: Batch,
-    layout: Layout,
+    signature: Signature,
     particles: int,
     options: Refinement,
     seed: int,
@@ -107,12 +107,12 @@ def refine(
     ``reliable`` is judged by `JUDGES` further draws, and as many from guide and prior that look for what q misses.
     With latents that all data share, q is optimised over draws of them, and each particle has one.
     """
-    refiner = Refiner(pair, batch, layout, options, seed, compile, particles)
+    refiner = Refiner(pair, batch, signature, options, seed, compile, particles)
     guides = refiner.fitted(batch)
     found = refiner.weighed(batch, guides, particles, _WEIGHTS).evidence
     judges = refiner.weighed(batch, guides, JUDGES, _JUDGES).evidence
     whole = refiner.missed(batch, guides, judges.values, JUDGES, _JUDGES) <= MISSED
-    return replace(found, reliable=settled(judges, particles) & whole)
+    return replace(found, reliable=reliable_weights(judges, particles) & whole)
 
 
 class Refiner:
@@ -126,26 +126,26 @@ class Refiner:
         self,
         pair: Pair,
         batch: Batch,
-        layout: Layout,
+        signature: Signature,
         options: Refinement,
         seed: int,
         compile: bool | str = "auto",
         particles: int = 1000,
     ):
-        self.pair, self.layout, self.options, self.seed, self.compile = pair, layout, options, seed, compile
-        self.space = Space(pair, batch, layout)
+        self.pair, self.signature, self.options, self.seed, self.compile = pair, signature, options, seed, compile
+        self.space = Space(pair, batch, signature)
         self.full = options.covariance == "full"
-        near = pair.has_guide and not layout.points and not layout.summed
+        near = pair.has_guide and not signature.points and not signature.summed
         self.steps = options.steps if options.steps is not None else (120 if near else 300)
         cells = self._cells(batch)
         size = length(batch)
-        self.rows = size if layout.whole else even(size, max(1, cells // min(particles, 64)))
+        self.rows = size if signature.all_rows else even(size, max(1, cells // min(particles, 64)))
         self.together = even(particles, max(options.together, cells // self.rows))
         self.blocks = math.ceil(size / self.rows)
-        with still(pair, seed), unvalidated():
-            few = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
+        with evaluating(pair, seed), unvalidated():
+            few = batch if signature.all_rows else each(lambda leaf: leaf[:2], batch)
             heavy = heavy_tails(self.space, few, self.space.shared(few, SEEN))
-            self.unguided = bool(layout.summed) or self.space.unguided(few) is not None
+            self.unguided = bool(signature.summed) or self.space.unguided(few) is not None
         share = options.defensive if options.defensive is not None else (0.4 if heavy else 0.05)
         self.shares = (1 - share, 0.75 * share, 0.25 * share) if heavy else (1 - share, 0.0, share)
         self.ways: dict[Any, Way] = {}
@@ -155,7 +155,7 @@ class Refiner:
     def fitted(self, batch: Batch, start: Guides | None = None, stream: int = _FIT) -> Guides:
         """The refined guides of some data, from where they start by themselves or from others."""
         parts = []
-        with still(self.pair, self.seed), unvalidated():
+        with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 with seeded(derived(self.seed, _START, stream, number), self.pair.device):
                     guides = self._start(rows) if start is None else Guides(*(padded(t[place], len(t)) for t in start))
@@ -208,7 +208,7 @@ class Refiner:
         """The moments of draws from the guide, or around a point, or those of the prior."""
         prior = self.space.from_prior(rows, _STARTING, self.space.shared(rows, _STARTING))
         loc, scale = _moments(prior)
-        if self.pair.has_guide and not self.layout.summed:
+        if self.pair.has_guide and not self.signature.summed:
             given = self.space.shared(rows, _STARTING)
             found, spread = _moments(self.space.from_guide(rows, _STARTING, given), loc, scale)
             point = spread <= 1e-6 * scale
@@ -219,7 +219,7 @@ class Refiner:
 
     def weighed(self, batch: Batch, guides: Guides, particles: int, stream: int) -> Weighed:
         """Draw K particles from each guide's defensive mixture; each ``stream`` has draws of its own."""
-        found: list[tuple[Strata, int]] = []
+        found: list[tuple[MixtureEstimate, int]] = []
         together = min(self.together, particles)
         mixture = Mixture(self.shares, particles, together, self.full)
         if mixture.counts[0] == 0:
@@ -228,10 +228,10 @@ class Refiner:
                 f"{self.options.defensive}"
             )
         calls = self.blocks * math.ceil(particles / together)
-        with still(self.pair, self.seed), unvalidated():
+        with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
-                strata = Strata(mixture, bool(self.layout.globals_))
+                estimates = MixtureEstimate(mixture, bool(self.signature.globals_))
                 with seeded(derived(self.seed, stream, number, 1), self.pair.device):
                     for first in range(0, particles, together):
                         given = self.space.shared(rows, together)
@@ -241,9 +241,9 @@ class Refiner:
                             ("weigh", together), self._weigh, inputs, rows, given, calls, mixture
                         )
                         take = min(together, particles - first)
-                        strata.add(weighable(log_w[:take, :count], first), log_ratio[:take, :count])
-                found.append((strata, count))
-        return weighed([strata for strata, _ in found], self.layout, length(batch))
+                        estimates.add(weighable(log_w[:take, :count], first), log_ratio[:take, :count])
+                found.append((estimates, count))
+        return weighed([estimates for estimates, _ in found], self.signature, length(batch))
 
     def missed(self, batch: Batch, guides: Guides, log_p: Tensor, particles: int, stream: int) -> Tensor:
         r"""How much of each posterior lies where the mixture q draws next to nothing, (N,), by draws from elsewhere.
@@ -257,7 +257,7 @@ class Refiner:
         each_ = max(1, particles // len(sources))
         mixture, found = Mixture(self.shares, each_, each_, self.full), []
         calls = 2 * self.blocks
-        with still(self.pair, self.seed), unvalidated():
+        with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
                 limit = padded(log_p[place], length(rows)).to(loc.device)
@@ -297,7 +297,7 @@ class Refiner:
     def posterior_draws(self, batch: Batch, guides: Guides, particles: int) -> tuple[Tensor, Tensor]:
         """K draws u (K, N, L) of each guide's mixture, and their log weights (K, N), on any rows that memory holds."""
         mixture = Mixture(self.shares, particles, particles, self.full)
-        with still(self.pair, self.seed), unvalidated(), seeded(derived(self.seed, _WEIGHTS), self.pair.device):
+        with evaluating(self.pair, self.seed), unvalidated(), seeded(derived(self.seed, _WEIGHTS), self.pair.device):
             given = self.space.shared(batch, particles)
             u = mixture.draw(self.space, batch, *guides, given)
             log_w, _ = self._weigh(batch, given, mixture, u, *guides, mixture.log_shares(u))
@@ -350,8 +350,8 @@ class Refiner:
     def _blocks(self, batch: Batch) -> Iterator[tuple[Batch, int, slice]]:
         batch = each(Tensor.contiguous, batch)
         size = length(batch)
-        rows = size if self.layout.whole else min(self.rows, size)
-        rows = rows if self.layout.whole else even(size, rows)
+        rows = size if self.signature.all_rows else min(self.rows, size)
+        rows = rows if self.signature.all_rows else even(size, rows)
         for number, block in enumerate(rows_of(batch, rows)):
             place = slice(number * rows, min((number + 1) * rows, size))
             yield each(lambda leaf: padded(leaf, rows), block), length(block), place

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive
+from probae.export.datatree import evidence_tree
 
 if TYPE_CHECKING:
     import pandas
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _BY_DATUM = ("values", "mc_stderr", "reliable", "rows", "parts")
 #: what ``"auto"`` chooses from, in its order
-RUNGS = ("iwae", "refined", "ais")
+ESTIMATORS = ("iwae", "refined", "ais")
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,11 +63,11 @@ class Evidence:
         return replace(self, **parts, details=details, elbo=None if self.elbo is None else self.elbo.at(index))  # type: ignore[arg-type]
 
     @property
-    def rungs(self) -> tuple[str, ...] | None:
+    def estimators(self) -> tuple[str, ...] | None:
         """The estimator of each datum, where ``"auto"`` chose one for each, else None."""
-        if "rung" not in self.details:
+        if "estimator" not in self.details:
             return None
-        return tuple(RUNGS[int(rung)] for rung in self.details["rung"])
+        return tuple(ESTIMATORS[int(estimator)] for estimator in self.details["estimator"])
 
     @property
     def mean(self) -> float:
@@ -124,14 +125,14 @@ class Evidence:
         return least + math.log1p(-confidence) / known.sum(0)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``; the rung of ``"auto"``; ``reliable``,
+        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``; the estimator of ``"auto"``; ``reliable``,
         and, where it is False, the bound `lower` that holds with 95% confidence."""
         import pandas
 
         columns = {"log_evidence": self.values.numpy(), "mc_stderr": self.mc_stderr.numpy()}
         frame = pandas.DataFrame(columns).assign(bound=self.bound, method=self.method).rename_axis("datum")
-        if self.rungs is not None:
-            frame["rung"] = list(self.rungs)
+        if self.estimators is not None:
+            frame["estimator"] = list(self.estimators)
         if self.reliable is not None:
             frame["reliable"] = self.reliable.numpy()
             if self.bound == "lower" and not bool(self.reliable.all()):
@@ -140,8 +141,6 @@ class Evidence:
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, by datum; needs ``probae[arviz]``."""
-        from probae.datatree import evidence_tree
-
         return evidence_tree(self)
 
     def __len__(self) -> int:

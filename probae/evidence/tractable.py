@@ -12,20 +12,20 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.batches import Batch, length, rows_of
-from probae.enumeration import log_joint
 from probae.evidence.marginal import require_marginal
 from probae.evidence.result import Evidence, as_values
-from probae.layout import run_both
 from probae.pair import Pair
-from probae.seeding import still
-from probae.sites import Layout, base, samples
+from probae.runtime.seeding import evaluating
+from probae.tracing.enumeration import log_joint
+from probae.tracing.signature import run_both
+from probae.tracing.sites import Signature, base, samples
 
 #: the most joint states of a datum's latents that are summed over
 STATES = 2**16
 _CELLS = 2**22  # states × data × latents at a time
 
 
-def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
+def exact(pair: Pair, batch: Batch, signature: Signature) -> Evidence:
     """log p(x) by the pair's marginal.
 
     Raises:
@@ -36,36 +36,36 @@ def exact(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
             "method='exact' needs the pair's marginal(), a callable that returns the distribution p(x); this pair has none: "
             "use method='iwae' for a bound"
         )
-    if reason := layout.subsampled or layout.no_evidence:
+    if reason := signature.subsampled or signature.no_evidence:
         raise ValueError(reason)
     if not isinstance(batch, Tensor):
         raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
-    require_marginal(pair, batch, layout)
-    with still(pair):
+    require_marginal(pair, batch, signature)
+    with evaluating(pair):
         values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
     if values.isnan().any():
         raise FloatingPointError(f"log p(x) of datum {int(values.isnan().nonzero()[0])} is no number")
-    return Evidence(values, torch.zeros_like(values), "exact", "exact", layout.measure)
+    return Evidence(values, torch.zeros_like(values), "exact", "exact", signature.measure)
 
 
-def states(pair: Pair, batch: Batch, layout: Layout, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+def states(pair: Pair, batch: Batch, signature: Signature, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Every joint state of a datum's discrete latents, all or those of ``names``: by site, (S, 1, event).
 
     Raises:
         ValueError: if a latent is continuous or shared by all data, or there are more than `STATES`.
     """
-    if layout.globals_ and names is None:
+    if signature.globals_ and names is None:
         raise ValueError(
-            f"method='enumerate' sums out latents of each datum; {list(layout.globals_)} are shared by all"
+            f"method='enumerate' sums out latents of each datum; {list(signature.globals_)} are shared by all"
         )
-    if not layout.latents:
+    if not signature.latents:
         raise ValueError("method='enumerate' needs discrete latents, and this pair has no latents at all")
     found: dict[str, tuple[Any, Tensor]] = {}
-    with still(pair):
+    with evaluating(pair):
         for rows in rows_of(batch, 4096):
             # a guide is not needed for the sum; where there is one, it spares the model from drawing its own latents
-            guide = pair.run(pair.guide, rows, 1, layout) if pair.has_guide else poutine.Trace()
-            model = pair.run(pair.model, rows, 1, layout, poutine.replay, trace=guide)
+            guide = pair.run(pair.guide, rows, 1, signature) if pair.has_guide else poutine.Trace()
+            model = pair.run(pair.model, rows, 1, signature, poutine.replay, trace=guide)
             for site in samples(model):
                 if not site["is_observed"] and (names is None or site["name"] in names):
                     values = values_of(site)
@@ -110,21 +110,21 @@ def values_of(site: Any) -> Tensor:
     return values.reshape(len(values), *fn.event_shape)
 
 
-def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
+def enumerate_states(pair: Pair, batch: Batch, signature: Signature) -> Evidence:
     r"""log p(x) as :math:`\log \sum_z p(x, z)` over every state of the discrete latents."""
-    if reason := layout.subsampled or layout.no_evidence:
+    if reason := signature.subsampled or signature.no_evidence:
         raise ValueError(reason)
-    if layout.latents and not layout.globals_ and set(layout.latents) <= set(layout.summed):
-        return _summed_out(pair, batch, layout)
-    grid = states(pair, batch, layout)
+    if signature.latents and not signature.globals_ and set(signature.latents) <= set(signature.summed):
+        return _summed_out(pair, batch, signature)
+    grid = states(pair, batch, signature)
     count = len(next(iter(grid.values())))
-    if layout.nesting > 1 or not layout.vectorised:
+    if signature.nesting > 1 or not signature.vectorised:
         raise ValueError("method='enumerate' needs programs that run with a particle axis and only the plate over data")
     width = sum(values[0].numel() for values in grid.values())
     rows = max(1, min(length(batch), _CELLS // (min(count, 1024) * max(width, 1))))
     together = max(2, _CELLS // (rows * max(width, 1)))
     totals = []
-    with still(pair):
+    with evaluating(pair):
         for block in rows_of(batch, rows):
             n = length(block)
             parts = []
@@ -141,16 +141,16 @@ def enumerate_states(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
                 parts.append(as_values((traces.likelihood() + traces.prior(proper=True)).local))
             totals.append(torch.logsumexp(torch.cat(parts), 0))
     values_ = torch.cat(totals)
-    return Evidence(values_, torch.zeros_like(values_), "exact", "enumerate", layout.measure)
+    return Evidence(values_, torch.zeros_like(values_), "exact", "enumerate", signature.measure)
 
 
-def _summed_out(pair: Pair, batch: Batch, layout: Layout) -> Evidence:
+def _summed_out(pair: Pair, batch: Batch, signature: Signature) -> Evidence:
     """The same where the programs ask for the sum over all latents: by contraction, along chains of any length."""
-    with still(pair):
-        few = batch if layout.whole else next(rows_of(batch, 2))
-        _, model = run_both(pair, few, layout)
-        widest = max(len(values_of(site)) for site in samples(model) if site["name"] in layout.summed)
-        rows = length(batch) if layout.whole else max(1, _CELLS // widest**2)
+    with evaluating(pair):
+        few = batch if signature.all_rows else next(rows_of(batch, 2))
+        _, model = run_both(pair, few, signature)
+        widest = max(len(values_of(site)) for site in samples(model) if site["name"] in signature.summed)
+        rows = length(batch) if signature.all_rows else max(1, _CELLS // widest**2)
         blocks = rows_of(batch, rows)
         values = torch.cat([as_values(log_joint(pair, block, pair.traces(block))[0]) for block in blocks])
-    return Evidence(values, torch.zeros_like(values), "exact", "enumerate", layout.measure)
+    return Evidence(values, torch.zeros_like(values), "exact", "enumerate", signature.measure)

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from probae.arguments import one_of, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
-from probae.checks import check
-from probae.enumeration import log_joint
-from probae.flat import Graph, Untraceable, fall_back, fixed, trace
-from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
-from probae.flat.constants import untouched
-from probae.flat.graph import same
-from probae.flat.inductor import compiled, unavailable
-from probae.isolation import isolated
+from probae.graphs import Graph, Untraceable, fall_back, fixed, trace
+from probae.graphs.constants import untouched
+from probae.graphs.cost import MODES, TRACING_PAYS, compiling_pays
+from probae.graphs.graph import same
+from probae.graphs.inductor import compiled, unavailable
 from probae.pair import Pair, as_pair
-from probae.seeding import set_streams, still, streams
-from probae.sites import Layout, samples
-from probae.traces import Traces, scaled_sites
+from probae.runtime.isolation import isolated
+from probae.runtime.seeding import evaluating, set_streams, streams
+from probae.tracing.checks import check
+from probae.tracing.enumeration import log_joint
+from probae.tracing.sites import Signature, samples
+from probae.tracing.terms import Traces, scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities: what stays near the cores, and on a GPU
 #: what keeps them busy
@@ -67,58 +67,60 @@ def log_weights(
         >>> log_weights(probae.PPCA(features=4, latents=2), torch.zeros(3, 4), particles=5).shape
         torch.Size([5, 3])
     """
-    pair, batch, layout = prepare(model, x, seed)
-    require_weights(pair, layout, normalised=False)
+    pair, batch, signature = prepare(model, x, seed)
+    require_weights(pair, signature, normalised=False)
     particles = whole("particles", particles)
-    return torch.cat(list(Weights(pair, layout, compile).by_rows(batch, particles, seed, memory)), 1)
+    return torch.cat(list(Weights(pair, signature, compile).by_rows(batch, particles, seed, memory)), 1)
 
 
-def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Layout]:
-    """A pair, a batch of its dtype and on its device, and its layout, all checked."""
+def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Signature]:
+    """A pair, a batch of its dtype and on its device, and its signature, all checked."""
     pair = as_pair(model)
     batch = pair.as_batch(x)
     return pair, batch, check(pair, batch, seed)
 
 
-def no_evidence(layout: Layout) -> str | None:
+def no_evidence(signature: Signature) -> str | None:
     """Why there is no log p(x) of each datum that any estimator could give, or None."""
-    return layout.subsampled or _undefined(layout)
+    return signature.subsampled or _undefined(signature)
 
 
-def no_bound(layout: Layout) -> str | None:
+def no_bound(signature: Signature) -> str | None:
     """Why a pair gives no bound on log p(x) by its weights, or None if it does."""
-    return _undefined(layout) or _no_weights(layout) or layout.not_normalised
+    return _undefined(signature) or _no_weights(signature) or signature.not_normalised
 
 
-def _undefined(layout: Layout) -> str | None:
-    if layout.improper:
+def _undefined(signature: Signature) -> str | None:
+    if signature.improper:
         return (
-            f"the prior of site {layout.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
+            f"the prior of site {signature.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
             "estimator has a bound on it. Give the model a proper prior; probae.expost_prior fits one to its codes"
         )
-    return layout.no_evidence
+    return signature.no_evidence
 
 
-def _no_weights(layout: Layout) -> str | None:
-    if layout.no_density is not None:
-        return layout.no_density
-    if layout.points:
+def _no_weights(signature: Signature) -> str | None:
+    if signature.no_density is not None:
+        return signature.no_density
+    if signature.points:
         return (
-            f"the guide is a point at site {layout.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
+            f"the guide is a point at site {signature.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
             "on log p(x) and can even exceed it. Give the model a guide with a density (posterior='normal' or 'laplace')"
         )
     return None
 
 
-def require_weights(pair: Pair, layout: Layout, normalised: bool = True) -> None:
+def require_weights(pair: Pair, signature: Signature, normalised: bool = True) -> None:
     """Raise a ValueError unless the pair's weights are ratios of densities.
 
     Args:
         normalised: whether the guide has to be a density of its draws; if not, its terms are what Pyro counts.
     """
-    if reason := no_evidence(layout) or _no_weights(layout) or (layout.not_normalised if normalised else None):
+    if reason := no_evidence(signature) or _no_weights(signature) or (signature.not_normalised if normalised else None):
         raise ValueError(reason)
-    if not pair.has_guide and (drawn := [n for n in layout.latents + layout.globals_ if n not in layout.summed]):
+    if not pair.has_guide and (
+        drawn := [n for n in signature.latents + signature.globals_ if n not in signature.summed]
+    ):
         raise ValueError(f"the pair has no guide to draw {drawn} from")
 
 
@@ -135,14 +137,14 @@ class Weights:
     """The log weights of a pair, in chunks of one shape, over one graph where that pays.
 
     Args:
-        pair, layout: as they were checked.
+        pair, signature: as they were checked.
         compile: one of `MODES`.
         times: how often all of the data will be asked for; early stopping keeps the graph from one time to the next.
     """
 
-    def __init__(self, pair: Pair, layout: Layout, compile: bool | str = "auto", times: int = 1):
+    def __init__(self, pair: Pair, signature: Signature, compile: bool | str = "auto", times: int = 1):
         one_of("compile", compile, MODES)
-        self.pair, self.layout, self.compile, self.times = pair, layout, compile, times
+        self.pair, self.signature, self.compile, self.times = pair, signature, compile, times
         self.ways: dict[Any, Callable[..., list[Tensor | None]]] = {}
         self.taken_as_fixed: dict[str, Any] = {}
 
@@ -158,13 +160,13 @@ class Weights:
         pair, batch = self.pair, each(Tensor.contiguous, batch)  # all chunks lie alike in memory
         device = pair.device or torch.device("cpu")
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
-        with still(pair, seed):
-            first = pair.traces(batch if self.layout.whole else each(lambda leaf: leaf[:2], batch))
+        with evaluating(pair, seed):
+            first = pair.traces(batch if self.signature.all_rows else each(lambda leaf: leaf[:2], batch))
             require_unscaled(first)
             rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
-            if self.layout.whole:
+            if self.signature.all_rows:
                 rows, together = length(batch), even(particles, max(1, rows * together // length(batch)))
-            if not self.layout.vectorised:
+            if not self.signature.vectorised:
                 together = 1
             chunks = math.ceil(length(batch) / rows) * math.ceil(particles / together) * self.times
             way = self._way(each(lambda leaf: leaf[:rows], batch), together, chunks)
@@ -181,7 +183,7 @@ class Weights:
         def weights(*tensors: Tensor) -> list[Tensor]:
             block = rebuilt(rows, tensors)
             traces = self.pair.traces(block, particles)
-            if self.layout.summed:
+            if self.signature.summed:
                 return [log_joint(self.pair, block, traces) - traces.proposal().local]
             return [traces.log_weights()]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size
-from probae.distributions import parts
-from probae.layout import PROGRAM_ERRORS
-from probae.likelihoods import Head, Normal
-from probae.missing import known, moments, observed, require_observed
-from probae.nn import MLP, widths
+from probae.heads.distributions import parts
+from probae.heads.likelihoods import Head, Normal
+from probae.heads.nn import MLP, widths
 from probae.pair import Pair
+from probae.tracing.missing import known, moments, observed, require_observed
+from probae.tracing.signature import PROGRAM_ERRORS
 
 
 class Amortised(Pair):

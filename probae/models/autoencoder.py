@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from probae import likelihoods, priors
 from probae.arguments import size
-from probae.likelihoods import Head
+from probae.heads import likelihoods, priors
+from probae.heads.likelihoods import Head
+from probae.heads.posteriors import Point
 from probae.models.amortised import Amortised
-from probae.posteriors import Point
 from probae.recipe import recorded
 
 

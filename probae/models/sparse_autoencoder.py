@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probae import likelihoods, priors
 from probae.arguments import one_of, size
-from probae.likelihoods import Head, ScaleHead
+from probae.heads import likelihoods, priors
+from probae.heads.likelihoods import Head, ScaleHead
+from probae.heads.posteriors import named
 from probae.models.amortised import Amortised
-from probae.posteriors import named
 from probae.recipe import recorded
 
 PRIORS: dict[str, Any] = {"laplace": priors.Laplace, "student_t": priors.StudentT, "exponential": priors.Exponential}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from probae import priors
-from probae.likelihoods import Head
+from probae.heads import priors
+from probae.heads.likelihoods import Head
+from probae.heads.posteriors import named
 from probae.models.amortised import Amortised
-from probae.posteriors import named
 from probae.recipe import recorded
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.seeding import set_state, streams
+from probae.runtime.seeding import set_state, streams
 from probae.training.identity import of_optimizer, of_validation, tensors_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record
@@ -33,7 +33,7 @@ def require_state(loop: Loop, described: Any, parts: dict[str, dict[str, Tensor]
     """
     try:
         number = _count("number", described["number"], 1)
-        _require_records(described, number, loop.watch is not None and not any(map(of_validation, differing)))
+        _require_records(described, number, loop.validator is not None and not any(map(of_validation, differing)))
         _require_tensors(loop, described, parts, number)
         _require_moments(loop, described["optimizer"]["state"], parts, number)
         if not any(map(of_optimizer, differing)):

@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from probae.data.streams import Minibatch, Source
 from probae.pair import Pair
-from probae.streams import Minibatch, Source
-from probae.training.blame import Trouble
-from probae.training.optimizers import heed
+from probae.training.nonfinite import Trouble
+from probae.training.optimizers import step_by_record
 from probae.training.run import Run
 from probae.training.steps import Steps
-from probae.training.watch import Watch
+from probae.training.validation import Validation
 
 #: steps between records from which a look at what graphs take as fixed costs little
 _OFTEN = 20
@@ -34,10 +34,10 @@ class Loop:
         pair: Pair,
         take: Steps,
         stream: Source,
-        watch: Watch | None,
+        validator: Validation | None,
         run: Run,
     ):
-        self.pair, self.take, self.stream, self.watch, self.run = pair, take, stream, watch, run
+        self.pair, self.take, self.stream, self.validator, self.run = pair, take, stream, validator, run
         self.processes = take.processes
         self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
         self.keep: Callable[[int], None] = lambda number: None
@@ -84,7 +84,7 @@ class Loop:
             except KeyboardInterrupt:
                 self.run.stopped = "interrupted"
             finally:
-                self.take.settle()
+                self.take.synchronise()
 
     def step(self, minibatch: Minibatch, number: int) -> Tensor:
         """One step; parameters that are no numbers any more end it as a loss does that is none."""
@@ -120,19 +120,19 @@ class Loop:
 
     def record(self, number: int, loss: float, start: float, every: int) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
-        self.take.settle()
+        self.take.synchronise()
         self.run.compile = self.take.why
         row: dict[str, Any] = {"step": number, "loss": loss, "validation": math.nan, "ran": self.take.ran}
-        if self.watch is not None:
-            row["validation"] = value = self.watch(self.take.step)
+        if self.validator is not None:
+            row["validation"] = value = self.validator(self.take.step)
             if not math.isfinite(value):
-                raise FloatingPointError(f"the validation {self.watch.kind} is {value} at step {number}")
+                raise FloatingPointError(f"the validation {self.validator.kind} is {value} at step {number}")
             if value > self.best[0]:
                 self.best = value, copy.deepcopy(self.pair.state_dict())
                 self.run.best_step = number
         self.good = copy.deepcopy(self.pair.state_dict())
         if number % every == 0:  # the last step may come between, and a longer run would not stop there
-            heed(self.take.scheduler, -loss if self.watch is None else row["validation"])
+            step_by_record(self.take.scheduler, -loss if self.validator is None else row["validation"])
         row["seconds"] = time.perf_counter() - start
         self.run.records.append(row)
 
@@ -168,7 +168,7 @@ class Loop:
         """What the bar shows."""
         last = self.run.records[-1]
         shown = {"loss": f"{last['loss']:.3f}"}
-        return shown if self.watch is None else shown | {self.watch.kind: f"{last['validation']:.3f}"}
+        return shown if self.validator is None else shown | {self.validator.kind: f"{last['validation']:.3f}"}
 
 
 def _bar(steps: int, progress: bool, done: int) -> Any:

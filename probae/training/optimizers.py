@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from probae.arguments import positive
-from probae.layout import PROGRAM_ERRORS
 from probae.objectives import Objective
 from probae.pair import Pair
+from probae.tracing.signature import PROGRAM_ERRORS
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
@@ -99,7 +99,7 @@ def by_record(scheduler: Any) -> bool:
     return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
-def heed(scheduler: Any, value: float) -> None:
+def step_by_record(scheduler: Any, value: float) -> None:
     """Tell such a schedule what was recorded, a value that is better the higher it is."""
     if by_record(scheduler):
         scheduler.step(value if scheduler.mode == "max" else -value)

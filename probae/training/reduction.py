@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive
-from probae.processes import Processes
+from probae.runtime.processes import Processes
 
 #: parameters, and the largest norm of their joint gradient
 Limit = tuple[list[Tensor], float]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from probae.seeding import set_streams, streams
+from probae.runtime.seeding import set_streams, streams
 from probae.training.checkpoint import AnotherRun, Checkpoints
 from probae.training.damage import alike, require_state
 from probae.training.identity import of_optimizer, of_validation, tensors_of, values_of

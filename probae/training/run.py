@@ -19,7 +19,7 @@ class Run:
         model: the trained model, the very object that was given, in eval mode.
         objective: the objective it was trained on.
         records: what was recorded, a dict per record; `history` has them as a frame.
-        watched: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"``, ``"iwae"``, ``"objective"``, or None.
+        monitor: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"``, ``"iwae"``, ``"objective"``, or None.
         best_step: the step whose parameters were kept, where validation data were given.
         stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         compile: why the steps were taken as they were; ``history`` says how, in the column ``ran``.
@@ -29,7 +29,7 @@ class Run:
     model: Any
     objective: Objective
     records: list[dict[str, Any]] = field(default_factory=list)
-    watched: str | None = None
+    monitor: str | None = None
     best_step: int | None = None
     stopped: str = "steps"
     compile: str = ""
@@ -55,9 +55,9 @@ class Run:
             return f"<Run of {type(self.model).__name__}: no step recorded, stopped by {self.stopped}>"
         last = self.records[-1]
         best = ""
-        if self.watched is not None and self.best_step is not None:
+        if self.monitor is not None and self.best_step is not None:
             value = next(r["validation"] for r in self.records if r["step"] == self.best_step)
-            best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
+            best = f", best validation {self.monitor} {value:.4f} at step {self.best_step}"
         note = f"; {self.note}" if self.note else ""
         return (
             f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "

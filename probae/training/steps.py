@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, leaves, length, rebuilt
-from probae.flat import Graph, Untraceable, fall_back, fixed, trace
-from probae.flat.choice import TRACING_PAYS, compiling_pays
-from probae.flat.constants import changed
-from probae.flat.graph import same
-from probae.flat.inductor import compiled, unavailable
+from probae.data.streams import Minibatch
+from probae.graphs import Graph, Untraceable, fall_back, fixed, trace
+from probae.graphs.constants import changed
+from probae.graphs.cost import TRACING_PAYS, compiling_pays
+from probae.graphs.graph import same
+from probae.graphs.inductor import compiled, unavailable
 from probae.objectives import Objective
 from probae.pair import Pair
-from probae.precision import products
-from probae.processes import Processes
-from probae.seeding import set_streams, streams
-from probae.streams import Minibatch
+from probae.runtime.precision import products
+from probae.runtime.processes import Processes
+from probae.runtime.seeding import set_streams, streams
 from probae.training import updates
+from probae.training.fused import FusedStep
 from probae.training.optimizers import by_record
 from probae.training.reduction import Limit, reduced
-from probae.training.whole import WholeStep
 
 _PROOFS = 2  # steps after a trace that are taken both ways; at the second, what the first has changed shows
 _SHAPES = 8  # graphs kept for batches of different shapes; beyond it the eager way is taken
@@ -81,7 +81,7 @@ class Steps:
         self.first, self.resumed = True, False
         self.graphs: dict[Any, _Gradients] = {}
         self.met: set[Any] = set()
-        self.whole: tuple[Any, WholeStep] | None = None
+        self.fused: tuple[Any, FusedStep] | None = None
         self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
         self.built = False
         self.proofs_due, self.failures = _PROOFS, 0
@@ -96,25 +96,25 @@ class Steps:
         elif self.traceable:
             self._prepare(key, minibatch)
         if key in self.graphs and self.graphs[key].proofs:
-            self.settle()
+            self.synchronise()
             loss = self._advance(self._proved(key, minibatch.rows()), minibatch.share)
-            if self.whole is not None:
+            if self.fused is not None:
                 self.optimizer.zero_grad(set_to_none=True)  # whole steps leave none behind either
-        elif self.whole is not None and self.whole[0] == key:
-            self.ran = self.whole[1].kind
-            loss = self.whole[1](minibatch)
+        elif self.fused is not None and self.fused[0] == key:
+            self.ran = self.fused[1].kind
+            loss = self.fused[1](minibatch)
         else:
-            self.settle()
+            self.synchronise()
             loss = self._flat(key, minibatch.rows()) if key in self.graphs else self._eager(minibatch.rows())
             loss = self._advance(loss, minibatch.share)
         if self.scheduler is not None and not by_record(self.scheduler):
             self._schedule(self.scheduler)
         return loss
 
-    def settle(self) -> None:
+    def synchronise(self) -> None:
         """Bring the optimizer's state up to date, before anybody looks at it."""
-        if self.whole is not None:
-            self.whole[1].settle()
+        if self.fused is not None:
+            self.fused[1].synchronise()
 
     def look(self) -> None:
         """Drop the graphs if anything that they take as fixed has changed; asked whenever a user's code may have run."""
@@ -171,7 +171,7 @@ class Steps:
         else:
             found.proofs -= 1
             self.failures = 0 if found.proofs == 0 else self.failures
-            self.ran = self.whole[1].kind if self.whole is not None and self.whole[0] == key else found.kind
+            self.ran = self.fused[1].kind if self.fused is not None and self.fused[0] == key else found.kind
         return loss
 
     def _eager(self, rows: Batch) -> Tensor:
@@ -228,7 +228,7 @@ class Steps:
         scheduler.step()
         if not self.moving and _settings(self.optimizer) != before:
             self.moving = True  # more than the rate moves: a whole step would take it as fixed
-            if self.whole is not None:
+            if self.fused is not None:
                 self._drop("since the scheduler changes more than the rate")
 
     def _advance(self, loss: Tensor, share: float) -> Tensor:
@@ -274,9 +274,9 @@ class Steps:
         if groups is not None:
             self.optimizer.zero_grad(set_to_none=True)
             reduce = partial(reduced, trained=found.trained, limits=self.limits, processes=self.processes)
-            self.whole = (
+            self.fused = (
                 key,
-                WholeStep(found.graph, found.trained, self.optimizer, groups, reduce, minibatch, self.step),
+                FusedStep(found.graph, found.trained, self.optimizer, groups, reduce, minibatch, self.step),
             )
         else:
             inputs = [*(leaf for _, leaf in leaves(minibatch.rows())), self.step]
@@ -314,13 +314,13 @@ class Steps:
             self.why = estimate
 
     def _drop(self, reason: str) -> None:
-        self.settle()
-        self.graphs, self.whole, self.built = {}, None, False
+        self.synchronise()
+        self.graphs, self.fused, self.built = {}, None, False
         self.why = f"{self.why}; traced anew at step {int(self.step)}, {reason}"
 
     def _give_up(self, reason: str) -> None:
-        self.settle()
-        self.traceable, self.graphs, self.whole, self.why = False, {}, None, f"not traced: {reason}"
+        self.synchronise()
+        self.traceable, self.graphs, self.fused, self.why = False, {}, None, f"not traced: {reason}"
         fall_back(f"the steps are eager, {self.why}")
 
     def _fixed(self) -> dict[str, Any]:

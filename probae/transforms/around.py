@@ -8,8 +8,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from probae.isolation import isolated
 from probae.pair import Pair, as_pair
+from probae.runtime.isolation import isolated
 
 
 class Around(Pair):

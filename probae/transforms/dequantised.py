@@ -9,10 +9,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from probae.distributions import Truncation
-from probae.isolation import isolated
+from probae.heads.distributions import Truncation
 from probae.recipe import recorded
-from probae.seeding import seeded
+from probae.runtime.isolation import isolated
+from probae.runtime.seeding import seeded
 from probae.transforms.around import Around
 
 _LARGE = 2**14  # a count beside which noise in float32 keeps less than 10 bits

@@ -9,9 +9,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from probae.isolation import isolated
 from probae.recipe import recorded
-from probae.sites import Layout
+from probae.runtime.isolation import isolated
+from probae.tracing.sites import Signature
 from probae.transforms.around import Around
 from probae.transforms.maps import Transform
 
@@ -55,21 +55,21 @@ class Transformed(Around):
         """Always: values are rounded to the inner pair's dtype, where it needs that, after they are transformed."""
         return True
 
-    def layout(self, batch: Any, seed: int = 0) -> Layout:
+    def signature(self, batch: Any, seed: int = 0) -> Signature:
         """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
-        if self._layout is None and isinstance(batch, Tensor):
-            self.inner.layout(self._forth(batch), seed)
-        return super().layout(batch, seed)
+        if self._signature is None and isinstance(batch, Tensor):
+            self.inner.signature(self._forth(batch), seed)
+        return super().signature(batch, seed)
 
-    def keep_layout(self, layout: Layout | None) -> None:
+    def keep_signature(self, signature: Signature | None) -> None:
         """As for any pair; the inner one's is found anew where this one's is."""
-        super().keep_layout(layout)
-        if layout is None:
-            self.inner.keep_layout(None)
+        super().keep_signature(signature)
+        if signature is None:
+            self.inner.keep_signature(None)
 
     @property
     def _is_mass(self) -> bool:
-        return self.inner._layout is not None and self.inner._layout.measure == "mass"
+        return self.inner._signature is not None and self.inner._signature.measure == "mass"
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """As for any pair, and that the transform is finite at all of the data."""
