@@ -36,7 +36,7 @@ from torch import Tensor
 
 import probae
 from probae.data.streams import InMemory
-from probae.pair import as_pair
+from probae.adapter import as_pair
 from probae.runtime.processes import ALONE, Processes, local_device, processes
 from probae.runtime.seeding import seeded
 from probae.training.optimizers import OPTIMIZERS

@@ -32,11 +32,11 @@ _ROOMS = {
     "expost_prior": "transforms.expost",
     "compare": "comparison",
     "Comparison": "comparison",
-    "sample": "pair",
-    "encode": "pair",
-    "decode": "pair",
-    "reconstruct": "pair",
-    "impute": "pair",
+    "sample": "adapter",
+    "encode": "adapter",
+    "decode": "adapter",
+    "reconstruct": "adapter",
+    "impute": "adapter",
     "save": "storage.saving",
     "load": "storage.saving",
 }
@@ -99,6 +99,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from probae import models, objectives, transforms
+    from probae.adapter import decode, encode, impute, reconstruct, sample
     from probae.comparison import Comparison, compare
     from probae.data import datasets
     from probae.diagnostics import Diagnosis, diagnose
@@ -114,7 +115,7 @@ if TYPE_CHECKING:
         SparseAutoencoder,
         StochasticAutoencoder,
     )
-    from probae.pair import Pair, decode, encode, impute, reconstruct, sample
+    from probae.pair import Pair
     from probae.storage.saving import load, save
     from probae.tracing import missing
     from probae.training import Run, fit

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from probae.batches import Batch, as_batch, call, leaves, length
+from probae.programs.callables import brought
 from probae.programs.parameters import Parameters, object_of
 from probae.programs.passes import Passes
 from probae.runtime.isolation import one_at_a_time
-from probae.runtime.seeding import derived, evaluating
+from probae.runtime.seeding import derived
 from probae.tracing.guides import is_messenger
+from probae.tracing.leaves import positional
 from probae.tracing.masks import Site
 from probae.tracing.missing import masked, require_numbers
-from probae.tracing.signature import PROGRAM_ERRORS, run_at, signature_of
-from probae.tracing.sites import Signature, rows_in_plate, samples
+from probae.tracing.probing import run_at, signature_of
+from probae.tracing.signature import Signature, rows_in_plate
+from probae.tracing.sites import samples
 from probae.tracing.terms import Traces
 
 Program = Callable[..., Any]
@@ -85,8 +86,8 @@ class Pair(Parameters, Passes, nn.Module):
 
     def __init__(self, model: Program | None = None, guide: Program | None = None, owner: Any = None):
         super().__init__()
-        self._signature: Signature | None = None
-        self._form: tuple[Any, ...] = ()
+        self._signatures: dict[Any, Signature] = {}
+        self.remembered: Signature | None = None
         if model is None and type(self) is Pair:
             raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
         if model is not None:
@@ -102,7 +103,7 @@ class Pair(Parameters, Passes, nn.Module):
             if getattr(owner, "missing", None) == "mask":
                 self.missing = owner.missing
             self.keeps_precision = getattr(owner, "keeps_precision", None) is True
-            for name, method in _brought(self, owner):
+            for name, method in brought(self, owner):
                 object.__setattr__(self, name, method)
 
     # -- the two programs --------------------------------------------------------------------------------------------
@@ -111,9 +112,12 @@ class Pair(Parameters, Passes, nn.Module):
         """The generative program; the standard one draws z from the prior and observes x under the likelihood."""
         if self._programs is not None:
             return self._programs["model"](*args, **kwargs)
-        (x,) = args
+        x, given = self._apart(args, kwargs)
         with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
-            likelihood = self.likelihood(pyro.sample("z", self.prior())) if self.has("likelihood") else self.marginal()
+            if self.has("likelihood"):
+                likelihood = self.likelihood(pyro.sample("z", self.prior()), *given)
+            else:
+                likelihood = self.marginal(*given)
             if self.missing is not None:
                 likelihood, x = masked(likelihood, x)
             pyro.sample("x", likelihood, obs=x)
@@ -122,15 +126,26 @@ class Pair(Parameters, Passes, nn.Module):
         """The recognition program; the standard one draws z from the posterior head."""
         if self._programs is not None:
             return self._programs["guide"](*args, **kwargs)
-        (x,) = args
+        x, given = self._apart(args, kwargs)
         if self.has("posterior"):
             with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
-                pyro.sample("z", self.posterior(x))
+                pyro.sample("z", self.posterior(x, *given))
+
+    def _apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """x, as numbers that networks take, and what is given beside it."""
+        x, *given = (*args, *kwargs.values())
+        return (x if x.is_floating_point() else x.to(self.dtype)), given
 
     @property
     def is_adapted(self) -> bool:
         """Whether the programs are a user's, around which the pair was made."""
         return self._programs is not None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the arrays of a batch are called that is a tuple."""
+        own = self._programs["model"] if self._programs is not None else self.model
+        return ("x", "c") if getattr(own, "__func__", None) is Pair.model else positional(own)
 
     @property
     def has_guide(self) -> bool:
@@ -176,18 +191,20 @@ class Pair(Parameters, Passes, nn.Module):
     # -- its runs ----------------------------------------------------------------------------------------------------
 
     def signature(self, batch: Batch, seed: int = 0) -> Signature:
-        """Where the sites lie; found by runs on a few rows and kept. Parameters that those make follow from the seed."""
+        """What the programs are; found by runs on a few rows, and kept. Parameters that those make follow from the seed."""
         form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
-        if self._signature is None or self._form != form:  # programs may observe less of another form
-            self._signature = None
+        if form not in self._signatures:  # programs may observe less of another form
             with self.surveyed():
-                signature = signature_of(self, batch, derived(seed, _FIRST))
-            self._signature, self._form = signature, form
-        return self._signature
+                self._signatures[form] = signature_of(self, batch, derived(seed, _FIRST))
+            self.remembered = self._signatures[form]
+        return self._signatures[form]
 
-    def keep_signature(self, signature: Signature | None) -> None:
-        """Take what is now known of the sites; None finds them anew at the next run."""
-        self._signature = signature
+    def keep_signature(self, batch: Batch, signature: Signature | None) -> None:
+        """Take what is now known of the programs for batches of a form; None finds it anew at the next run."""
+        form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
+        self._signatures.pop(form, None)
+        if signature is not None:
+            self._signatures[form] = self.remembered = signature
 
     def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
@@ -258,7 +275,7 @@ class Pair(Parameters, Passes, nn.Module):
     # -- its data ----------------------------------------------------------------------------------------------------
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
-        """Check a batch's shape against the number of features, where the pair has one.
+        """Check a batch's shape against the number of features, where the pair has one, and what is given beside it.
 
         Raises:
             ValueError: with the shape that was expected and the one that came.
@@ -266,10 +283,20 @@ class Pair(Parameters, Passes, nn.Module):
         features = getattr(self, "features", None)
         if features is None:
             return
-        if len(args) != 1 or kwargs:
-            raise ValueError(f"site 'x': expected one array (N, {features}), got a batch of {len(args) + len(kwargs)}")
-        if args[0].dim() != 2 or args[0].shape[1] != features:
-            raise ValueError(f"site 'x': expected data of shape (N, {features}), got {tuple(args[0].shape)}")
+        shape = tuple(getattr(self, "event_shape", (features,)))
+        width: int | None = getattr(self, "given", None)
+        x, *given = (*args, *kwargs.values())
+        if len(given) != (width is not None):
+            expected = f"one array (N, {', '.join(map(str, shape))})"
+            if width is not None:
+                expected = f"data and what the model conditions on, (x, c), with c (N,) classes or (N, {width}) numbers"
+            raise ValueError(f"site 'x': expected {expected}, got a batch of {1 + len(given)}")
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(
+                f"site 'x': expected data of shape (N, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
+            )
+        if width is not None:
+            _require_given(given[0], width)
 
     def as_batch(self, x: Any) -> Batch:
         """Data as tensors on the pair's device, in its dtype, or in float64 where that loses digits and the pair keeps them.
@@ -343,89 +370,13 @@ class Pair(Parameters, Passes, nn.Module):
         return None if reference is None else reference.device
 
 
-def _brought(pair: Pair, owner: Any) -> Iterator[tuple[str, Any]]:
-    """Of an object's ``prior()``, ``likelihood(z)``, ``posterior(x)`` and ``marginal()`` those that return distributions.
-
-    A class that is no `Pair` may have methods of these names for purposes of its own.
-    """
-
-    def made(name: str, *args: Any) -> Any:
-        if not callable(method := getattr(owner, name, None)):
-            return None
-        try:
-            fn = method(*args)
-        except PROGRAM_ERRORS:
-            return None
-        return fn if isinstance(fn, TorchDistributionMixin) else None
-
-    if any(tensor.is_meta for tensor in pair._tensors()):  # without values nothing can be tried
-        return
-    with evaluating(pair), pair.own_parameters(), poutine.block():
-        prior = made("prior")
-        z = None if prior is None else _value(prior)
-        likelihood = None if z is None else made("likelihood", z)
-        marginal = made("marginal")
-        seen = likelihood or marginal
-        x = None if seen is None else _value(seen)
-        found = {"prior": prior, "likelihood": likelihood, "marginal": marginal}
-        found["posterior"] = None if x is None else made("posterior", x)
-    yield from ((name, getattr(owner, name)) for name, fn in found.items() if fn is not None)
-
-
-def _value(fn: Any) -> Tensor:
-    """A draw; of a flat prior, which has none, zero."""
-    try:
-        return fn.sample()
-    except NotImplementedError:
-        return torch.zeros(fn.shape())
-
-
-def as_pair(model: Any) -> Pair:
-    """Any object with ``model`` and ``guide`` programs, as a `Pair`.
-
-    Raises:
-        TypeError: if the object has no ``model``.
-    """
-    if isinstance(model, Pair):
-        return model
-    if hasattr(type(model), "history") and hasattr(model, "records"):
-        return as_pair(model.model)  # what fit returned
-    if isinstance(model, type):
-        raise TypeError(f"expected a model, got the class {model.__name__}: make an instance of it")
-    if callable(getattr(model, "model", None)):
-        # one pair per object: parameters that its programs declare as they run are kept in it
-        pair = getattr(model, "__dict__", {}).get("_probae_pair")
-        if pair is None:
-            pair = Pair(model.model, getattr(model, "guide", None), owner=model)
-            with contextlib.suppress(AttributeError):  # an object with slots gets a new one each time
-                object.__setattr__(model, "_probae_pair", pair)
-        return pair
-    raise TypeError(
-        f"expected a model of probae, probae.Pair(model, guide), or an object with `model` and `guide` programs; "
-        f"got {type(model).__name__}"
-    )
-
-
-def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Any:
-    """Draw n data from a model; see `Pair.sample`."""
-    return as_pair(model).sample(n, like=like, seed=seed)
-
-
-def impute(model: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
-    """Draw what is missing in data x given what was observed, (draws, N, D); see `Pair.impute`."""
-    return as_pair(model).impute(x, draws, particles=particles, seed=seed)
-
-
-def encode(model: Any, x: Any) -> Any:
-    """The posterior means of the latents at data x; see `Pair.encode`."""
-    return as_pair(model).encode(x)
-
-
-def decode(model: Any, z: Any) -> Tensor:
-    """The mean of x given latents z; see `Pair.decode`."""
-    return as_pair(model).decode(z)
-
-
-def reconstruct(model: Any, x: Any) -> Any:
-    """The mean of x given the posterior means of its latents; see `Pair.reconstruct`."""
-    return as_pair(model).reconstruct(x)
+def _require_given(c: Tensor, width: int) -> None:
+    """Raise a ValueError unless what is given are classes (N,), whole numbers below ``width``, or numbers (N, width)."""
+    if c.dim() == 1:
+        good = (c == c.round()) & (c >= 0) & (c < width) if c.is_floating_point() else (c >= 0) & (c < width)
+        if not bool(good.all()):
+            raise ValueError(
+                f"given: expected classes, whole numbers from 0 to {width - 1}, got {c[~good][0].item():g}"
+            )
+    elif tuple(c.shape[1:]) != (width,):
+        raise ValueError(f"given: expected classes (N,) or covariates (N, {width}), got {tuple(c.shape)}")

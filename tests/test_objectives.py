@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import probae
+from probae.adapter import as_pair
 from probae.objectives import ELBO, IWAE, Objective, Reconstruction, Warmup, named
-from probae.pair import as_pair
 
 START = torch.tensor(0.0)
 REPEATS = 100

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Categorical, Normal, constraints
 
 import probae
-from probae.pair import as_pair
+from probae.adapter import as_pair
 from probae.tracing.checks import check
 
 N, D, L = 7, 3, 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.arguments import whole
 from probae.batches import as_batch, length
 from probae.comparison.baselines import checked_training, fit_baselines
@@ -16,7 +17,6 @@ from probae.comparison.entry import Entry, evaluated, given
 from probae.comparison.folds import held_out
 from probae.comparison.result import Comparison, notes_on
 from probae.evidence import Evidence, options_of
-from probae.pair import as_pair
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed
 from probae.tracing.checks import check

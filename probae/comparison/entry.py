@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.diagnostics.latents import latents
 from probae.evidence import Evidence, log_evidence, no_bound
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.tracing.checks import check
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 _DRAWS = 8  # of each datum's latents, for reconstruction and activity
 

@@ -13,7 +13,7 @@ from probae.evidence.pareto import reliable_below
 from probae.evidence.result import Evidence
 from probae.export.datatree import diagnosis_tree
 from probae.export.figures import diagnosis_figure
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 if TYPE_CHECKING:
     import pandas

@@ -24,7 +24,7 @@ from probae.evidence.weights import MEMORY, even, padded
 from probae.graphs.graph import unvalidated
 from probae.pair import Pair
 from probae.runtime.seeding import checked_seed, evaluating, seeded
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 STARTS = ("prior", "guide", "auto")
 _BLOCK_PILOT, _BLOCK_RUN, _BLOCK_BACK, _SHARED, _UNITS = range(5)  # streams of draws, each of its own

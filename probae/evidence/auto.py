@@ -22,7 +22,7 @@ from probae.evidence.space import Space
 from probae.evidence.weights import Weights, no_evidence, require_weights
 from probae.pair import Pair
 from probae.runtime.seeding import derived
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 _FULL = 64  # latents up to which a full covariance costs little beside the model
 _SMALL = 2**17  # numbers that all chains see

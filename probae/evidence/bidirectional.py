@@ -10,17 +10,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.arguments import size
 from probae.batches import Batch, checksums, leaves, length, rebuilt, rows_at
 from probae.evidence.annealed import Annealer, Annealing, Block, evidence
 from probae.evidence.reliability import reliable_chains
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, evaluating
 from probae.tracing.checks import check
-from probae.tracing.signature import run_at
+from probae.tracing.probing import run_at
 from probae.tracing.sites import is_factor, samples
 from probae.tracing.terms import log_prob
 

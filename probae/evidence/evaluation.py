@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
+from probae.adapter import as_pair
 from probae.arguments import one_of, whole
 from probae.batches import Batch, as_batch, checksums, rows_of
 from probae.data.streams import fetching, source, streams_from_disk
@@ -19,12 +20,12 @@ from probae.evidence.refined import Refinement, refine
 from probae.evidence.result import Evidence, joined
 from probae.evidence.tractable import enumerate_states, exact, states
 from probae.evidence.weights import Weights, no_evidence, prepare
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.runtime.fingerprints import OF_MODELS, fingerprints, of_data, versions
 from probae.runtime.isolation import isolated
 from probae.runtime.processes import ALONE, processes
 from probae.runtime.seeding import checked_seed, derived, seeded
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 _ROWS = 4096  # of data that are read from a Dataset at a time
 METHODS = ("auto", "exact", "enumerate", "elbo", "iwae", "refined", "ais")

@@ -12,7 +12,7 @@ from probae.evidence.pareto import effective_sample_size
 from probae.evidence.weights import no_bound
 from probae.pair import Pair
 from probae.runtime.seeding import evaluating
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 from probae.tracing.terms import Traces
 
 _ROWS, _PARTICLES = 8, 500

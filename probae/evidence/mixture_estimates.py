@@ -11,7 +11,7 @@ from torch import Tensor
 from probae.evidence.accumulators import Accumulator, shared_error
 from probae.evidence.mixture import Mixture
 from probae.evidence.result import Evidence, as_values
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 
 class Weighed(NamedTuple):

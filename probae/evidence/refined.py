@@ -38,7 +38,7 @@ from probae.evidence.weights import MEMORY, even, padded, weighable
 from probae.graphs.graph import unvalidated
 from probae.pair import Pair
 from probae.runtime.seeding import derived, evaluating, seeded
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 
 _START, _FIT, _WEIGHTS, _JUDGES = range(4)  # streams of draws, each of its own
 _STARTING = 64  # draws of the guide, or the prior, by whose moments q starts

@@ -17,8 +17,9 @@ from probae.evidence.result import Evidence, as_values
 from probae.pair import Pair
 from probae.runtime.seeding import evaluating
 from probae.tracing.enumeration import log_joint
-from probae.tracing.signature import run_both
-from probae.tracing.sites import Signature, base, samples
+from probae.tracing.probing import run_both
+from probae.tracing.signature import Signature
+from probae.tracing.sites import base, samples
 
 #: the most joint states of a datum's latents that are summed over
 STATES = 2**16

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.arguments import one_of, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
 from probae.graphs import Graph, Untraceable, fall_back, fixed, trace
@@ -16,12 +17,13 @@ from probae.graphs.constants import untouched
 from probae.graphs.cost import MODES, TRACING_PAYS, compiling_pays
 from probae.graphs.graph import same
 from probae.graphs.inductor import compiled, unavailable
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating, set_streams, streams
 from probae.tracing.checks import check
 from probae.tracing.enumeration import log_joint
-from probae.tracing.sites import Signature, samples
+from probae.tracing.signature import Signature
+from probae.tracing.sites import samples
 from probae.tracing.terms import Traces, scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities: what stays near the cores, and on a GPU

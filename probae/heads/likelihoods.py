@@ -1,15 +1,16 @@
 """Likelihood heads: modules that turn a decoder's output into the distribution p(x | z) of D features.
 
 A head is made without knowing D, ``Binomial(16)``; a model binds it, ``head.bind(features)``, which gives a fresh module
-with parameters of its own. ``width`` is how many outputs of the decoder it takes per feature. ``start(x)`` puts the head
-into the data's units, so that a decoder whose output is 0 predicts the data's mean.
+with parameters of its own. Features are a number, or the shape of an event such as an image (C, H, W), D numbers in all.
+``width`` is how many outputs of the decoder it takes per feature. ``start(x)`` puts the head into the data's units, so that
+a decoder whose output is 0 predicts the data's mean.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -22,7 +23,7 @@ from probae.heads.distributions import Binomial as BinomialDistribution
 from probae.heads.distributions import DiscretisedNormal as DiscretisedNormalDistribution
 from probae.heads.distributions import Poisson as PoissonDistribution
 from probae.heads.distributions import Translated, parts
-from probae.heads.nn import moments
+from probae.heads.nn import event_shape, moments
 from probae.recipe import recorded
 from probae.tracing.missing import moments as observed_moments
 from probae.tracing.missing import observed, sums
@@ -39,15 +40,17 @@ class Head(nn.Module):
     keeps_precision = False
     origin: Tensor
     features: int | None = None
+    shape: tuple[int, ...] = ()
     latent = False
 
-    def bind(self: T, features: int, latent: bool = False) -> T:
-        """A fresh head for a number of features; of latents, which have no units to be taken from data."""
+    def bind(self: T, features: int | Sequence[int], latent: bool = False) -> T:
+        """A fresh head for a number of features, or a shape; of latents, which have no units to be taken from data."""
         if self.features is not None:
             raise ValueError(f"this {type(self).__name__} head already belongs to a model: make a new one")
-        features = size("features", features)
+        shape = event_shape("features", features)
+        features = math.prod(shape)
         bound = copy.deepcopy(self)
-        bound.features, bound.latent = features, latent
+        bound.features, bound.shape, bound.latent = features, shape, latent
         bound.register_buffer("origin", torch.zeros(features * bound.width))
         bound.attach(features)
         return bound
@@ -57,6 +60,10 @@ class Head(nn.Module):
 
     def start(self, x: Tensor) -> None:
         """Take the units from data (N, D)."""
+
+    def shaped(self, values: Tensor) -> Tensor:
+        """Numbers of each feature (..., D) in the event's shape."""
+        return values if len(self.shape) == 1 or values.dim() == 0 else values.unflatten(-1, self.shape)
 
 
 class ScaleHead(Head):
@@ -148,9 +155,11 @@ class ScaleHead(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        loc, scale = self.parameters_at(output)
+        loc, scale = (self.shaped(part) for part in self.parameters_at(output))
         law = self.family(loc, scale, validate_args=False)
-        return (law if self.latent else Translated(law, self.origin, self.origin_low)).to_event(1)
+        if not self.latent:
+            law = Translated(law, self.shaped(self.origin), self.shaped(self.origin_low))
+        return law.to_event(len(self.shape))
 
 
 @recorded(role="likelihood")
@@ -214,9 +223,9 @@ class DiscretisedNormal(ScaleHead):
             loc, scale = self.origin.double() + self.origin_low + loc, scale.double()
         else:
             loc = self.origin + loc
-        return DiscretisedNormalDistribution(
-            loc, scale, self.low, self.high, validate_args=False, dtype=dtype
-        ).to_event(1)
+        loc, scale = self.shaped(loc), self.shaped(scale)
+        law = DiscretisedNormalDistribution(loc, scale, self.low, self.high, validate_args=False, dtype=dtype)
+        return law.to_event(len(self.shape))
 
 
 @recorded(role="likelihood")
@@ -230,7 +239,8 @@ class Bernoulli(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        return dist.Bernoulli(logits=self.origin + output, validate_args=False).to_event(1)
+        logits = self.shaped(self.origin + output)
+        return dist.Bernoulli(logits=logits, validate_args=False).to_event(len(self.shape))
 
 
 @recorded(role="likelihood")
@@ -250,7 +260,7 @@ class Binomial(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        return BinomialDistribution(self.total_count, self.origin + output).to_event(1)
+        return BinomialDistribution(self.total_count, self.shaped(self.origin + output)).to_event(len(self.shape))
 
 
 @recorded(role="likelihood")
@@ -266,7 +276,8 @@ class Poisson(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        return PoissonDistribution(self.origin.double() + output, output.dtype).to_event(1)
+        log_rate = self.shaped(self.origin.double() + output)
+        return PoissonDistribution(log_rate, output.dtype).to_event(len(self.shape))
 
 
 @recorded(role="likelihood")
@@ -283,8 +294,8 @@ class Categorical(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., width · D)."""
-        logits = (self.origin + output).unflatten(-1, (-1, self.classes))
-        return dist.Categorical(logits=logits, validate_args=False).to_event(1)
+        logits = (self.origin + output).unflatten(-1, (*self.shape, self.classes))
+        return dist.Categorical(logits=logits, validate_args=False).to_event(len(self.shape))
 
 
 @recorded(role="likelihood")
@@ -333,8 +344,8 @@ class OrderedCategorical(Head):
         below, above = F.logsigmoid(away), F.logsigmoid(-away)
         # σ(b) − σ(a) = σ(b) σ(−a) (1 − exp(a − b)), which keeps its digits in both tails
         between = below[..., 1:] + above[..., :-1] + _log1mexp(self.cuts[:, 1:])
-        logits = torch.cat([below[..., :1], between, above[..., -1:]], -1)
-        return dist.Categorical(logits=logits, validate_args=False).to_event(1)
+        logits = torch.cat([below[..., :1], between, above[..., -1:]], -1).unflatten(-2, self.shape)
+        return dist.Categorical(logits=logits, validate_args=False).to_event(len(self.shape))
 
 
 def _log1mexp(log_gap: Tensor) -> Tensor:

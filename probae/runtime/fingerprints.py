@@ -26,7 +26,17 @@ from probae.runtime.reach import PLAIN, parts, reached
 from probae.runtime.seeding import Generator
 
 # of a pair, what follows from the rest or is found anew at each start
-_DERIVED = {"_signature", "_form", "_constraints", "_places", "_guides", "_named", "_blocked", "_surveyed", "_made"}
+_DERIVED = {
+    "_signatures",
+    "remembered",
+    "_constraints",
+    "_places",
+    "_guides",
+    "_named",
+    "_blocked",
+    "_surveyed",
+    "_made",
+}
 #: what is left out of models
 OF_MODELS = frozenset(_DERIVED | {"_awaited", "_inner", "_probae_pair", "training", "_is_full_backward_hook"})
 _SHOWN = 4  # numbers of an array that are written out; of more there is a checksum

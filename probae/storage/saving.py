@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 
 import probae.models
 import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
+from probae.adapter import as_pair
 from probae.arguments import as_path
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.programs.parameters import FLOATS, fill, fill_known
 from probae.recipe import from_json, to_json
 from probae.runtime.isolation import isolated

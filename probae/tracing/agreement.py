@@ -8,17 +8,8 @@ from pyro.distributions import Delta
 from torch.distributions import TransformedDistribution
 
 from probae.tracing.masks import Site
-from probae.tracing.sites import (
-    Signature,
-    base,
-    describe_support,
-    inside,
-    is_enumerated,
-    is_factor,
-    is_flat,
-    samples,
-    support_of,
-)
+from probae.tracing.signature import Signature
+from probae.tracing.sites import base, describe_support, inside, is_enumerated, is_factor, is_flat, samples, support_of
 
 _DRAWS = 16  # of the guide, by which its support is judged
 

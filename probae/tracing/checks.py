@@ -14,9 +14,10 @@ from probae.runtime.seeding import evaluating, seeded
 from probae.tracing.agreement import check_event
 from probae.tracing.masks import Site, kept, splits_an_event, unmasked
 from probae.tracing.missing import known, require_numbers
+from probae.tracing.probing import run_at, run_both, with_more_sites
 from probae.tracing.protocol import Pair
-from probae.tracing.signature import run_at, run_both, with_more_sites
-from probae.tracing.sites import Signature, base, describe_support, inside, is_factor, samples
+from probae.tracing.signature import Signature
+from probae.tracing.sites import base, describe_support, inside, is_factor, samples
 from probae.tracing.terms import Part, Traces
 
 _ROWS = 4096  # rows of data checked at a time
@@ -37,7 +38,7 @@ def check(pair: Pair, batch: Batch, seed: int = 0, training: bool = False) -> Si
     """
     known(pair.missing)
     call(pair.validate, batch)
-    pair.keep_signature(None)  # what was replaced since an earlier run counts
+    pair.keep_signature(batch, None)  # what was replaced since an earlier run counts
     signature = pair.signature(batch, seed)
     where = f"site {signature.observed[0]!r}" if signature.observed else "the data"
     for name, leaf in leaves(batch):
@@ -46,7 +47,7 @@ def check(pair: Pair, batch: Batch, seed: int = 0, training: bool = False) -> Si
         for number, rows in enumerate(rows_of(batch, length(batch) if signature.all_rows else _ROWS)):
             guide, model = run_both(pair, rows, signature)
             signature = _checked(pair, rows, signature, guide, model, number * _ROWS, training)
-    pair.keep_signature(signature)
+    pair.keep_signature(batch, signature)
     return signature
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from probae.batches import Batch
+from probae.tracing.probing import run_at
 from probae.tracing.protocol import Pair
-from probae.tracing.signature import run_at
 from probae.tracing.sites import Site, samples
 from probae.tracing.terms import Part, Traces
 

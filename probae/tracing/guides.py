@@ -17,7 +17,8 @@ from torch import Tensor
 
 from probae.tracing.masks import Site
 from probae.tracing.protocol import Pair
-from probae.tracing.sites import Signature, base, free_of, is_factor, is_point, samples
+from probae.tracing.signature import Signature
+from probae.tracing.sites import base, free_of, is_factor, is_point, samples
 
 _LARGEST = 512  # numbers of a trial run whose Jacobian is computed
 _SMALL = 1e-3  # what rounding makes of a log Jacobian in float32

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probae.batches import Batch
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 from probae.tracing.terms import Traces
 
 
@@ -24,6 +24,10 @@ class Pair(Protocol):
 
     def guide(self, *args: Any, **kwargs: Any) -> Any:
         """The recognition program."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the arrays of a batch are called that is a tuple."""
 
     @property
     def has_guide(self) -> bool:
@@ -61,7 +65,7 @@ class Pair(Protocol):
     def signature(self, batch: Batch, seed: int = 0) -> Signature:
         """Where the sites lie."""
 
-    def keep_signature(self, signature: Signature | None) -> None:
+    def keep_signature(self, batch: Batch, signature: Signature | None) -> None:
         """Take what is now known of the sites."""
 
     def traces(self, batch: Batch, particles: int = 1) -> Traces:

@@ -1,300 +1,243 @@
-"""Where the sites of a pair lie, found by running it on a few rows, with its guide checked against its model."""
+"""What the programs of a pair are: the arrays of a batch, the random variables, and where these lie; plain data."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from probae.batches import Batch, leaves, length, rebuilt, rows_at, shapes
-from probae.runtime.seeding import evaluating, seeded
-from probae.tracing import data_axis, guides
-from probae.tracing.agreement import check_places, check_sites
-from probae.tracing.data_axis import frames
-from probae.tracing.masks import Site, is_masked
-from probae.tracing.protocol import Pair
-from probae.tracing.sites import (
-    Signature,
-    is_enumerated,
-    is_factor,
-    is_flat,
-    rows_in_plate,
-    samples,
-)
-from probae.tracing.terms import Traces
-
-_ROWS = 4096  # of the data that a first run sees
-
-#: what a user's program may raise on data that it was not written for
-PROGRAM_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, ArithmeticError)
+from probae.batches import Batch, length
+from probae.tracing.masks import Site
+from probae.tracing.sites import samples
 
 
-def signature_of(pair: Pair, batch: Batch, seed: int = 0) -> Signature:
-    """Run the programs of a `Pair` on a few rows, check guide against model, and say where the sites lie.
+@dataclass(frozen=True)
+class Leaf:
+    """An array of a batch.
 
-    The programs are tried on two numbers of rows that are not N. What they make there is dropped, and programs that fail there
-    (a plate of a fixed size, a parameter for each datum) are run on all rows. Parameters are made by the first run after that,
-    from the seed.
-
-    Raises:
-        ValueError: naming the site, if the guide misses a latent, has one that the model has not, or draws another shape
-            or outside the prior's support; if a site has an axis that no plate declares; if there is no data plate.
+    Attributes:
+        name: the key of a dict, the parameter of the model that it is given to, or ``"x"``.
+        shape: of one datum.
+        dtype: such as ``"float32"``.
+        observed: whether a site of the model observes it; if not, the programs are only given it (labels, covariates).
+        fill: a number that may stand in its place, within the support of the site that observes it.
     """
-    if guides.sets_up_from_data(pair):
-        with evaluating(pair, seed):
-            run_both(pair, _few(batch, length(batch)), None)
-    with evaluating(pair, seed):
-        counts = _counts(batch)
-        trials = _trials(pair, batch, counts)
-    with evaluating(pair, seed):
-        rows = _few(batch, length(batch) if trials is None else min(length(batch), _ROWS))
-        guide, model = run_both(pair, rows, None)  # this run's parameters stay
-        if trials is None:
-            sites, own = data_axis.sites_of(guide, model), data_axis.sites_of(model)
-            data_axis.require_shapes(sites)
-            plates = data_axis.of_one_run(own, rows, lambda values: _likelihood(pair, rows, values))
-            plates = data_axis.of_guide(data_axis.sites_of(guide), own, plates, length(rows))
-        else:
-            rows, guide, model = trials[0]
-            sites = data_axis.sites_of(guide, model)
-            plates = data_axis.tracking([(data_axis.sites_of(*run), length(few)) for few, *run in trials])
-        data_axis.require_plate(plates, sites, rows)
-        check_sites(guide, model, pair.has_guide)
-        signature = described(pair, rows, guide, model, plates, trials is None)
-        few = [rows] if signature.all_rows else [trial[0] for trial in trials or ()]
-        return replace(signature, vectorised=all(_vectorises(pair, some, signature) for some in few))
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    observed: bool = True
+    fill: float = 0.0
+
+    def filled(self, n: int, device: torch.device | None) -> Tensor:
+        """An array of n data that says nothing but its shape."""
+        return torch.full((n, *self.shape), self.fill, dtype=getattr(torch, self.dtype), device=device)
 
 
-def described(pair: Pair, rows: Batch, guide: Any, model: Any, plates: frozenset[str], whole: bool) -> Signature:
-    """What a run on some rows says, given the names of the plates over the data."""
-    sites = data_axis.sites_of(guide, model)
-    over = {f.name: f for site in sites for f in frames(site) if f.name in plates}
-    local = Signature({name: frame.dim for name, frame in over.items()}, max(-f.dim for s in sites for f in frames(s)))
-    drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}
-    latents = [s for s in samples(model) if not s["is_observed"] and local.is_local(s)]
-    shared = [s for s in samples(model) if not s["is_observed"] and not local.is_local(s)]
-    observed = [s for s in samples(model) if s["is_observed"] and not is_factor(s["fn"])]
-    latent = {s["name"]: s for s in (*latents, *shared)}
-    terms = guides.terms(pair, rows, guide, latent, local)
-    if terms.no_density is None:
-        check_places(drawn, latent, local)
-    summed = tuple(s["name"] for s in samples(model) if _summed(s, drawn))
-    return replace(
-        local,
-        latents=tuple(s["name"] for s in latents),
-        globals_=tuple(s["name"] for s in shared),
-        observed=tuple(s["name"] for s in observed),
-        improper=tuple(s["name"] for s in latents if is_flat(s["fn"])),
-        masked=tuple(s["name"] for s in latents if is_masked(s) or is_masked(drawn.get(s["name"], s))),
-        points=tuple(s["name"] for s in latents if s["name"] in terms.points),
-        no_density=terms.no_density,
-        not_normalised=terms.not_normalised,
-        no_evidence=_no_evidence(pair, observed, [s["name"] for s in shared if s["name"] in summed]),
-        measure=getattr(pair, "measure", None) or _measure(observed),
-        subsampled=_subsampled(list(over.values()), length(rows)),
-        summed=summed,
-        all_rows=whole,
-        enumerated=any(is_enumerated(s) for t in (guide, model) for s in samples(t) if not s["is_observed"]),
-        note=_note(pair, model),
-    )
+@dataclass(frozen=True)
+class Variable:
+    """A random variable of the model: a site that is no `pyro.factor`.
+
+    Attributes:
+        name: of the site.
+        observed: whether the model observes it; if not, it is a latent.
+        local: whether there is one for each datum.
+        shape: of its event.
+        support: in words.
+        discrete: whether its values can be counted.
+        leaf: of the batch, the array that it observes, or None where it observes a function of the batch.
+        flat: whether its prior is improper.
+        point: whether the guide has no density for it.
+        masked: whether its prior or guide has a mask.
+        summed: whether the guide leaves it to the model, which sums it out.
+        analytic_kl: whether KL(q ‖ p) has a closed form.
+    """
+
+    name: str
+    observed: bool
+    local: bool = True
+    shape: tuple[int, ...] = ()
+    support: str = ""
+    discrete: bool = False
+    leaf: str | None = None
+    flat: bool = False
+    point: bool = False
+    masked: bool = False
+    summed: bool = False
+    analytic_kl: bool = False
 
 
-def with_more_sites(pair: Pair, rows: Batch, signature: Signature, guide: Any, model: Any) -> Signature:
-    """The signature with the further sites of a run on some rows: longer sequences may draw more."""
-    known = {*signature.latents, *signature.globals_, *signature.observed}
-    if all(site["name"] in known or is_factor(site["fn"]) for site in samples(model)):
-        return signature
-    check_sites(guide, model, pair.has_guide)
-    more = described(pair, rows, guide, model, frozenset(signature.data_dims), signature.all_rows)
-    names = ("latents", "globals_", "observed", "improper", "masked", "points", "summed")
-    joined: Any = {name: tuple(dict.fromkeys((*getattr(signature, name), *getattr(more, name)))) for name in names}
+@dataclass(frozen=True)
+class Signature:
+    """What the programs of a pair are, found once by running them on a few rows.
+
+    Attributes:
+        data_dims: the plates over the data, which have as many elements as there are rows, and their (negative) dimensions.
+        nesting: how many plate dimensions the programs use; the particle plate goes to their left.
+        variables: the latents and what is observed, in the order of the model.
+        leaves: the arrays of a batch.
+        form: of a batch: ``"array"``, ``"tuple"`` or ``"dict"``.
+        measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
+        subsampled: why what is computed is not about all of the data, where the programs take a part of them, or None.
+        enumerated: whether the programs ask for the sum over a discrete latent.
+        no_evidence: why there is no log p(x) of each datum at all, or None.
+        no_density: why the density of the guide's draws is not known, or None.
+        not_normalised: why the guide's terms are no density of its draws, or None.
+        varies: whether some data have sites that others have not.
+        all_rows: whether the programs run on all of the data at once alone.
+        vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
+        note: what the reader of an estimate should know of the programs.
+    """
+
+    data_dims: dict[str, int]
+    nesting: int
+    variables: tuple[Variable, ...] = ()
+    leaves: tuple[Leaf, ...] = ()
+    form: str = "array"
+    measure: str = "density"
+    subsampled: str | None = None
+    enumerated: bool = False
+    no_evidence: str | None = None
+    no_density: str | None = None
+    not_normalised: str | None = None
+    varies: bool = False
+    all_rows: bool = False
+    vectorised: bool = True
+    note: str = ""
+
+    # -- the variables by their kind ---------------------------------------------------------------------------------
+
+    @cached_property
+    def latents(self) -> tuple[str, ...]:
+        """The latents of each datum."""
+        return self._names(lambda v: not v.observed and v.local)
+
+    @cached_property
+    def globals_(self) -> tuple[str, ...]:
+        """The latents that all data share."""
+        return self._names(lambda v: not v.observed and not v.local)
+
+    @cached_property
+    def observed(self) -> tuple[str, ...]:
+        """What the model observes."""
+        return self._names(lambda v: v.observed)
+
+    @cached_property
+    def points(self) -> tuple[str, ...]:
+        """The latents of each datum for which the guide has no density."""
+        return self._names(lambda v: v.point and v.local)
+
+    @cached_property
+    def improper(self) -> tuple[str, ...]:
+        """The latents of each datum whose prior is flat."""
+        return self._names(lambda v: v.flat and v.local)
+
+    @cached_property
+    def masked(self) -> tuple[str, ...]:
+        """The latents of each datum whose prior or guide has a mask."""
+        return self._names(lambda v: v.masked and v.local)
+
+    @cached_property
+    def summed(self) -> tuple[str, ...]:
+        """The latents that are summed out."""
+        return self._names(lambda v: v.summed)
+
+    @cached_property
+    def given(self) -> tuple[str, ...]:
+        """The arrays of a batch that the programs condition on and do not observe."""
+        return tuple(leaf.name for leaf in self.leaves if not leaf.observed)
+
+    def variable(self, name: str) -> Variable:
+        """The variable of a name."""
+        return next(v for v in self.variables if v.name == name)
+
+    def _names(self, kind: Any) -> tuple[str, ...]:
+        return tuple(v.name for v in self.variables if kind(v))
+
+    # -- where sites lie ---------------------------------------------------------------------------------------------
+
+    def data_plate(self, site: Site) -> Any:
+        """The plate over the data that a site lies in, or None."""
+        return next((frame for frame in site["cond_indep_stack"] if frame.name in self.data_dims), None)
+
+    def is_local(self, site: Site) -> bool:
+        """Whether a site lies inside a plate over the data."""
+        return self.data_plate(site) is not None
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    def batch(self, tensors: Iterable[Tensor]) -> Batch:
+        """Arrays, in the order of the leaves, as a batch of this form."""
+        found = tuple(tensors)
+        if self.form == "array":
+            return found[0]
+        return found if self.form == "tuple" else {leaf.name: x for leaf, x in zip(self.leaves, found, strict=True)}
+
+    # -- on disk -----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, which `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Signature:
+        """The signature that `to_json` wrote.
+
+        Raises:
+            ValueError: if the data are not of that form.
+        """
+        try:
+            parts = {name: tuple(_of(kind, each) for each in data[name]) for name, kind in _PARTS.items()}
+            found: Signature = _of(cls, {**data, **parts})
+            if not all(isinstance(getattr(torch, leaf.dtype, None), torch.dtype) for leaf in found.leaves):
+                raise ValueError("a leaf has a dtype that torch has not")
+            return found
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"expected the signature of a model: {error}") from error
+
+
+_PARTS: dict[str, Any] = {"variables": Variable, "leaves": Leaf}
+
+
+def _of(kind: Any, data: Any) -> Any:
+    """A dataclass from its fields; a list becomes a tuple."""
+    names = {field.name for field in fields(kind)}
+    if not isinstance(data, dict) or set(data) - names:
+        raise TypeError(f"expected the fields {sorted(names)}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+def merged(first: Signature, second: Signature) -> Signature:
+    """A signature with the further variables of another run; what holds of a variable in one of them holds."""
+    others = {v.name: v for v in second.variables}
+    known = []
+    for variable in first.variables:
+        other = others.pop(variable.name, variable)
+        flags = {
+            name: getattr(variable, name) or getattr(other, name) for name in ("flat", "point", "masked", "summed")
+        }
+        known.append(replace(variable, **flags))
     reasons = {
-        name: getattr(signature, name) or getattr(more, name)
-        for name in ("no_density", "not_normalised", "no_evidence")
+        name: getattr(first, name) or getattr(second, name) for name in ("no_density", "not_normalised", "no_evidence")
     }
     return replace(
-        signature,
-        **joined,
+        first,
+        variables=(*known, *others.values()),
         **reasons,
-        nesting=max(signature.nesting, more.nesting),
-        enumerated=signature.enumerated or more.enumerated,
-        vectorised=signature.vectorised and _vectorises(pair, rows, more),
+        nesting=max(first.nesting, second.nesting),
+        enumerated=first.enumerated or second.enumerated,
         varies=True,
     )
 
 
-def _counts(batch: Batch) -> list[int]:
-    """Two numbers of rows that are neither N nor the size of another axis: a plate over a wrong axis then shows itself."""
-    taken = {length(batch), *(size for _, leaf in leaves(batch) for size in leaf.shape[1:])}
-    return [n for n in range(5, 8 + len(taken)) if n not in taken][:2]
-
-
-def _trials(pair: Pair, batch: Batch, counts: list[int]) -> list[tuple[Batch, Any, Any]] | None:
-    """The programs' runs on so many rows, or None where they do not run on them."""
-    found, declared = [], []
-    try:
-        for count in counts:
-            rows = _few(batch, count)
-            with pair.trying() as shapes_:
-                guide, model = run_both(pair, rows, None)
-            declared.append(shapes_)
-            data_axis.require_shapes(data_axis.sites_of(guide, model))
-            found.append((rows, guide, model))
-        tracked = data_axis.tracking([(data_axis.sites_of(*run), length(rows)) for rows, *run in found])
-        if not tracked or declared[0] != declared[-1]:  # a parameter for each datum knows all of them
-            return None
-    except ValueError:
-        return None
-    return found
-
-
-def run_both(pair: Pair, rows: Batch, signature: Signature | None) -> tuple[Any, Any]:
-    """The traces of guide and model; whatever their own errors are, they come back as ValueErrors that name the program."""
-    guide: Any = poutine.Trace()
-    if pair.has_guide:
-        with program_errors("guide", rows):
-            guide = pair.run(pair.guide, rows, 1, signature)
-    with program_errors("model", rows):
-        return guide, pair.run(pair.model, rows, 1, signature, poutine.replay, trace=guide)
-
-
-@contextlib.contextmanager
-def program_errors(name: str, rows: Batch) -> Iterator[None]:
-    """A user's program runs here: whatever its own errors are, they come out as ValueErrors that name it."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the {name} failed: a distribution cannot do what is asked of it ({first_line(error)}). A flat prior cannot be "
-            "drawn from: it needs a guide that draws its site"
-        ) from error
-    except PROGRAM_ERRORS as error:
-        if "DataLoader worker" in str(
-            error
-        ):  # torch's signal handler says so at any moment, and no program is to blame
-            raise
-        raise ValueError(f"the {name} failed on rows of the data, of shape {shapes(rows)}: {error}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first; its kind, where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _summed(site: Site, drawn: dict[str, Site]) -> bool:
-    return not site["is_observed"] and site["name"] not in drawn and is_enumerated(site)
-
-
-def _subsampled(plates: list[Any], count: int) -> str | None:
-    for plate in plates:
-        if 0 <= plate.size < (plate.full_size or 0) and plate.full_size == count:
-            return (
-                f"the programs subsample their data, {plate.size} of {plate.full_size} in plate {plate.name!r}: what is "
-                "computed would not be about the data that were given. Evaluate programs whose plate has all of them"
-            )
-    return None
-
-
-def _no_evidence(pair: Pair, observed: list[Site], summed: list[str]) -> str | None:
-    if not observed and not pair.tractable:
-        return (
-            "the model observes no site of the data, so it has no density of them (a pyro.factor adds to the loss, but is "
-            "none): there is no log p(x). Observe the data: pyro.sample('x', ..., obs=x)"
-        )
-    if summed:
-        return (
-            f"the discrete site {summed[0]!r} is shared by all data and summed out: log p of the data together is no sum over "
-            "them, so there is no log p(x) of each datum. Let the guide draw the site, or put it inside the plate over the data"
-        )
-    return None
-
-
-def _note(pair: Pair, model: Any) -> str:
-    own = {f"log_det_{depth}" for depth in range(1, getattr(pair, "depth", 0) + 1)}  # of `Transformed`
-    names = [s["name"] for s in samples(model) if s["is_observed"] and is_factor(s["fn"]) and s["name"] not in own]
-    if not names:
-        return ""
-    return (
-        f"The model adds pyro.factor({names[0]!r}): the value is the logarithm of the integral over the latents, and a log "
-        "density of the data only if the factor belongs to a normalised model."
-    )
-
-
-def _measure(observed: list[Site]) -> str:
-    kinds = {bool(s["fn"].support.is_discrete) for s in observed}
-    return "mixed" if len(kinds) > 1 else "mass" if kinds == {True} else "density"
-
-
-def _few(batch: Batch, count: int) -> Batch:
-    """So many rows, repeated where there are fewer."""
-    index = torch.arange(count) % length(batch)
-    few = rows_at(batch, index) if count != length(batch) else batch
-    return rebuilt(
-        few, [_without_gaps(leaf, rows) for (_, leaf), (_, rows) in zip(leaves(batch), leaves(few), strict=True)]
-    )
-
-
-def _without_gaps(leaf: Tensor, rows: Tensor) -> Tensor:
-    """Rows of numbers: what is missing takes a value that its column has elsewhere, since programs may take no other."""
-    if not leaf.is_floating_point() or (good := torch.isfinite(rows)).all():
-        return rows
-    largest = torch.where(torch.isfinite(leaf), leaf, -torch.inf).amax(0)
-    return torch.where(good, rows, torch.where(torch.isfinite(largest), largest, 0.0))
-
-
-def _likelihood(pair: Pair, rows: Batch, values: dict[str, Any]) -> Tensor:
-    """log p of the observations (N,), summed over what else lies in each, at given values of the latents."""
-    model = pair.run(pair.model, rows, 1, None, poutine.condition, data=values)
-    total = torch.zeros(length(rows), device=pair.device)
+def rows_in_plate(model: Any, signature: Signature, batch: Batch) -> int:
+    """The size of the data plate in a trace, smaller than N where the programs subsample."""
     for site in samples(model):
-        if site["name"] not in values and not is_factor(site["fn"]):
-            density = site["fn"].log_prob(site["value"])
-            dims = [f.dim for f in frames(site) if f.size == length(rows)]
-            if dims:
-                total = total + density.movedim(dims[0], -1).reshape(-1, length(rows)).sum(0)
-    return total
-
-
-def _vectorises(pair: Pair, rows: Batch, signature: Signature) -> bool:
-    """Whether K particles at once give the terms that each of them gives alone."""
-    particles = next(k for k in (3, 4) if k != length(rows))
-
-    def run(values: dict[str, Any], k: int) -> Traces:
-        guide: Any = poutine.Trace()
-        if pair.has_guide:
-            with seeded(0, pair.device):  # plain noise in a guide, as a denoising one has, is then the same
-                guide = run_at(pair, pair.guide, rows, k, signature, values)
-        with seeded(1, pair.device):
-            drawn = {s["name"]: s["value"] for s in samples(guide) if not s["is_observed"]}
-            model = run_at(pair, pair.model, rows, k, signature, values | drawn)
-        return Traces([(guide, model)], signature, k, rows_in_plate(model, signature, rows))
-
-    def latents(traces: Traces) -> dict[str, Any]:
-        return {s["name"]: s["value"] for trace in traces.runs[0] for s in samples(trace) if not s["is_observed"]}
-
-    try:
-        shapes_alone = {name: value.shape for name, value in latents(run({}, 1)).items()}
-        together = run({}, particles)
-        drawn = latents(together)
-        for k in range(particles):
-            alone = run({name: value[k].reshape(shapes_alone[name]) for name, value in drawn.items()}, 1)
-            for part in ("likelihood", "prior", "posterior"):
-                for a, b in zip(getattr(together, part)(), getattr(alone, part)(), strict=True):
-                    if not torch.allclose(a[k], b[0], rtol=1e-3, atol=1e-3, equal_nan=True):
-                        return False
-        return True
-    except PROGRAM_ERRORS:  # the programs take no particle axis
-        return False
-
-
-def run_at(pair: Pair, program: Any, batch: Batch, particles: int, signature: Signature, values: dict[str, Any]) -> Any:
-    """Trace a program at given values of its latents, which stay latents."""
-    trace = pair.run(program, batch, particles, signature, poutine.condition, data=values)
-    for site in samples(trace):
-        site["is_observed"] = site["is_observed"] and site["name"] not in values
-    return trace
+        frame = signature.data_plate(site)
+        if frame is not None:
+            return frame.size if frame.size >= 0 else length(batch)  # a plate without a size takes the data's
+    return length(batch)

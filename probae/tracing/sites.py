@@ -1,10 +1,9 @@
-"""What a site of a trace is: its distribution and support, and where it lies in a pair's signature of plates."""
+"""What a site of a trace is: its distribution, and its support."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,62 +12,10 @@ from pyro.distributions import Delta, ImproperUniform, MixtureSameFamily, SineBi
 from torch.distributions import TransformedDistribution, biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, Transform
 
-from probae.batches import Batch, length
 from probae.tracing.masks import Site
 
-
-@dataclass(frozen=True)
-class Signature:
-    """Where the sites of a pair lie, and what its densities are good for.
-
-    Attributes:
-        data_dims: the plates over the data, which have as many elements as there are rows, and their (negative) dimensions.
-        nesting: how many plate dimensions the programs use; the particle plate goes to their left.
-        latents, globals_: the model's latent sites inside and outside the data plate.
-        observed: its observed sites.
-        points: local latents for which the guide has no density.
-        improper: local latents whose prior is flat.
-        masked: local latents whose prior or guide has a mask.
-        measure: ``"mass"`` if all that is observed is discrete, ``"density"`` if none is, else ``"mixed"``.
-        subsampled: why what is computed is not about all of the data, where the programs take a part of them, or None.
-        summed: latents that the guide leaves to the model, which are summed out.
-        enumerated: whether the programs ask for the sum over a discrete latent.
-        no_evidence: why there is no log p(x) of each datum at all, or None.
-        no_density: why the density of the guide's draws is not known, or None.
-        not_normalised: why the guide's terms are no density of its draws, or None.
-        varies: whether some data have sites that others have not.
-        all_rows: whether the programs run on all of the data at once alone.
-        vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
-        note: what the reader of an estimate should know of the programs.
-    """
-
-    data_dims: dict[str, int]
-    nesting: int
-    latents: tuple[str, ...] = ()
-    globals_: tuple[str, ...] = ()
-    observed: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
-    improper: tuple[str, ...] = ()
-    masked: tuple[str, ...] = ()
-    measure: str = "density"
-    subsampled: str | None = None
-    summed: tuple[str, ...] = ()
-    enumerated: bool = False
-    no_evidence: str | None = None
-    no_density: str | None = None
-    not_normalised: str | None = None
-    varies: bool = False
-    all_rows: bool = False
-    vectorised: bool = True
-    note: str = ""
-
-    def data_plate(self, site: Site) -> Any:
-        """The plate over the data that a site lies in, or None."""
-        return next((frame for frame in site["cond_indep_stack"] if frame.name in self.data_dims), None)
-
-    def is_local(self, site: Site) -> bool:
-        """Whether a site lies inside a plate over the data."""
-        return self.data_plate(site) is not None
+#: what a user's program may raise on data that it was not written for
+PROGRAM_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, ArithmeticError)
 
 
 def samples(trace: Any) -> Iterator[Site]:
@@ -210,12 +157,3 @@ def _alike(a: Any, b: Any) -> bool:
     a, b = _of_numbers(a), _of_numbers(b)
     ends = [[torch.as_tensor(getattr(c, end, 0.0)) for end in ("lower_bound", "upper_bound")] for c in (a, b)]
     return type(a) is type(b) and all(bool((x == y).all()) for x, y in zip(*ends, strict=True))
-
-
-def rows_in_plate(model: Any, signature: Signature, batch: Batch) -> int:
-    """The size of the data plate in a trace, smaller than N where the programs subsample."""
-    for site in samples(model):
-        frame = signature.data_plate(site)
-        if frame is not None:
-            return frame.size if frame.size >= 0 else length(batch)  # a plate without a size takes the data's
-    return length(batch)

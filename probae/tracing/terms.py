@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from probae.tracing.masks import Site, kept, log_density
-from probae.tracing.sites import Signature, is_flat, samples
+from probae.tracing.signature import Signature
+from probae.tracing.sites import is_flat, samples
 
 
 class Part(NamedTuple):
@@ -100,7 +101,7 @@ class Traces:
                     yield site, log_prob(site).detach() if _unreparameterised(site) else log_prob(site)
                     continue
                 other = model.nodes.get(site["name"])
-                exact = _closed_form(site, other) if drawn == latent and other is not None else None
+                exact = closed_form(site, other) if drawn == latent and other is not None else None
                 if exact is not None:
                     yield site, exact
                 else:
@@ -189,7 +190,8 @@ def scaled_sites(traces: Traces) -> list[str]:
     return [n for n, s in scales.items() if bool((torch.as_tensor(s) != 1).any())]
 
 
-def _closed_form(q: Site, p: Site) -> Tensor | None:
+def closed_form(q: Site, p: Site) -> Tensor | None:
+    """KL(q ‖ p) at a site, where it has a closed form, else None."""
     # a closed form holds where the same numbers of both count, and what is not looked at is taken to differ
     alike = q["mask"] is p["mask"] and q["scale"] is p["scale"]
     if not isinstance(q["scale"], Tensor) and not isinstance(p["scale"], Tensor):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from probae.adapter import as_pair
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
 from probae.data.streams import InMemory, Source, fetching, source
 from probae.graphs.cost import MODES
 from probae.objectives import Objective, named
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.runtime.fingerprints import Checksum, fingerprint, of_data
 from probae.runtime.isolation import isolated
 from probae.runtime.precision import PRECISIONS
@@ -25,7 +26,7 @@ from probae.runtime.processes import Processes, held, local_device, processes
 from probae.runtime.seeding import checked_seed, derived, reseed, seeded
 from probae.storage.folders import preparing
 from probae.tracing.checks import check
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 from probae.training.checkpoint import KIND, Checkpoints
 from probae.training.identity import identity_of
 from probae.training.loop import Loop

@@ -11,7 +11,7 @@ import torch
 from probae.arguments import positive
 from probae.objectives import Objective
 from probae.pair import Pair
-from probae.tracing.signature import PROGRAM_ERRORS
+from probae.tracing.sites import PROGRAM_ERRORS
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),

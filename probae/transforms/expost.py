@@ -9,12 +9,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.arguments import one_of, whole
 from probae.batches import Batch
 from probae.evidence.refined import Guides, Refinement, Refiner
 from probae.heads.code_priors import CodePrior, fitted
 from probae.heads.distributions import DiscretisedNormal, Translated
-from probae.pair import Pair, as_pair
+from probae.pair import Pair
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import derived, evaluating, seeded
@@ -52,17 +53,18 @@ class ExPost(Pair):
         self.event_dim, self.missing = self.inner.event_dim, self.inner.missing
         self.keeps_precision = self.inner.keeps_precision
         if (features := getattr(self.inner, "features", None)) is not None:
-            self.features = features
+            self.features, self.event_shape = features, getattr(self.inner, "event_shape", (features,))
+        self.given = getattr(self.inner, "given", None)
         self.register_buffer("log_factor", torch.zeros(whole("scales", scales)))
 
-    def likelihood(self, z: Tensor) -> Any:
+    def likelihood(self, z: Tensor, *given: Tensor) -> Any:
         """p(x | z), the decoder's at the code of z, its scale times c."""
-        fn = self.inner.likelihood(self.prior.code(z))
+        fn = self.inner.likelihood(self.prior.code(z), *given)
         return _rescaled(fn, self.log_factor.exp()) if _scale(fn) is not None else fn
 
-    def posterior(self, x: Tensor) -> Any:
+    def posterior(self, x: Tensor, *given: Tensor) -> Any:
         """The autoencoder's own guide; of a point, the latent of its code."""
-        fn = self.inner.posterior(x)
+        fn = self.inner.posterior(x, *given)
         if isinstance(base(fn), dist.Delta):
             return dist.Delta(self.prior.latent(fn.mean), event_dim=1, validate_args=False)
         return fn
@@ -73,9 +75,9 @@ class ExPost(Pair):
         return self.inner.encode(x)
 
     @isolated
-    def decode(self, z: Any) -> Tensor:
+    def decode(self, z: Any, *, given: Any = None, like: Any = None) -> Any:
         """The mean of x given codes, (..., L) -> (..., D)."""
-        return self.inner.decode(z)
+        return self.inner.decode(z, given=given, like=like)
 
     def __repr__(self) -> str:
         return f"<{self.label}: {type(self.inner).__name__}, {type(self.prior).__name__} of {self.latents} latents>"

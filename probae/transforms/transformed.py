@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
-from probae.tracing.sites import Signature
+from probae.tracing.signature import Signature
 from probae.transforms.around import Around
 from probae.transforms.maps import Transform
 
@@ -57,19 +57,19 @@ class Transformed(Around):
 
     def signature(self, batch: Any, seed: int = 0) -> Signature:
         """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
-        if self._signature is None and isinstance(batch, Tensor):
+        if not self._signatures and isinstance(batch, Tensor):
             self.inner.signature(self._forth(batch), seed)
         return super().signature(batch, seed)
 
-    def keep_signature(self, signature: Signature | None) -> None:
+    def keep_signature(self, batch: Any, signature: Signature | None) -> None:
         """As for any pair; the inner one's is found anew where this one's is."""
-        super().keep_signature(signature)
-        if signature is None:
-            self.inner.keep_signature(None)
+        super().keep_signature(batch, signature)
+        if signature is None and isinstance(batch, Tensor):
+            self.inner.keep_signature(batch, None)
 
     @property
     def _is_mass(self) -> bool:
-        return self.inner._signature is not None and self.inner._signature.measure == "mass"
+        return self.inner.remembered is not None and self.inner.remembered.measure == "mass"
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """As for any pair, and that the transform is finite at all of the data."""
@@ -103,18 +103,18 @@ class Transformed(Around):
             x, total = x.to(dtype), total.to(dtype)
         return x, total.sum(list(range(1 - self.event_dim, 0))) if self.event_dim > 1 else total
 
-    def model(self, x: Tensor) -> None:
+    def model(self, x: Tensor, *given: Tensor) -> None:
         """The inner model at T(x), with the log-determinant as a factor."""
         y, log_det = self.apply_to(x)
         if not self._is_mass:
             with self._rows(x):
                 pyro.factor(f"log_det_{self.depth}", log_det)
-        self.inner.model(y)
+        self.inner.model(y, *given)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, *given: Tensor) -> None:
         """The inner guide at T(x)."""
         if self.inner.has_guide:
-            self.inner.guide(self.apply_to(x)[0])
+            self.inner.guide(self.apply_to(x)[0], *given)
 
     @property
     def tractable(self) -> bool:
@@ -126,10 +126,10 @@ class Transformed(Around):
         y, log_det = self.apply_to(x)
         return self.inner.log_marginal(y) if self._is_mass else self.inner.log_marginal(y) + log_det
 
-    def initialise(self, x: Tensor) -> None:
+    def initialise(self, x: Tensor, *given: Tensor) -> None:
         """The inner pair's start, at T(x)."""
         if self.inner.has("initialise"):
-            self.inner.initialise(self._forth(x))
+            self.inner.initialise(self._forth(x), *given)
 
     @isolated
     def maximum_likelihood(self, x: Any, **options: Any) -> Transformed:
