@@ -39,6 +39,7 @@ _ROOMS = {
     "impute": "adapter",
     "save": "storage.saving",
     "load": "storage.saving",
+    "savable": "recipe",
 }
 
 # public modules, by the name that users know
@@ -93,6 +94,7 @@ __all__ = [
     "reconstruct",
     "sample",
     "sandwich",
+    "savable",
     "save",
     "transforms",
 ]
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
         StochasticAutoencoder,
     )
     from probae.pair import Pair
+    from probae.recipe import savable
     from probae.storage.saving import load, save
     from probae.tracing import missing
     from probae.training import Run, fit

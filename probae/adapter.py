@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from torch import Tensor
-
 from probae.pair import Pair
 
 
@@ -36,12 +34,12 @@ def as_pair(model: Any) -> Pair:
     )
 
 
-def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Any:
+def sample(model: Any, n: int, like: Any = None, seed: int = 0, *, given: Any = None) -> Any:
     """Draw n data from a model; see `Pair.sample`."""
-    return as_pair(model).sample(n, like=like, seed=seed)
+    return as_pair(model).sample(n, like=like, seed=seed, given=given)
 
 
-def impute(model: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+def impute(model: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
     """Draw what is missing in data x given what was observed, (draws, N, D); see `Pair.impute`."""
     return as_pair(model).impute(x, draws, particles=particles, seed=seed)
 
@@ -51,9 +49,9 @@ def encode(model: Any, x: Any) -> Any:
     return as_pair(model).encode(x)
 
 
-def decode(model: Any, z: Any) -> Tensor:
+def decode(model: Any, z: Any, *, given: Any = None, like: Any = None) -> Any:
     """The mean of x given latents z; see `Pair.decode`."""
-    return as_pair(model).decode(z)
+    return as_pair(model).decode(z, given=given, like=like)
 
 
 def reconstruct(model: Any, x: Any) -> Any:

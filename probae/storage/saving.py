@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import probae.models
-import probae.transforms  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
+import probae.transforms.expost  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
 from probae.adapter import as_pair
 from probae.arguments import as_path
 from probae.pair import Pair
 from probae.programs.parameters import FLOATS, fill, fill_known
-from probae.recipe import from_json, to_json
+from probae.recipe import from_json, is_ours, to_json
 from probae.runtime.isolation import isolated
 from probae.storage import reading
 from probae.storage.folders import mark, place_of, preparing, require_free, write
+from probae.tracing.signature import Signature
 
 FORMAT = 1
 KIND = "model"
@@ -37,8 +39,8 @@ _MOST = 1000  # objects that a recipe builds
 def save(model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads.
 
-    A model of probae is rebuilt from its arguments; of any other class, or one that holds networks of a user's own, the
-    tensors alone are kept, and loading needs ``into=``.
+    A model of probae is rebuilt from its arguments, and so is one of a class that `probae.savable` has made known, with
+    networks of such classes. Of any other, the tensors alone are kept, and loading needs ``into=``.
 
     Args:
         model: a torch module with the tensors (a model of ours, a class of the user's, a `Pair`), or a `Run`.
@@ -68,7 +70,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
                 f"model: expected tensors with values, and {name!r} has none (it is lazy, or on the meta device)"
             )
     try:
-        recipe = to_json(module)
+        recipe = to_json(_source(model))
     except TypeError:
         recipe = None
     found, made = _tensors_of(module)
@@ -81,6 +83,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         "recipe": recipe,
         "recipe_sha256": _recipe_checksum(recipe),
         "made": made,
+        "signature": None if (form := getattr(module, "remembered", None)) is None else form.to_json(),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     with preparing(folder, KIND, partial(_finish, folder)) as place:
@@ -120,15 +123,18 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
         module = _module(into)
     elif described["recipe"] is None:
         raise ValueError(
-            f"{folder} holds the tensors of a {described.get('class', 'class')!r:.100}, which is not probae's to build: make "
-            "the model yourself and give it as into="
+            f"{folder} holds the tensors of a {described.get('class', 'class')!r:.100}, which was not savable: make the model "
+            "yourself and give it as into=, or make its class savable (probae.savable) and save it again"
         )
     else:
-        module = _built(described["recipe"], folder)
+        source = _built(described["recipe"], folder)
+        module = _module(source)
     _require_numbers(module, tensors, str(folder), described["recipe"] is not None)
     _read_into(module, tensors, set(described["made"]) if into is not None else set(), folder)
+    if described["signature"] is not None and isinstance(module, Pair):
+        module.remembered = Signature.from_json(described["signature"])
     module.eval()
-    return into if into is not None else module
+    return into if into is not None else source
 
 
 def _whole(folder: Path) -> tuple[dict[str, Any], bytes]:
@@ -171,6 +177,8 @@ def _described(path: Path) -> dict[str, Any]:
         if not isinstance(described, dict) or not {"format", "recipe", "recipe_sha256", "sha256"} <= set(described):
             raise ValueError("expected the keys 'format', 'recipe', 'recipe_sha256' and 'sha256'")
         made = described.setdefault("made", [])
+        if described.setdefault("signature", None) is not None:
+            Signature.from_json(described["signature"])
         if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
             raise ValueError("expected a list of names under 'made'")
         checksum = _recipe_checksum(described["recipe"])
@@ -187,20 +195,19 @@ def _recipe_checksum(recipe: Any) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def _built(recipe: Any, folder: Path) -> nn.Module:
-    """The model of a recipe, its tensors without memory until the file's are put in their place."""
-    import probae.transforms.expost  # noqa: F401 - its classes can be rebuilt too
-
+def _built(recipe: Any, folder: Path) -> Any:
+    """The model of a recipe; tensors of ours take no memory until the file's are put in their place."""
     try:
         if (count := _builds(recipe)) > _MOST:
             raise ValueError(f"expected at most {_MOST} things to build, got {count}")
-        with torch.device("meta"):
-            module = from_json(recipe)
+        # constructors of other classes may compute with numbers, which tensors on the meta device have not
+        with torch.device("meta") if is_ours(recipe) else nullcontext():
+            built = from_json(recipe)
     except (ValueError, TypeError, RuntimeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{folder / _JSON}: its recipe builds no model: {error!s:.500}") from error
-    if not isinstance(module, Pair):
-        raise ValueError(f"{folder / _JSON}: its recipe is of no model, but of a {type(module).__name__}")
-    return module
+    if not callable(getattr(built, "model", None)):
+        raise ValueError(f"{folder / _JSON}: its recipe is of no model, but of a {type(built).__name__}")
+    return built
 
 
 def _builds(recipe: Any) -> int:
@@ -273,3 +280,8 @@ def _module(model: Any) -> nn.Module:
     if isinstance(model, nn.Module) and not callable(getattr(model, "model", None)):
         return model
     return as_pair(model)
+
+
+def _source(model: Any) -> Any:
+    """What a recipe builds: the model itself, not what `fit` returned of it."""
+    return model.model if hasattr(type(model), "history") else model

@@ -66,7 +66,8 @@ def signature_of(pair: Pair, batch: Batch, seed: int = 0) -> Signature:
         data_axis.require_plate(plates, sites, rows)
         check_sites(guide, model, pair.has_guide)
         signature = described(pair, rows, guide, model, plates, trials is None)
-        return replace(signature, vectorised=_vectorises(pair, rows, signature))
+        few = [rows] if signature.all_rows else [trial[0] for trial in trials or ()]
+        return replace(signature, vectorised=all(_vectorises(pair, some, signature) for some in few))
 
 
 def described(pair: Pair, rows: Batch, guide: Any, model: Any, plates: frozenset[str], whole: bool) -> Signature:

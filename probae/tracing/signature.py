@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -111,52 +110,41 @@ class Signature:
 
     # -- the variables by their kind ---------------------------------------------------------------------------------
 
-    @cached_property
-    def latents(self) -> tuple[str, ...]:
-        """The latents of each datum."""
-        return self._names(lambda v: not v.observed and v.local)
+    #: the latents of each datum
+    latents: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: the latents that all data share
+    globals_: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: what the model observes
+    observed: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: the latents of each datum for which the guide has no density
+    points: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: the latents of each datum whose prior is flat
+    improper: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: the latents of each datum whose prior or guide has a mask
+    masked: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: the latents that are summed out
+    summed: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: the arrays of a batch that the programs condition on and do not observe
+    given: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def globals_(self) -> tuple[str, ...]:
-        """The latents that all data share."""
-        return self._names(lambda v: not v.observed and not v.local)
-
-    @cached_property
-    def observed(self) -> tuple[str, ...]:
-        """What the model observes."""
-        return self._names(lambda v: v.observed)
-
-    @cached_property
-    def points(self) -> tuple[str, ...]:
-        """The latents of each datum for which the guide has no density."""
-        return self._names(lambda v: v.point and v.local)
-
-    @cached_property
-    def improper(self) -> tuple[str, ...]:
-        """The latents of each datum whose prior is flat."""
-        return self._names(lambda v: v.flat and v.local)
-
-    @cached_property
-    def masked(self) -> tuple[str, ...]:
-        """The latents of each datum whose prior or guide has a mask."""
-        return self._names(lambda v: v.masked and v.local)
-
-    @cached_property
-    def summed(self) -> tuple[str, ...]:
-        """The latents that are summed out."""
-        return self._names(lambda v: v.summed)
-
-    @cached_property
-    def given(self) -> tuple[str, ...]:
-        """The arrays of a batch that the programs condition on and do not observe."""
-        return tuple(leaf.name for leaf in self.leaves if not leaf.observed)
+    def __post_init__(self) -> None:
+        local = [v for v in self.variables if v.local]
+        kinds: dict[str, list[Any]] = {
+            "latents": [v for v in local if not v.observed],
+            "globals_": [v for v in self.variables if not v.observed and not v.local],
+            "observed": [v for v in self.variables if v.observed],
+            "points": [v for v in local if v.point],
+            "improper": [v for v in local if v.flat],
+            "masked": [v for v in local if v.masked],
+            "summed": [v for v in self.variables if v.summed],
+            "given": [leaf for leaf in self.leaves if not leaf.observed],
+        }
+        for kind, found in kinds.items():
+            object.__setattr__(self, kind, tuple(each.name for each in found))
 
     def variable(self, name: str) -> Variable:
         """The variable of a name."""
         return next(v for v in self.variables if v.name == name)
-
-    def _names(self, kind: Any) -> tuple[str, ...]:
-        return tuple(v.name for v in self.variables if kind(v))
 
     # -- where sites lie ---------------------------------------------------------------------------------------------
 
@@ -181,7 +169,8 @@ class Signature:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, which `from_json` reads."""
-        return asdict(self)
+        data = asdict(self)
+        return {f.name: data[f.name] for f in fields(self) if f.init}
 
     @classmethod
     def from_json(cls, data: Any) -> Signature:
@@ -205,7 +194,7 @@ _PARTS: dict[str, Any] = {"variables": Variable, "leaves": Leaf}
 
 def _of(kind: Any, data: Any) -> Any:
     """A dataclass from its fields; a list becomes a tuple."""
-    names = {field.name for field in fields(kind)}
+    names = {f.name for f in fields(kind) if f.init}
     if not isinstance(data, dict) or set(data) - names:
         raise TypeError(f"expected the fields {sorted(names)}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
