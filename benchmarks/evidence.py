@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import probae
-from probae.evidence.annealed import Annealer, Annealing
+from probae.evidence.ais import AIS, Annealer
 from probae.evidence.weights import prepare
 from probae.graphs.graph import unvalidated
 from probae.runtime.seeding import evaluating
@@ -108,7 +108,7 @@ def with_probae(
     model: probae.VAE, x: Tensor, betas: Tensor, sizes: Tensor, compile: bool | str
 ) -> Callable[[int], None]:
     """The transitions of ``log_evidence(method="ais")``; the memory of a block is what it takes by default."""
-    options = Annealing(chains=CHAINS, distributions=DISTRIBUTIONS, leapfrog=LEAPFROG)
+    options = AIS(chains=CHAINS, distributions=DISTRIBUTIONS, leapfrog=LEAPFROG)
     annealer = Annealer(*prepare(model, x), options, 0, compile)
     rows = x.split(annealer.rows)
     with evaluating(model), unvalidated():
@@ -235,7 +235,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, x = decoder()
-    annealer = Annealer(*prepare(model, x), Annealing(chains=CHAINS, distributions=DISTRIBUTIONS, pilot=20), 0, "flat")
+    annealer = Annealer(*prepare(model, x), AIS(chains=CHAINS, distributions=DISTRIBUTIONS, pilot=20), 0, "flat")
     path = [block.tuned for block in annealer]
     betas, sizes = (torch.cat([getattr(t, name) for t in path], 1)[:, :DATA] for name in ("betas", "sizes"))
     given = model, x, betas, sizes

@@ -22,7 +22,7 @@ from evidence import clock, decoder
 from torch import Tensor
 
 import probae
-from probae.evidence.refined import _WEIGHTS, Refinement, Refiner
+from probae.evidence.refined import _WEIGHTS, Refined, Refiner
 from probae.evidence.weights import prepare
 
 STEPS, DRAWS, PARTICLES, CHUNK = 300, 8, 5000, 16
@@ -73,7 +73,7 @@ def with_probae(
 ) -> Callable[[], Found]:
     """``log_evidence(method="refined")`` over graphs that are kept."""
     pair, batch, signature = prepare(model, x)
-    options = Refinement(covariance=covariance, steps=steps, draws=DRAWS)
+    options = Refined(covariance=covariance, steps=steps, draws=DRAWS)
     refiner = Refiner(pair, batch, signature, options, 1, compile, PARTICLES)
 
     def run() -> Found:

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 import probae
-from probae.data.streams import InMemory
 from probae.adapter import as_pair
+from probae.data.streams import InMemory
 from probae.runtime.processes import ALONE, Processes, local_device, processes
 from probae.runtime.seeding import seeded
 from probae.training.optimizers import OPTIMIZERS

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from peers import CASES, DEVICE, GPU, LR, WARM_UP, WAYS, Case, Way, built, cold, evaluated, synchronise
 
-from probae.data.streams import InMemory
 from probae.adapter import as_pair
+from probae.data.streams import InMemory
 from probae.runtime.processes import ALONE
 from probae.runtime.seeding import seeded
 from probae.training.optimizers import OPTIMIZERS

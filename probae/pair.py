@@ -158,16 +158,22 @@ class Pair(Parameters, Passes, nn.Module):
         """Whether the pair has a callable of that name: prior, likelihood, posterior, marginal."""
         return callable(getattr(self, name, None))
 
+    def own(self, name: str) -> Any:
+        """A method of the model's class, ``estimate_log_prob`` or ``draw_data``, or None; see CONTRIBUTING."""
+        method = getattr(self if self._owner is None else self._owner, name, None)
+        return method if callable(method) else None
+
     @property
     def tractable(self) -> bool:
         """Whether log p(x) is known in closed form."""
         return self.has("marginal")
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """log p(x) (N,), by the marginal; of what is observed, where values are missing."""
         self.need("marginal")
+        x, given = self._apart(args, kwargs)
         with self.own_parameters():
-            marginal, shape = self.marginal(), x.shape[:1]
+            marginal, shape = self.marginal(*given), x.shape[:1]
         if self.missing is not None:
             marginal, x = masked(marginal, x)
         values = marginal.log_prob(x)

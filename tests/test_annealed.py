@@ -13,8 +13,9 @@ from scipy.special import gammaln, logsumexp
 from torch import nn
 
 import probae
-from probae.evidence import annealed, hmc, schedules
-from probae.evidence.annealed import Annealer, Annealing
+from probae.evidence import ais as annealed
+from probae.evidence import hmc, schedules
+from probae.evidence.ais import AIS, Annealer
 from probae.evidence.reliability import reliable_chains
 from probae.evidence.weights import prepare
 from probae.heads import likelihoods
@@ -233,7 +234,7 @@ def test_every_schedule_is_unbiased(schedule):
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
 def test_a_schedule_rises_from_zero_to_one(kind):
     model = linear_gaussian()
-    annealer = Annealer(*prepare(model, probae.sample(model, 3)), Annealing(schedule=kind, chains=4), 0, "flat")
+    annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(schedule=kind, chains=4), 0, "flat")
     for block in annealer:
         betas, sizes, _ = block.tuned
         assert betas.shape == sizes.shape == (1001, 3)
@@ -431,7 +432,7 @@ def test_options_are_checked(options, message):
 
 def test_the_reported_run_sees_tuning_that_is_frozen():
     model = linear_gaussian()
-    annealer = Annealer(*prepare(model, probae.sample(model, 3)), Annealing(chains=4, **QUICK), 0, False)
+    annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(chains=4, **QUICK), 0, False)
     starts = []
     drawn, annealer.start = annealer.start, lambda *args: starts.append(drawn(*args)) or starts[-1]
     for block in annealer:
@@ -470,7 +471,7 @@ def test_a_compiled_step_is_the_same_to_rounding():
     x = (normal(5, 6) > 0).double()
     points = {}
     for way in (False, True):
-        annealer = Annealer(*prepare(model, x), Annealing(chains=3, **QUICK), 0, way)
+        annealer = Annealer(*prepare(model, x), AIS(chains=3, **QUICK), 0, way)
         for block in annealer:
             u = annealer.start("prior", block.rows)
             moving = annealer.on("prior", u, block.rows)
@@ -484,7 +485,7 @@ def test_blocks_of_data_give_what_all_at_once_give_in_law():
     x = copies(probae.sample(model, 3, seed=3), 100)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)
     evidence = probae.log_evidence(model, x, "ais", chains=2, memory=50_000, **QUICK)
-    annealer = Annealer(*prepare(model, x), Annealing(chains=2, memory=50_000, **QUICK), 0, False)
+    annealer = Annealer(*prepare(model, x), AIS(chains=2, memory=50_000, **QUICK), 0, False)
     assert annealer.blocks > 2
     assert_unbiased(evidence.values, truth)
 
@@ -644,4 +645,4 @@ def test_a_prior_of_uneven_scales_is_walked_in_its_own_units(monkeypatch):
 
 def test_an_even_prior_keeps_its_coordinates():
     model = linear_gaussian()
-    assert Annealer(*prepare(model, probae.sample(model, 3)), Annealing(chains=4), 0, "flat").units is None
+    assert Annealer(*prepare(model, probae.sample(model, 3)), AIS(chains=4), 0, "flat").units is None

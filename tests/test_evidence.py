@@ -16,7 +16,7 @@ from torch import nn
 
 import probae
 from probae.evidence import Evidence
-from probae.evidence.tractable import enumerate_states
+from probae.evidence.enumeration import enumerate_states
 from probae.heads import likelihoods, posteriors, priors
 
 EXACT = 1e-10

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.adapter import as_pair
 from probae.arguments import whole
 from probae.batches import as_batch, length
 from probae.comparison.baselines import checked_training, fit_baselines
 from probae.comparison.comparable import require_one_kind, require_one_measure, require_these_data
-from probae.comparison.entry import Entry, evaluated, given
+from probae.comparison.entry import Checked, Entry, evaluated, given
 from probae.comparison.folds import held_out
 from probae.comparison.result import Comparison, notes_on
-from probae.evidence import Evidence, options_of
+from probae.evidence import Auto, Estimator, Evidence
+from probae.evidence.evaluation import estimator_of
+from probae.evidence.weights import prepare
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed
-from probae.tracing.checks import check
 
 
 @isolated
@@ -29,7 +29,7 @@ def compare(
     *,
     train: Any = None,
     folds: int | None = None,
-    method: str = "auto",
+    method: str | Estimator = "auto",
     particles: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -72,8 +72,8 @@ def compare(
         100
     """
     fits = _named(models)
-    options_of(method, particles, options)
-    settings = {**options, "method": method, "particles": particles, "seed": checked_seed(seed)}
+    estimator, seed = estimator_of(method, particles, options), checked_seed(seed)
+    direct = Auto() if particles is None else Auto(particles=particles)  # of baselines
     data = as_batch(x, torch.float64)
     left_out: list[str] = []
 
@@ -89,24 +89,27 @@ def compare(
                     f"models: with folds=, expected functions from training data to a fitted model, as {name!r}"
                 )
         with tqdm(total=folds * len(fits), disable=not progress, unit="fit", desc="log p(x)") as bar:
-            entries = held_out(fits, x, folds, settings, bar, left_out)
+            entries = held_out(fits, x, folds, estimator, direct, seed, bar, left_out)
     else:
         for name, found in fits.items():
             for evidence in found:
                 if isinstance(evidence, Evidence):
                     require_these_data(name, evidence, x)
-        require_one_measure([(name, _measure(fit, x)) for name, found in fits.items() for fit in found])
+        checked = {
+            name: [prepare(fit, x) for fit in found if not isinstance(fit, Evidence)] for name, found in fits.items()
+        }
+        require_one_measure(
+            [(name, measure) for name, found in fits.items() for measure in _measures(found, checked[name])]
+        )
         if train is not None:
             require_one_kind(checked_training(train), x)
         bar = tqdm(fits.items(), disable=not progress, unit="model", desc="log p(x)")
-        entries = [_entry(name, found, x, settings) for name, found in bar]
+        entries = [_entry(name, found, x, estimator, seed, checked[name]) for name, found in bar]
         if train is not None:
             for name, model in fit_baselines(train, entries[0].measure == "mass", seed, data, left_out).items():
                 if name in fits:
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
-                entries.append(
-                    evaluated(name, [model], x, True, {"method": "auto", "particles": particles, "seed": seed})
-                )
+                entries.append(evaluated(name, [model], x, True, direct, seed))
     comparison = Comparison(entries, data if isinstance(data, Tensor) else torch.empty(length(data), 0))
     comparison.notes = [*notes_on(comparison), *left_out]
     if folds is not None:
@@ -133,16 +136,13 @@ def _is_fitted(model: Any) -> bool:
     return isinstance(model, Evidence) or callable(getattr(model, "model", None)) or hasattr(model, "history")
 
 
-def _entry(name: str, fits: list[Any], x: Any, settings: dict[str, Any]) -> Entry:
+def _entry(name: str, fits: list[Any], x: Any, estimator: Estimator, seed: int, checked: Sequence[Checked]) -> Entry:
     kinds = {isinstance(fit, Evidence) for fit in fits}
     if len(kinds) > 1:
         raise ValueError(f"models: the fits of {name!r} are models and evidence: expected one of the two")
-    return given(name, fits) if kinds == {True} else evaluated(name, fits, x, False, settings)
+    return given(name, fits) if kinds == {True} else evaluated(name, fits, x, False, estimator, seed, checked)
 
 
-def _measure(fit: Any, x: Any) -> str:
-    """``"mass"`` or ``"density"``, after checking a pair against the data."""
-    if isinstance(fit, Evidence):
-        return fit.measure
-    pair = as_pair(fit)
-    return check(pair, pair.as_batch(x)).measure
+def _measures(fits: list[Any], checked: Sequence[Checked]) -> list[str]:
+    """``"mass"`` or ``"density"``, of each fit."""
+    return [fit.measure for fit in fits if isinstance(fit, Evidence)] + [signature.measure for *_, signature in checked]

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from probae.adapter import as_pair
+from probae.batches import Batch
 from probae.diagnostics.latents import latents
-from probae.evidence import Evidence, log_evidence, no_bound
+from probae.evidence import ELBO, IWAE, Auto, Estimator, Evidence, Own, no_bound
+from probae.evidence.evaluation import evaluated as estimate
+from probae.evidence.weights import prepare
 from probae.pair import Pair
-from probae.tracing.checks import check
 from probae.tracing.signature import Signature
+
+#: a pair, data of its dtype and on its device, and its signature
+Checked = tuple[Pair, Batch, Signature]
 
 _DRAWS = 8  # of each datum's latents, for reconstruction and activity
 
@@ -52,8 +57,14 @@ class Entry:
 
     @property
     def bound(self) -> str:
-        """``"exact"`` if all fits have the exact value, else ``"lower"``."""
-        return "exact" if all(e.bound == "exact" for e in self.evidence or []) else "lower"
+        """What the values are; where the fits differ in that, the weakest of it."""
+        order = ("exact", "lower", "estimate", "upper estimate", "upper")
+        return max((e.bound for e in self.evidence or []), key=order.index, default="exact")
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the values can be ranked: an exact value or a lower bound can, an estimate or an upper bound cannot."""
+        return bool(self.evidence) and self.bound in {"exact", "lower"}
 
     @property
     def mc_stderr(self) -> float:
@@ -99,35 +110,45 @@ class Entry:
         return sum(p.numel() for p in as_pair(self.models[0]).trained())
 
 
-def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: dict[str, Any]) -> Entry:
-    """An entry for fitted models on held-out data x; ``options`` are those of `log_evidence`, with a ``seed``."""
+def evaluated(
+    name: str,
+    fits: Sequence[Any],
+    x: Any,
+    baseline: bool,
+    estimator: Estimator,
+    seed: int,
+    checked: Sequence[Checked] = (),
+) -> Entry:
+    """An entry for fitted models on held-out data x, which are checked unless they have been."""
     start = time.perf_counter()
-    pairs = [as_pair(fit) for fit in fits]
-    signatures = [check(pair, pair.as_batch(x)) for pair in pairs]
-    found = [_evidence(pair, signature, x, options) for pair, signature in zip(pairs, signatures, strict=True)]
+    checked = checked or [prepare(fit, x) for fit in fits]
+    found = [_evidence(each, estimator, x, seed) for each in checked]
     evidence = [each for each in found if isinstance(each, Evidence)]
     why_not = next((each for each in found if isinstance(each, str)), None)
     if why_not is not None and evidence:
         raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {why_not}")
     seconds = time.perf_counter() - start
     reconstruction = active = math.nan
-    if pairs[0].has_guide and signatures[0].latents:
-        batch = pairs[0].as_batch(x)
-        kept = latents(pairs[0], signatures[0], batch, _DRAWS, options["seed"])
+    pair, batch, signature = checked[0]
+    if pair.has_guide and signature.latents:
+        kept = latents(pair, signature, batch, _DRAWS, seed)
         if kept.reconstruction is not None:
             reconstruction = float(kept.reconstruction.mean())
         active = sum(int(unit.active.sum()) for unit in kept.units.values())
-    measure = signatures[0].measure
-    return Entry(name, list(fits), evidence or None, why_not, reconstruction, active, measure, seconds, baseline)
+    return Entry(
+        name, list(fits), evidence or None, why_not, reconstruction, active, signature.measure, seconds, baseline
+    )
 
 
-def _evidence(pair: Pair, signature: Signature, x: Any, options: dict[str, Any]) -> Evidence | str:
+def _evidence(checked: Checked, estimator: Estimator, x: Any, seed: int) -> Evidence | str:
     """log p(x), or the reason why there is none."""
-    reason = None if pair.tractable else no_bound(signature)
-    if reason is not None and (signature.improper or options["method"] in {"elbo", "iwae"}):
+    pair, batch, signature = checked
+    own = pair.own("estimate_log_prob") is not None and isinstance(estimator, Auto | Own)
+    reason = None if pair.tractable or own else no_bound(signature)
+    if reason is not None and (signature.improper or isinstance(estimator, ELBO | IWAE)):
         return reason
     try:
-        return log_evidence(pair, x, **options)
+        return estimate(pair, batch, signature, estimator, x, seed)
     except ValueError as error:
         if reason is None:
             raise

@@ -13,6 +13,7 @@ from torch import Tensor
 from probae.comparison.baselines import INDEPENDENT
 from probae.comparison.entry import Entry, paired
 from probae.evidence import Evidence
+from probae.evidence.result import BOUNDS
 from probae.export.datatree import comparison_tree
 from probae.export.figures import evidence_figure
 
@@ -44,8 +45,8 @@ class Comparison:
         """
         import pandas
 
-        ranked = sorted(self.entries, key=lambda e: -float(e.values.mean()) if e.evidence else math.inf)
-        best = next((e for e in ranked if e.evidence), None)
+        ranked = sorted(self.entries, key=_place)
+        best = next((e for e in ranked if e.ranked), None)
         independent = next((e for e in ranked if e.name == INDEPENDENT and e.baseline), None)
         rows = [self._row(entry, best, independent) for entry in ranked]
         return pandas.DataFrame(rows).set_index("model")
@@ -65,8 +66,9 @@ class Comparison:
                 "mc_stderr": entry.mc_stderr,
                 "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,
             }
-            row["difference"], row["difference_stderr"], row["difference_mc_stderr"] = paired(entry, best)
-            if independent is not None:
+            if entry.ranked:
+                row["difference"], row["difference_stderr"], row["difference_mc_stderr"] = paired(entry, best)
+            if entry.ranked and independent is not None:
                 row["over_independent"], row["over_independent_stderr"], _ = paired(entry, independent)
         row["fits"] = len(entry.evidence or entry.models)
         for name in ("reconstruction", "active_units", "pareto_k", "estimators", "reliable"):
@@ -113,6 +115,11 @@ class Comparison:
             return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
 
 
+def _place(entry: Entry) -> tuple[int, float]:
+    """Where an entry stands: values that can be ranked first, best first, then those that cannot, then those without any."""
+    return (0 if entry.ranked else 1 if entry.evidence else 2, -float(entry.values.mean()) if entry.evidence else 0.0)
+
+
 def notes_on(comparison: Comparison) -> list[str]:
     """How to read the table: what beats what, and where the likelihood is to blame."""
     table, notes = comparison.table, []
@@ -122,7 +129,13 @@ def notes_on(comparison: Comparison) -> list[str]:
         if entry.why_not:
             notes.append(f"{entry.name}: no log p(x): {entry.why_not.split(':')[0]}; its reconstruction is no evidence")
     for entry in comparison.entries:
-        if entry.evidence and entry.reliable < _BELIEVED:
+        if entry.evidence and not entry.ranked:
+            kind = BOUNDS[entry.bound].replace(" on log p(x)", "").replace(" of log p(x)", "")
+            notes.append(
+                f"{entry.name}: its value is an {kind}, so it is not ranked against exact values and lower bounds"
+            )
+    for entry in comparison.entries:
+        if entry.ranked and entry.reliable < _BELIEVED:
             share = f"{1 - entry.reliable:.0%} of the data the Monte Carlo standard error is"
             why = (
                 "unknown (one draw tells none)"

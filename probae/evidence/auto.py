@@ -1,4 +1,4 @@
-"""Which estimator of log p(x) for which datum: the cheapest whose weights a pilot run finds light enough."""
+"""Which estimator of log p(x) for which datum: an exact one, or the cheapest whose weights a pilot run finds light enough."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from probae.arguments import whole
 from probae.batches import Batch, leaves, length, rows_at
-from probae.evidence.annealed import Annealing, ais
+from probae.evidence.ais import AIS
+from probae.evidence.enumeration import Enumerate, states
+from probae.evidence.estimator import Estimator
+from probae.evidence.exact import Exact
 from probae.evidence.importance import iwae
-from probae.evidence.options import Options
+from probae.evidence.own import Own
 from probae.evidence.pareto import reliable_below
-from probae.evidence.refined import MISSED, Guides, Refinement, Refiner
+from probae.evidence.refined import MISSED, Guides, Refined, Refiner
 from probae.evidence.reliability import reliable_weights
 from probae.evidence.result import ESTIMATORS, Evidence, joined
 from probae.evidence.space import Space
@@ -32,67 +35,18 @@ _PILOT_IWAE, _PILOT_REFINED, _PILOT_AIS, _IWAE, _REFINED, _AIS = range(20, 26)
 
 
 @dataclass(frozen=True)
-class AutoOptions(Options):
-    """How ``method="auto"`` chooses where log p(x) cannot be computed: its options.
+class Auto(Estimator):
+    r"""The model's own estimator, the exact value or the sum over states where there is one; else a choice for each datum.
 
-    Attributes:
-        estimators: the estimators that it may use, some of ``"iwae"``, ``"refined"``, ``"ais"``.
-        pilot: particles of the pilot runs.
-        refined: options of `probae.evidence.refined.Refinement`; by default 300 steps, and up to 64 latents a full
-            covariance.
-        ais: options of `probae.evidence.annealed.Annealing`; 8 chains of 500 distributions by default.
-    """
-
-    estimators: tuple[str, ...] = ESTIMATORS
-    pilot: int = 500
-    refined: dict[str, Any] = field(default_factory=dict)
-    ais: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        whole("pilot", self.pilot, 50)
-        known = isinstance(self.estimators, list | tuple) and all(
-            isinstance(estimator, str) for estimator in self.estimators
-        )
-        if not known or not self.estimators or set(self.estimators) - set(ESTIMATORS):
-            raise ValueError(f"estimators: expected some of {list(ESTIMATORS)}, got {self.estimators!r}")
-        for name in ("refined", "ais"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name}: expected a dictionary of its options, got {getattr(self, name)!r}")
-        self.refinement(1), self.annealing(1.0)  # bad options are told before any work
-
-    def refinement(self, latents: int) -> Refinement:
-        """How guides of so many latents are refined."""
-        # guides that come here are poor ones, from which the way is longer
-        options = {"covariance": "full" if latents <= _FULL else "diagonal", "steps": 300}
-        return Refinement.of({**options, **self.refined}, "refined=")
-
-    def annealing(self, share: float) -> Annealing:
-        """How chains are annealed, with a share of them."""
-        options = {"chains": 8, "distributions": 500, **self.ais}
-        whole_run = Annealing.of(options, "ais=")
-        return replace(whole_run, chains=math.ceil(whole_run.chains * share))
-
-
-def auto_evidence(
-    pair: Pair,
-    batch: Batch,
-    signature: Signature,
-    particles: int,
-    options: AutoOptions,
-    seed: int,
-    compile: bool | str = "auto",
-) -> Evidence:
-    r"""log p(x) of each datum by the first estimator whose pilot weights are light enough: iwae, refined, ais.
-
-    Light enough: Pareto k̂ of the pilot's weights within what they can settle, and a standard error of log p̂ of at most 0.1
-    nat at K (or 1,000, if that is more); or an effective sample size of a quarter of the draws. A refined guide is left again
-    where draws of guide or prior find a part of the posterior that it misses, or where its pilot's bound is below the
-    guide's by two standard errors; between refined and annealed weights, the pilot with the higher bound decides. Pilots
-    judge, too, which errors are ``reliable``; a value whose pilot is significantly below another's is not. What is reported
-    is drawn afresh, so that given the choice each p̂ is unbiased, and its logarithm a lower bound in expectation; no maximum
-    over estimators is taken. A pilot
-    sees only where its draws go: a mode of the posterior that guide and refinement both miss is not noticed, and the value
-    is then a bound that is not tight.
+    The choice is the first estimator whose pilot weights are light enough: iwae, refined, ais. Light enough: Pareto k̂ of the
+    pilot's weights within what they can settle, and a standard error of log p̂ of at most 0.1 nat at K (or 1,000, if that is
+    more); or an effective sample size of a quarter of the draws. A refined guide is left again where draws of guide or prior
+    find a part of the posterior that it misses, or where its pilot's bound is below the guide's by two standard errors;
+    between refined and annealed weights, the pilot with the higher bound decides. Pilots tell, too, which errors are
+    ``reliable``; a value whose pilot is significantly below another's is not. What is reported is drawn afresh, so that given
+    the choice each p̂ is unbiased, and its logarithm a lower bound in expectation; no maximum over estimators is taken. A
+    pilot sees only where its draws go: a mode of the posterior that guide and refinement both miss is not noticed, and the
+    value is then a bound that is not tight.
 
     The `Evidence` has ``details``, (N,) each: ``estimator``, a place in `ESTIMATORS`; ``guide_pareto_k``, of the guide's own
     weights in the pilot run; ``ess`` and ``pareto_k`` of those that are reported, as far as the estimator has them.
@@ -101,15 +55,90 @@ def auto_evidence(
     (2,400, twice that for a full covariance), and ``pilot`` + K more, for ``refined``; and 1.5 runs of annealing (some
     66,000 with gradients) for ``ais``, by far the most, which ``estimators=("iwae", "refined")`` leaves out.
 
-    Raises:
-        ValueError: if no estimator applies, saying why.
+    Attributes:
+        particles: K of ``iwae`` and ``refined``.
+        estimators: the estimators that it may use, some of ``"iwae"``, ``"refined"``, ``"ais"``.
+        pilot: particles of the pilot runs.
+        refined: a `Refined`, or its options by name; by default 300 steps, and up to 64 latents a full covariance.
+        ais: an `AIS`, or its options by name; 8 chains of 500 distributions by default.
+
+    Example:
+        >>> import probae
+        >>> probae.log_evidence(probae.PPCA(features=4, latents=2), torch.zeros(3, 4), Auto()).method
+        'exact'
     """
-    estimators, note = _applicable(pair, batch, signature, options)
-    chosen = _Climb(pair, batch, signature, particles, options, seed, compile)
-    return chosen.reported(*chosen.choice(estimators), note)
+
+    name = "auto"
+    particles: int = 1000
+    estimators: tuple[str, ...] = ESTIMATORS
+    pilot: int = 500
+    refined: Refined | dict[str, Any] = field(default_factory=dict)
+    ais: AIS | dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole("particles", self.particles)
+        whole("pilot", self.pilot, 50)
+        known = isinstance(self.estimators, list | tuple) and all(
+            isinstance(estimator, str) for estimator in self.estimators
+        )
+        if not known or not self.estimators or set(self.estimators) - set(ESTIMATORS):
+            raise ValueError(f"estimators: expected some of {list(ESTIMATORS)}, got {self.estimators!r}")
+        for name, kind in (("refined", Refined), ("ais", AIS)):
+            if not isinstance(getattr(self, name), dict | kind):
+                raise ValueError(
+                    f"{name}: expected a {kind.__name__} or a dictionary of its options, got {getattr(self, name)!r}"
+                )
+        self.refinement(1), self.annealing(1.0)  # bad options are told before any work
+
+    def refinement(self, latents: int) -> Refined:
+        """How guides of so many latents are refined."""
+        if isinstance(self.refined, Refined):
+            return replace(self.refined, particles=self.particles)
+        # guides that come here are poor ones, from which the way is longer
+        options: dict[str, Any] = {"covariance": "full" if latents <= _FULL else "diagonal", "steps": 300}
+        return Refined.of({**options, "particles": self.particles, **self.refined}, "refined=")
+
+    def annealing(self, share: float) -> AIS:
+        """How chains are annealed, with a share of them."""
+        options = {"chains": 8, "distributions": 500}
+        whole_run = self.ais if isinstance(self.ais, AIS) else AIS.of({**options, **self.ais}, "ais=")
+        return replace(whole_run, chains=math.ceil(whole_run.chains * share))
+
+    def __call__(
+        self, pair: Pair, batch: Batch, signature: Signature, seed: int = 0, compile: bool | str = "auto"
+    ) -> Evidence:
+        """log p(x) of each datum, or a lower bound on it, nats.
+
+        Raises:
+            ValueError: if no estimator applies, saying why.
+        """
+        if (direct := _direct(pair, batch, signature)) is not None:
+            return direct(pair, batch, signature, seed, compile)
+        estimators, note = _applicable(pair, batch, signature, self)
+        choice = _Choice(pair, batch, signature, self, seed, compile)
+        return choice.reported(*choice.made(estimators), note)
 
 
-def _applicable(pair: Pair, batch: Batch, signature: Signature, options: AutoOptions) -> tuple[tuple[str, ...], str]:
+def _direct(pair: Pair, batch: Batch, signature: Signature) -> Estimator | None:
+    """An estimator that leaves nothing to choose, or None."""
+    if pair.own("estimate_log_prob") is not None:
+        return Own()
+    if pair.tractable:
+        return Exact()
+    if no_evidence(signature):
+        return None
+    if signature.latents and set(signature.latents) <= set(signature.summed) and not signature.globals_:
+        return Enumerate()
+    if signature.latents and signature.nesting == 1 and signature.vectorised:
+        try:
+            states(pair, batch, signature)
+            return Enumerate()
+        except ValueError:
+            pass
+    return None
+
+
+def _applicable(pair: Pair, batch: Batch, signature: Signature, options: Auto) -> tuple[tuple[str, ...], str]:
     """The estimators for a pair, and why there is no choice, where there is none."""
     if reason := no_evidence(signature):
         raise ValueError(reason)
@@ -156,18 +185,17 @@ def _applicable(pair: Pair, batch: Batch, signature: Signature, options: AutoOpt
     return estimators, ""
 
 
-class _Climb:
+class _Choice:
     def __init__(
         self,
         pair: Pair,
         batch: Batch,
         signature: Signature,
-        particles: int,
-        options: AutoOptions,
+        options: Auto,
         seed: int,
         compile: bool | str,
     ):
-        self.pair, self.batch, self.signature, self.particles = pair, batch, signature, particles
+        self.pair, self.batch, self.signature, self.particles = pair, batch, signature, options.particles
         self.options, self.seed, self.compile = options, seed, compile
         self.pilot = options.pilot
         self.weights = Weights(pair, signature, compile)
@@ -178,7 +206,7 @@ class _Climb:
         self.errors = torch.zeros_like(self.values)
         self.believed = torch.zeros(self.values.shape, dtype=torch.bool)
 
-    def choice(self, estimators: tuple[str, ...]) -> tuple[Tensor, Guides | None]:
+    def made(self, estimators: tuple[str, ...]) -> tuple[Tensor, Guides | None]:
         """The estimator of each datum (N,), and the refined guides of those that have one, by pilot runs."""
         estimator, guides = torch.full((self.size,), ESTIMATORS.index(estimators[0])), None
         left = torch.arange(self.size)
@@ -246,15 +274,15 @@ class _Climb:
             return self._refiner(rows).weighed(rows, guides, self.particles, _REFINED).evidence
         return self._annealed(rows, self.options.annealing(1.0), derived(self.seed, _AIS))
 
-    def _annealed(self, rows: Batch, annealing: Annealing, seed: int) -> Evidence:
+    def _annealed(self, rows: Batch, annealing: AIS, seed: int) -> Evidence:
         cells = annealing.chains * sum(leaf.numel() for _, leaf in leaves(rows))
         # what is so small is done before a compiler is
         compile = "flat" if self.compile == "auto" and cells < _SMALL else self.compile
-        return ais(self.pair, rows, self.signature, annealing, seed, compile)
+        return annealing(self.pair, rows, self.signature, seed, compile)
 
     def _refiner(self, rows: Batch) -> Refiner:
         options = self.options.refinement(Space(self.pair, rows, self.signature).size)
-        return Refiner(self.pair, rows, self.signature, options, self.seed, self.compile, self.particles)
+        return Refiner(self.pair, rows, self.signature, options, self.seed, self.compile)
 
     def _light(self, found: Evidence) -> Tensor:
         """Of which data the weights will do at K particles, as far as the pilot tells; fewer have an error to be believed."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from probae.adapter import as_pair
 from probae.arguments import size
 from probae.batches import Batch, checksums, leaves, length, rebuilt, rows_at
-from probae.evidence.annealed import Annealer, Annealing, Block, evidence
+from probae.evidence.ais import AIS, Annealer, Block, evidence
 from probae.evidence.reliability import reliable_chains
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
@@ -116,7 +116,7 @@ def sandwich(
         >>> bounds.lower.bound, bounds.upper.bound, len(bounds.gap)
         ('lower', 'upper', 5)
     """
-    annealing = Annealing.of(options, "sandwich")
+    annealing = AIS.of(options, "sandwich")
     pair, n, seed = as_pair(model), size("n", n), checked_seed(seed)
     if like is None:
         like = pair.sample(n, seed=seed)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from probae.adapter import as_pair
-from probae.arguments import one_of, whole
+from probae.arguments import one_of
 from probae.batches import Batch, as_batch, checksums, rows_of
 from probae.data.streams import fetching, source, streams_from_disk
-from probae.evidence.annealed import Annealing, ais
-from probae.evidence.auto import AutoOptions, auto_evidence
-from probae.evidence.importance import elbo, iwae, with_reliability
-from probae.evidence.refined import Refinement, refine
+from probae.evidence.ais import AIS
+from probae.evidence.auto import Auto
+from probae.evidence.elbo import ELBO
+from probae.evidence.enumeration import Enumerate
+from probae.evidence.estimator import Estimator
+from probae.evidence.exact import Exact
+from probae.evidence.iwae import IWAE
+from probae.evidence.own import Own
+from probae.evidence.refined import Refined
 from probae.evidence.result import Evidence, joined
-from probae.evidence.tractable import enumerate_states, exact, states
-from probae.evidence.weights import Weights, no_evidence, prepare
+from probae.evidence.weights import prepare
 from probae.pair import Pair
 from probae.runtime.fingerprints import OF_MODELS, fingerprints, of_data, versions
 from probae.runtime.isolation import isolated
@@ -28,14 +32,17 @@ from probae.runtime.seeding import checked_seed, derived, seeded
 from probae.tracing.signature import Signature
 
 _ROWS = 4096  # of data that are read from a Dataset at a time
-METHODS = ("auto", "exact", "enumerate", "elbo", "iwae", "refined", "ais")
+#: the estimators by name
+METHODS: dict[str, type[Estimator]] = {
+    kind.name: kind for kind in (Auto, Exact, Enumerate, ELBO, IWAE, Refined, AIS, Own)
+}
 
 
 @isolated
 def log_evidence(
     model: Any,
     x: Any,
-    method: str = "auto",
+    method: str | Estimator = "auto",
     *,
     particles: int | None = None,
     seed: int = 0,
@@ -55,28 +62,26 @@ def log_evidence(
     ``"refined"``           log mean of p(x, u) / q over K draws from a guide
                             that is optimised for each datum              lower
     ``"ais"``               log mean of the weights of C annealed chains        lower
-    ``"auto"``              exact or enumerate where they apply; else, for
-                            each datum, iwae, refined or ais, chosen by a
-                            pilot run and drawn afresh
+    ``"own"``               what the model's ``estimate_log_prob`` says         its own
+    ``"auto"``              own, exact or enumerate where they apply; else,
+                            for each datum, iwae, refined or ais, chosen by
+                            a pilot run and drawn afresh
     ======================  ==================================================  ==========
 
-    with :math:`\log w = \log p(x, z) - \log q(z \mid x)`, z ~ q(z | x). With latents outside the data plate, ``"iwae"``
-    draws them from the guide and estimates log E_q(θ) p(x_n | θ).
+    with :math:`\log w = \log p(x, z) - \log q(z \mid x)`, z ~ q(z | x). Each is a class of `probae.evidence`; its fields are
+    its options: ``method="ais", chains=4`` is ``method=probae.evidence.AIS(chains=4)``. Where the programs condition on a part of
+    the batch, such as labels, that they do not observe, the value is log p(x | given).
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.
         x: N data; a ``numpy.memmap``, a Dataset or a DataLoader that does not shuffle is read block by block.
-        particles: K for ``"elbo"`` (64 by default), and ``"iwae"``, ``"refined"`` and ``"auto"`` (1,000).
+        method: an estimator, or its name.
+        particles: K of the estimators that have it; 64 by default for ``"elbo"``, else 1,000.
         seed: of the draws; the caller's own random stream is left as it was.
         compile: how the programs are run, as for `log_weights`.
         shard: under ``torchrun``, each process evaluates its part of the data, and gets the values of all. Every process has
             to make the same call; what differs is told.
-        options: of ``"auto"``: ``estimators``, ``pilot``, ``refined={...}`` and ``ais={...}``, see
-            `probae.evidence.auto.AutoOptions`, and `probae.evidence.auto.auto_evidence` for what it may cost. Of ``"refined"``:
-            ``covariance="diagonal"``, ``steps``, ``draws``, ``defensive`` and ``memory``, see
-            `probae.evidence.refined.Refinement`. Of ``"ais"``: ``chains=16``, ``distributions=1000``, ``leapfrog=10``,
-            ``acceptance=0.65``, ``start="prior"``, ``schedule="sigmoid"``, ``pilot``, ``memory`` and ``progress``, see
-            `probae.evidence.annealed.Annealing`.
+        options: of the estimator, where it is given by name: see its class.
 
     Returns:
         `Evidence`, per datum, with the Monte-Carlo error and the sampling error kept apart.
@@ -92,74 +97,49 @@ def log_evidence(
         >>> log_evidence(probae.PPCA(features=4, latents=2), torch.zeros(3, 4)).bound
         'exact'
     """
-    particles = None if particles is None else whole("particles", particles)
-    settings = options_of(method, particles, options)
+    estimator = estimator_of(method, particles, options)
     if shard or streams_from_disk(x):
-        return _by_blocks(model, x, method, particles, seed, compile, shard, options)
-    pair, batch, signature = prepare(model, x, seed)
-    found = _estimated(pair, batch, signature, method, particles, settings, seed, compile)
-    found = replace(found, note=" ".join(filter(None, (found.note, signature.note))))
-    rows = checksums(as_batch(x))  # as they were given, whatever the pair holds them in
-    return replace(found, rows=rows, elbo=None if found.elbo is None else replace(found.elbo, rows=rows))
+        return _by_blocks(model, x, estimator, seed, compile, shard)
+    return evaluated(*prepare(model, x, seed), estimator, x, seed, compile)
 
 
-def _estimated(
+def evaluated(
     pair: Pair,
     batch: Batch,
     signature: Signature,
-    method: str,
-    particles: int | None,
-    settings: Any,
-    seed: int,
-    compile: bool | str,
+    estimator: Estimator,
+    x: Any,
+    seed: int = 0,
+    compile: bool | str = "auto",
 ) -> Evidence:
-    if method == "auto":
-        method = _choose(pair, batch, signature)
-    if method == "auto":
-        return auto_evidence(pair, batch, signature, particles or 1000, settings, seed, compile)
-    if method == "exact":
-        return exact(pair, batch, signature)
-    if method == "enumerate":
-        return enumerate_states(pair, batch, signature)
-    if method == "ais":
-        return ais(pair, batch, signature, settings, seed, compile)
-    if method == "refined":
-        return refine(pair, batch, signature, particles or 1000, settings, seed, compile)
-    weights = Weights(pair, signature, compile)
-    if method == "elbo":
-        return elbo(weights, batch, particles or 64, seed)
-    return with_reliability(iwae(weights, batch, particles or 1000, seed), weights, batch, seed)
+    """The same for a pair and data that were checked, ``x`` being the data as they were given."""
+    found = estimator(pair, batch, signature, seed, compile)
+    rows = checksums(as_batch(x))  # as they were given, whatever the pair holds them in
+    notes = " ".join(filter(None, (found.note, signature.note)))
+    elbo = None if found.elbo is None else replace(found.elbo, rows=rows, given=signature.given)
+    return replace(found, note=notes, rows=rows, given=signature.given, elbo=elbo)
 
 
-def options_of(method: str, particles: int | None, options: dict[str, Any]) -> Any:
-    """The options of a method that has some, checked before any work.
+def estimator_of(method: str | Estimator, particles: int | None, options: dict[str, Any]) -> Estimator:
+    """An estimator by its name and options, checked before any work.
 
     Raises:
-        ValueError: if the method is unknown, or has no such option.
+        ValueError: if the name is unknown, or the estimator has no such option.
     """
-    one_of("method", method, METHODS)
-    if particles is not None:
-        whole("particles", particles)
-    if method == "ais" and particles is not None:
-        raise ValueError("particles: method='ais' runs chains instead; give chains=")
-    kinds: dict[str, Any] = {"ais": Annealing, "refined": Refinement, "auto": AutoOptions}
-    if method in kinds:
-        return kinds[method].of(options, f"method={method!r}")
-    if options:
-        raise ValueError(f"method={method!r} has no option {next(iter(options))!r}")
-    return None
+    if isinstance(method, Estimator):
+        if particles is not None or options:
+            given = [*(["particles"] if particles is not None else []), *options]
+            raise ValueError(f"method: {given[0]!r} is set in the estimator itself, got {method!r}")
+        return method
+    kind = METHODS[one_of("method", method, METHODS)]
+    if particles is not None and not hasattr(kind, "particles"):
+        if kind is AIS:
+            raise ValueError("particles: method='ais' runs chains instead; give chains=")
+        particles = None
+    return kind.of({**({} if particles is None else {"particles": particles}), **options}, f"method={method!r}")
 
 
-def _by_blocks(
-    model: Any,
-    x: Any,
-    method: str,
-    particles: int | None,
-    seed: int,
-    compile: bool | str,
-    shard: bool,
-    options: dict[str, Any],
-) -> Evidence:
+def _by_blocks(model: Any, x: Any, estimator: Estimator, seed: int, compile: bool | str, shard: bool) -> Evidence:
     """Block by block, each with draws of its own; sharded, every process takes its blocks."""
     pair = as_pair(model)
     device = pair.device or torch.device("cpu")
@@ -171,7 +151,8 @@ def _by_blocks(
         with team.ready():
             stream = source(x, _ROWS, seed, pair.dtype, device, keeps=pair.keeps_precision)
         if team.count > 1:
-            asked = {"method": method, "particles": particles, "seed": checked_seed(seed), "compile": compile}
+            options = {field.name: getattr(estimator, field.name) for field in fields(estimator)}  # type: ignore[arg-type]
+            asked = {"method": estimator.name, "seed": checked_seed(seed), "compile": compile}
             settings = fingerprints([("model", pair), *options.items()], OF_MODELS)
             rows = {"data rows": stream.size, **of_data("data", stream.common())}
             team.require_same({**versions(), **asked, **settings, **rows})
@@ -181,9 +162,7 @@ def _by_blocks(
             for number, block in enumerate(blocks):
                 if number % team.count == team.rank:
                     at = derived(seed, number) if number else seed  # one block has the draws of data in memory
-                    parts[number] = log_evidence(
-                        pair, block, method, particles=particles, seed=at, compile=compile, **options
-                    )
+                    parts[number] = log_evidence(pair, block, estimator, seed=at, compile=compile)
         found = {number: part for parts_ in team.gather(parts) for number, part in parts_.items()}
     ordered = [found[number] for number in sorted(found)]
     if len(ordered) > 1 and ordered[0].shared_mc_stderr is not None:
@@ -191,19 +170,3 @@ def _by_blocks(
             "latents that all data share need all of the data at once: load them into memory, in one process"
         )
     return joined(ordered)
-
-
-def _choose(pair: Pair, batch: Batch, signature: Signature) -> str:
-    if pair.tractable:
-        return "exact"
-    if no_evidence(signature):
-        return "auto"
-    if signature.latents and set(signature.latents) <= set(signature.summed) and not signature.globals_:
-        return "enumerate"
-    if signature.latents and signature.nesting == 1 and signature.vectorised:
-        try:
-            states(pair, batch, signature)
-            return "enumerate"
-        except ValueError:
-            pass
-    return "auto"

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from probae.arguments import one_of, positive, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
+from probae.evidence.estimator import Estimator
 from probae.evidence.mixture import SEEN, Mixture, heavy_tails
 from probae.evidence.mixture_estimates import MixtureEstimate, Weighed, weighed
-from probae.evidence.options import Options
 from probae.evidence.reliability import JUDGES, reliable_weights
 from probae.evidence.result import Evidence
 from probae.evidence.runner import Way, slopes, way
@@ -46,18 +46,31 @@ _NARROW = 0.1  # where it starts around a point, in the prior's units
 
 
 @dataclass(frozen=True)
-class Refinement(Options):
-    """How the guide is refined: the options of ``method="refined"``.
+class Refined(Estimator):
+    """The log of the mean weight of K draws from a guide refined for each datum: a lower bound in expectation.
+
+    The `Evidence` has ``details``, ``ess``, ``pareto_k`` and ``skewness``; and ``elbo``, the refined Gaussian's own. Further
+    draws, and as many from guide and prior that look for what q misses, say of which data the error is reliable. With
+    latents that all data share, q is optimised over draws of them, and each particle has one.
 
     Attributes:
+        particles: K.
         covariance: ``"diagonal"`` or ``"full"``.
         steps: of the optimisation; by default 120 from a guide with a density, and 300 from a point or the prior.
         draws: for each datum and step, in pairs ε and −ε; by default 8, or 16 for a full covariance.
         defensive: the share of the draws that come from the prior, and where that has heavy tails from a Student-t around q
             too; by default a twentieth, or four tenths with heavy tails. It bounds the weights by the likelihood over a share.
         memory: bytes that one chunk may take.
+
+    Example:
+        >>> import probae
+        >>> model = probae.PPCA(features=4, latents=2)
+        >>> probae.log_evidence(model, torch.zeros(3, 4), Refined(particles=50, steps=20)).bound
+        'lower'
     """
 
+    name = "refined"
+    particles: int = 1000
     covariance: str = "diagonal"
     steps: int | None = None
     draws: int | None = None
@@ -65,6 +78,7 @@ class Refinement(Options):
     memory: int | None = None
 
     def __post_init__(self) -> None:
+        whole("particles", self.particles)
         one_of("covariance", self.covariance, ("diagonal", "full"))
         if self.steps is not None:
             whole("steps", self.steps, 0)
@@ -80,6 +94,17 @@ class Refinement(Options):
         """Draws for each datum and step."""
         return self.draws or (16 if self.covariance == "full" else 8)
 
+    def __call__(
+        self, pair: Pair, batch: Batch, signature: Signature, seed: int = 0, compile: bool | str = "auto"
+    ) -> Evidence:
+        """The bound for each datum, nats."""
+        refiner = Refiner(pair, batch, signature, self, seed, compile)
+        guides = refiner.fitted(batch)
+        found = refiner.weighed(batch, guides, self.particles, _WEIGHTS).evidence
+        judges = refiner.weighed(batch, guides, JUDGES, _JUDGES).evidence
+        whole = refiner.missed(batch, guides, judges.values, JUDGES, _JUDGES) <= MISSED
+        return replace(found, reliable=reliable_weights(judges, self.particles) & whole)
+
 
 class Guides(NamedTuple):
     """A Gaussian for each datum: ``loc`` (N, L), and ``factor``, a scale (N, L) or a lower triangle (N, L, L)."""
@@ -90,29 +115,6 @@ class Guides(NamedTuple):
     def at(self, index: Tensor) -> Guides:
         """Those of some rows."""
         return Guides(self.loc[index], self.factor[index])
-
-
-def refine(
-    pair: Pair,
-    batch: Batch,
-    signature: Signature,
-    particles: int,
-    options: Refinement,
-    seed: int,
-    compile: bool | str = "auto",
-) -> Evidence:
-    """The log of the mean weight of K draws from a guide refined for each datum: a lower bound in expectation.
-
-    The `Evidence` has ``details``, ``ess``, ``pareto_k`` and ``skewness``; and ``elbo``, the refined Gaussian's own.
-    ``reliable`` is judged by `JUDGES` further draws, and as many from guide and prior that look for what q misses.
-    With latents that all data share, q is optimised over draws of them, and each particle has one.
-    """
-    refiner = Refiner(pair, batch, signature, options, seed, compile, particles)
-    guides = refiner.fitted(batch)
-    found = refiner.weighed(batch, guides, particles, _WEIGHTS).evidence
-    judges = refiner.weighed(batch, guides, JUDGES, _JUDGES).evidence
-    whole = refiner.missed(batch, guides, judges.values, JUDGES, _JUDGES) <= MISSED
-    return replace(found, reliable=reliable_weights(judges, particles) & whole)
 
 
 class Refiner:
@@ -127,10 +129,9 @@ class Refiner:
         pair: Pair,
         batch: Batch,
         signature: Signature,
-        options: Refinement,
+        options: Refined,
         seed: int,
         compile: bool | str = "auto",
-        particles: int = 1000,
     ):
         self.pair, self.signature, self.options, self.seed, self.compile = pair, signature, options, seed, compile
         self.space = Space(pair, batch, signature)
@@ -138,7 +139,7 @@ class Refiner:
         near = pair.has_guide and not signature.points and not signature.summed
         self.steps = options.steps if options.steps is not None else (120 if near else 300)
         cells = self._cells(batch)
-        size = length(batch)
+        size, particles = length(batch), options.particles
         self.rows = size if signature.all_rows else even(size, max(1, cells // min(particles, 64)))
         self.together = even(particles, max(options.together, cells // self.rows))
         self.blocks = math.ceil(size / self.rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from probae.arguments import positive
+from probae.arguments import one_of, positive
 from probae.export.datatree import evidence_tree
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _BY_DATUM = ("values", "mc_stderr", "reliable", "rows", "parts")
 #: what ``"auto"`` chooses from, in its order
 ESTIMATORS = ("iwae", "refined", "ais")
+#: what values can be, in words
+BOUNDS = {
+    "exact": "log p(x)",
+    "lower": "lower bound on log p(x)",
+    "upper": "upper bound on log p(x)",
+    "estimate": "estimate of log p(x)",
+    "upper estimate": "estimate of an upper bound on log p(x)",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,7 +37,8 @@ class Evidence:
     Attributes:
         values: (N,) float64 on the CPU, nats.
         mc_stderr: (N,) the Monte-Carlo standard error of each; 0 where the value is exact, NaN where one draw tells none.
-        bound: ``"exact"``, ``"lower"`` or ``"upper"``: what ``values`` are in expectation.
+        bound: what ``values`` are in expectation: ``"exact"``, ``"lower"`` or ``"upper"``; of a model's own estimator also
+            ``"estimate"``, which may err on either side, or ``"upper estimate"``, an estimate of an upper bound.
         method: the estimator.
         measure: ``"mass"`` of discrete data, or ``"density"``; the two do not compare.
         particles: draws per datum; 0 where none were needed.
@@ -40,6 +49,7 @@ class Evidence:
         note: what the reader should know of how it came about, such as why ``"auto"`` had no choice.
         rows: (N,) a checksum of each datum, by which `probae.compare` knows the data again; None where it cannot.
         parts: (R, N) the same estimate by each of R independent parts of the draws, for `lower`; NaN where there are fewer.
+        given: the arrays of a batch that the value is conditioned on: it is log p(x | given) then.
     """
 
     values: Tensor
@@ -55,6 +65,10 @@ class Evidence:
     note: str = ""
     rows: Tensor | None = None
     parts: Tensor | None = None
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("bound", self.bound, BOUNDS)
 
     def at(self, index: Tensor) -> Evidence:
         """That of some of the data."""
@@ -115,8 +129,8 @@ class Evidence:
             -3.996
         """
         confidence = positive("confidence", confidence, below=1)
-        if self.bound == "upper":
-            raise ValueError("these are upper bounds: they give no lower bound on log p(x)")
+        if self.bound not in {"exact", "lower"}:
+            raise ValueError(f"these are no lower bounds but {BOUNDS[self.bound]}: they give none on log p(x)")
         if self.bound == "exact":
             return self.values
         parts = self.values[None] if self.parts is None else self.parts
@@ -147,7 +161,8 @@ class Evidence:
         return len(self.values)
 
     def __repr__(self) -> str:
-        what = {"exact": "log p(x)", "lower": "lower bound on log p(x)", "upper": "upper bound on log p(x)"}[self.bound]
+        log_p = f"log p(x | {', '.join(self.given)})" if self.given else "log p(x)"
+        what = BOUNDS[self.bound].replace("log p(x)", log_p)
         draws = f", {self.particles} particle{'s' if self.particles > 1 else ''}" if self.particles else ""
         alone = "no Monte Carlo error: one draw tells none"
         error = alone if math.isnan(self.mean_mc_stderr) else f"Monte Carlo {self.mean_mc_stderr:.4f}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
 from probae.batches import Batch, each, leaves, length
-from probae.evidence.tractable import states, values_of
+from probae.evidence.enumeration import states, values_of
 from probae.evidence.weights import no_evidence, require_unscaled
 from probae.pair import Pair
 from probae.runtime.seeding import evaluating

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive
-from probae.evidence.annealed import Annealer, Annealing, Block
+from probae.evidence.ais import AIS, Annealer, Block
 from probae.evidence.hmc import Point
 from probae.evidence.weights import prepare
 from probae.runtime.isolation import isolated
@@ -87,7 +87,7 @@ def rate_distortion(
         >>> curve.rate.shape
         torch.Size([21])
     """
-    annealing = Annealing.of(options, "rate_distortion")
+    annealing = AIS.of(options, "rate_distortion")
     if annealing.start != "prior" or annealing.schedule == "adaptive":
         raise ValueError("rate_distortion: the path starts at the prior, and all data share its schedule")
     largest = positive("largest", largest)

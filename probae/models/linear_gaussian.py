@@ -122,7 +122,7 @@ class LinearGaussian(Pair):
         weight = float64(self.unit).unsqueeze(-1) * float64(self.loadings)
         return LowRankNormal(loc, weight, float64(self.log_scale).exp(), dtype=self.log_scale.dtype)
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """log p(x) (N,), exactly, in float64; of what is observed, where values are missing: O(D L² + L³) a datum."""
         marginal, x = self._marginal(), float64(x)
         if self.missing is not None and x.isnan().any():

@@ -88,5 +88,5 @@ class Pair(Protocol):
     def own_parameters(self) -> AbstractContextManager[Any]:
         """Where programs find the pair's parameters."""
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """log p(x) in closed form."""

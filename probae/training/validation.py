@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, length
+from probae.evidence.exact import exact
 from probae.evidence.importance import elbo, iwae
-from probae.evidence.tractable import exact
 from probae.evidence.weights import Weights, no_bound
 from probae.objectives import IWAE, Objective
 from probae.pair import Pair

@@ -12,7 +12,7 @@ from torch import Tensor
 from probae.adapter import as_pair
 from probae.arguments import one_of, whole
 from probae.batches import Batch
-from probae.evidence.refined import Guides, Refinement, Refiner
+from probae.evidence.refined import Guides, Refined, Refiner
 from probae.heads.code_priors import CodePrior, fitted
 from probae.heads.distributions import DiscretisedNormal, Translated
 from probae.pair import Pair
@@ -209,7 +209,7 @@ def _most_evident(pair: ExPost, x: Batch, seed: int, rounds: int = 12) -> None:
     covariance = "full" if pair.latents <= _FULL else "diagonal"
     guides: Guides | None = None
     for number in range(rounds):
-        options = Refinement(covariance=covariance, steps=200 if number == 0 else 40)
+        options = Refined(covariance=covariance, steps=200 if number == 0 else 40)
         refiner = Refiner(pair, x, signature, options, derived(seed, 3), compile=False)
         guides = refiner.fitted(x, guides)
         u, log_w = refiner.posterior_draws(x, guides, _DRAWS)

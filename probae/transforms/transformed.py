@@ -121,10 +121,11 @@ class Transformed(Around):
         """Whether the inner pair's marginal is known."""
         return self.inner.tractable
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, x: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
         """log p(x) (N,), where the inner pair's is known."""
         y, log_det = self.apply_to(x)
-        return self.inner.log_marginal(y) if self._is_mass else self.inner.log_marginal(y) + log_det
+        log_p = self.inner.log_marginal(y, *given)
+        return log_p if self._is_mass else log_p + log_det
 
     def initialise(self, x: Tensor, *given: Tensor) -> None:
         """The inner pair's start, at T(x)."""

@@ -1,10 +1,11 @@
-"""log p(x) without sampling: by the marginal, or by summing out discrete latents."""
+"""log p(x) by summing out discrete latents."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from probae.batches import Batch, length, rows_of
-from probae.evidence.marginal import require_marginal
+from probae.evidence.estimator import Estimator
 from probae.evidence.result import Evidence, as_values
 from probae.pair import Pair
 from probae.runtime.seeding import evaluating
@@ -26,27 +27,29 @@ STATES = 2**16
 _CELLS = 2**22  # states × data × latents at a time
 
 
-def exact(pair: Pair, batch: Batch, signature: Signature) -> Evidence:
-    """log p(x) by the pair's marginal.
+@dataclass(frozen=True)
+class Enumerate(Estimator):
+    r"""log p(x) as :math:`\log \sum_z p(x, z)` over every state of the discrete latents of a datum, at most 65,536.
 
-    Raises:
-        ValueError: if the pair has none, or a few importance weights contradict it.
+    Where the programs ask for the sum themselves (``infer={"enumerate": "parallel"}``), chains may have any length.
+
+    Example:
+        >>> import probae
+        >>> probae.log_evidence(model, x, Enumerate()).bound  # doctest: +SKIP
+        'exact'
     """
-    if not pair.tractable:
-        raise ValueError(
-            "method='exact' needs the pair's marginal(), a callable that returns the distribution p(x); this pair has none: "
-            "use method='iwae' for a bound"
-        )
-    if reason := signature.subsampled or signature.no_evidence:
-        raise ValueError(reason)
-    if not isinstance(batch, Tensor):
-        raise ValueError(f"method='exact' takes one array x, got a {type(batch).__name__}")
-    require_marginal(pair, batch, signature)
-    with evaluating(pair):
-        values = torch.cat([as_values(pair.log_marginal(rows)) for rows in batch.split(8192)])
-    if values.isnan().any():
-        raise FloatingPointError(f"log p(x) of datum {int(values.isnan().nonzero()[0])} is no number")
-    return Evidence(values, torch.zeros_like(values), "exact", "exact", signature.measure)
+
+    name = "enumerate"
+
+    def __call__(
+        self, pair: Pair, batch: Batch, signature: Signature, seed: int = 0, compile: bool | str = "auto"
+    ) -> Evidence:
+        """log p(x) of each datum, nats.
+
+        Raises:
+            ValueError: if a latent is continuous or shared by all data, or there are too many states.
+        """
+        return enumerate_states(pair, batch, signature)
 
 
 def states(pair: Pair, batch: Batch, signature: Signature, names: Sequence[str] | None = None) -> dict[str, Tensor]:

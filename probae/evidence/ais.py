@@ -14,8 +14,8 @@ from torch import Tensor
 from probae.arguments import flag, one_of, positive, size, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
 from probae.evidence.accumulators import PARTS
+from probae.evidence.estimator import Estimator
 from probae.evidence.hmc import Chains, Point
-from probae.evidence.options import Options
 from probae.evidence.reliability import reliable_chains
 from probae.evidence.result import Evidence, as_values
 from probae.evidence.schedules import SCHEDULES, Tuned, tuned
@@ -32,8 +32,18 @@ _SEEN, _UNEVEN = 512, 5.0  # draws of the prior, and the ratio of its scales fro
 
 
 @dataclass(frozen=True)
-class Annealing(Options):
-    r"""How annealed importance sampling is done: the options of ``method="ais"``, `sandwich` and `rate_distortion`.
+class AIS(Estimator):
+    r"""The log of the mean weight of C annealed chains, a lower bound in expectation, with its delta-method standard error.
+
+    .. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log \frac{f_1(u_{t-1})}{f_0(u_{t-1})}, \qquad
+              E[w] = p(x)
+
+    Weights are gathered before the transition at each β; the last one, which no weight would see, is left out. The
+    `Evidence` has ``details``, (N,) each: ``ess``, the effective number of chains; ``acceptance``, its mean over the path;
+    ``tightness``, log p̂ less the mean of log w, the nats by which a single chain's bound is looser: it falls to 0 as T grows.
+    The standard error is widened by Student's t, so that of few chains ±2 of it cover as they should; ``reliable`` says for
+    each datum whether it can be relied on, by the chains of the pilot run, which is not reported. The options are those of
+    `probae.sandwich` and `probae.rate_distortion` too.
 
     Attributes:
         chains: C, for each datum.
@@ -47,8 +57,18 @@ class Annealing(Options):
         pilot: distributions of the pilot run; by default a tenth of T, and at least 50.
         memory: bytes that one block of chains and data may take.
         progress: whether to show a bar.
+
+    References: Neal (2001), *Annealed importance sampling*; Wu et al. (2017), *On the quantitative analysis of
+    decoder-based generative models*.
+
+    Example:
+        >>> import probae
+        >>> model = probae.PPCA(features=4, latents=2)
+        >>> probae.log_evidence(model, torch.zeros(3, 4), AIS(chains=4, distributions=20)).bound
+        'lower'
     """
 
+    name = "ais"
     chains: int = 16
     distributions: int = 1000
     leapfrog: int = 10
@@ -76,32 +96,18 @@ class Annealing(Options):
         """Distributions of the pilot run."""
         return self.pilot or max(50, self.distributions // 10)
 
-
-def ais(
-    pair: Pair, batch: Batch, signature: Signature, options: Annealing, seed: int, compile: bool | str = "auto"
-) -> Evidence:
-    r"""The log of the mean weight of C annealed chains, a lower bound in expectation, with its delta-method standard error.
-
-    .. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log \frac{f_1(u_{t-1})}{f_0(u_{t-1})}, \qquad
-              E[w] = p(x)
-
-    Weights are gathered before the transition at each β; the last one, which no weight would see, is left out. The
-    `Evidence` has ``details``, (N,) each: ``ess``, the effective number of chains; ``acceptance``, its mean over the path;
-    ``tightness``, log p̂ less the mean of log w, the nats by which a single chain's bound is looser: it falls to 0 as T grows.
-    The standard error is widened by Student's t, so that of few chains ±2 of it cover as they should; ``reliable`` says for
-    each datum whether it can be believed, by the chains of the pilot run, which is not reported (`reliable_chains`).
-
-    References: Neal (2001), *Annealed importance sampling*; Wu et al. (2017), *On the quantitative analysis of
-    decoder-based generative models*.
-    """
-    annealer = Annealer(pair, batch, signature, options, seed, compile)
-    log_w, accepted, pilot = annealer.gathered(lambda block: (*block.forward(), block.tuned.pilot))
-    shared = None
-    if signature.globals_ and options.chains > 1:
-        influence = (torch.softmax(log_w, 0) * options.chains).sum(1) / log_w.shape[1]
-        shared = float(influence.std()) / math.sqrt(options.chains)
-    found = evidence(log_w, accepted, "lower", "ais", signature.measure, shared)
-    return replace(found, reliable=reliable_chains(pilot, options.pilots / options.distributions))
+    def __call__(
+        self, pair: Pair, batch: Batch, signature: Signature, seed: int = 0, compile: bool | str = "auto"
+    ) -> Evidence:
+        """The bound for each datum, nats."""
+        annealer = Annealer(pair, batch, signature, self, seed, compile)
+        log_w, accepted, pilot = annealer.gathered(lambda block: (*block.forward(), block.tuned.pilot))
+        shared = None
+        if signature.globals_ and self.chains > 1:
+            influence = (torch.softmax(log_w, 0) * self.chains).sum(1) / log_w.shape[1]
+            shared = float(influence.std()) / math.sqrt(self.chains)
+        found = evidence(log_w, accepted, "lower", "ais", signature.measure, shared)
+        return replace(found, reliable=reliable_chains(pilot, self.pilots / self.distributions))
 
 
 def evidence(
@@ -158,7 +164,7 @@ class Annealer:
         pair: Pair,
         batch: Batch,
         signature: Signature,
-        options: Annealing,
+        options: AIS,
         seed: int,
         compile: bool | str,
         runs: int = 1,
