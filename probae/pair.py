@@ -145,7 +145,9 @@ class Pair(Parameters, Passes, nn.Module):
     def arguments(self) -> tuple[str, ...]:
         """What the arrays of a batch are called that is a tuple."""
         own = self._programs["model"] if self._programs is not None else self.model
-        return ("x", "c") if getattr(own, "__func__", None) is Pair.model else positional(own)
+        if getattr(own, "__func__", None) is not Pair.model:
+            return positional(own)
+        return ("x",) if getattr(self, "given", None) is None else ("x", "c")
 
     @property
     def has_guide(self) -> bool:

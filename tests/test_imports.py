@@ -135,19 +135,8 @@ def rooms(path):
 # from the ground up: a room imports its own files and those of rooms that stand before it, lazily or not
 ROOMS = (
     *("arguments", "batches", "runtime", "recipe", "tracing", "export", "data", "graphs", "heads", "linear_gaussian"),
-    *(
-        "programs",
-        "pair",
-        "adapter",
-        "objectives",
-        "models",
-        "evidence",
-        "transforms",
-        "storage",
-        "training",
-        "diagnostics",
-    ),
-    *("comparison", "cli"),
+    *("programs", "pair", "adapter", "objectives", "evidence", "transforms", "models", "storage", "training"),
+    *("diagnostics", "comparison", "cli"),
 )
 
 

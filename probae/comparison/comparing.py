@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from probae.arguments import whole
-from probae.batches import as_batch, length
+from probae.batches import as_batch, leaves, length
 from probae.comparison.baselines import checked_training, fit_baselines
 from probae.comparison.comparable import require_one_kind, require_one_measure, require_these_data
-from probae.comparison.entry import Checked, Entry, evaluated, given
+from probae.comparison.entry import Checked, Entry, data_for, evaluated, given
 from probae.comparison.folds import held_out
 from probae.comparison.result import Comparison, notes_on
 from probae.evidence import Auto, Estimator, Evidence
@@ -44,7 +43,8 @@ def compare(
         models: name -> a fitted model, pair or `Run`; or an `Evidence` of x that was computed before; or a list of several
             fits of one kind, whose scatter gives the error between fits. With ``folds``, name -> a function from training
             data to a fitted model, or a list of such functions.
-        x: N held-out data in memory, the same for all; with ``folds`` all of the data.
+        x: N held-out data in memory, the same for all; with ``folds`` all of the data. A tuple may hold what some models
+            condition on, (x, labels): each model takes as many arrays as its programs have arguments.
         train: training data, one array (N, D): with them come baselines (independent features, a full-covariance Gaussian,
             and a mixture of ten Gaussians where scikit-learn is installed), dequantised where the models are of counts. One
             that cannot be fitted, such as a Gaussian of features that depend on each other, is left out with a note.
@@ -96,7 +96,8 @@ def compare(
                 if isinstance(evidence, Evidence):
                     require_these_data(name, evidence, x)
         checked = {
-            name: [prepare(fit, x) for fit in found if not isinstance(fit, Evidence)] for name, found in fits.items()
+            name: [prepare(fit, data_for(fit, x)) for fit in found if not isinstance(fit, Evidence)]
+            for name, found in fits.items()
         }
         require_one_measure(
             [(name, measure) for name, found in fits.items() for measure in _measures(found, checked[name])]
@@ -110,7 +111,8 @@ def compare(
                 if name in fits:
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
                 entries.append(evaluated(name, [model], x, True, direct, seed))
-    comparison = Comparison(entries, data if isinstance(data, Tensor) else torch.empty(length(data), 0))
+    first = next(leaves(data))[1]
+    comparison = Comparison(entries, first if first.dim() > 1 else torch.empty(length(data), 0))
     comparison.notes = [*notes_on(comparison), *left_out]
     if folds is not None:
         comparison.notes.append(f"each datum was held out once: the values of {folds} folds are of as many fits")

@@ -38,6 +38,7 @@ class Entry:
         measure: ``"mass"`` or ``"density"``.
         seconds: of evaluation.
         baseline: whether it came with the comparison.
+        given: what the values are conditioned on: they are log p(x | given) then.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Entry:
     measure: str
     seconds: float
     baseline: bool
+    given: tuple[str, ...] = ()
 
     @property
     def values(self) -> Tensor:
@@ -121,8 +123,9 @@ def evaluated(
 ) -> Entry:
     """An entry for fitted models on held-out data x, which are checked unless they have been."""
     start = time.perf_counter()
-    checked = checked or [prepare(fit, x) for fit in fits]
-    found = [_evidence(each, estimator, x, seed) for each in checked]
+    checked = checked or [prepare(fit, data_for(fit, x)) for fit in fits]
+    given = [data_for(fit, x) for fit in fits]
+    found = [_evidence(each, estimator, rows, seed) for each, rows in zip(checked, given, strict=True)]
     evidence = [each for each in found if isinstance(each, Evidence)]
     why_not = next((each for each in found if isinstance(each, str)), None)
     if why_not is not None and evidence:
@@ -135,9 +138,16 @@ def evaluated(
         if kept.reconstruction is not None:
             reconstruction = float(kept.reconstruction.mean())
         active = sum(int(unit.active.sum()) for unit in kept.units.values())
-    return Entry(
-        name, list(fits), evidence or None, why_not, reconstruction, active, signature.measure, seconds, baseline
-    )
+    numbers = reconstruction, active, signature.measure, seconds, baseline
+    return Entry(name, list(fits), evidence or None, why_not, *numbers, signature.given)
+
+
+def data_for(model: Any, x: Any) -> Any:
+    """What a model takes of data that also hold what others condition on: as many of a tuple's arrays as it has arguments."""
+    if not isinstance(x, tuple):
+        return x
+    count = len(as_pair(model).arguments) or len(x)
+    return x[0] if count == 1 else x[:count]
 
 
 def _evidence(checked: Checked, estimator: Estimator, x: Any, seed: int) -> Evidence | str:
@@ -157,7 +167,7 @@ def _evidence(checked: Checked, estimator: Estimator, x: Any, seed: int) -> Evid
 
 def given(name: str, evidence: Sequence[Evidence]) -> Entry:
     """An entry for evidence that was computed before."""
-    return Entry(name, [], list(evidence), None, math.nan, math.nan, evidence[0].measure, 0.0, False)
+    return Entry(name, [], list(evidence), None, math.nan, math.nan, evidence[0].measure, 0.0, False, evidence[0].given)
 
 
 def paired(entry: Entry, other: Entry | None) -> tuple[float, float, float]:

@@ -38,7 +38,8 @@ def held_out(
 ) -> list[Entry]:
     """An entry for each name and baseline, with the evidence of every datum by the fit that had not seen it.
 
-    ``estimator`` is for the models, ``direct`` for baselines. ``notes`` takes a sentence for each baseline that is left out, since it cannot be fitted to all folds.
+    ``estimator`` is for the models, ``direct`` for baselines. ``notes`` takes a sentence for each baseline that is left
+    out, since it cannot be fitted to all folds.
     """
     batch = as_batch(x)
     if not 2 <= folds <= length(batch):

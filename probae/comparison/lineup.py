@@ -5,162 +5,78 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from probae.adapter import as_pair
+from probae.arguments import printable
 from probae.data.datasets import Dataset
-from probae.heads import likelihoods
-from probae.heads.likelihoods import Head
-from probae.models import PPCA, VAE, Autoencoder, FactorAnalysis, SparseAutoencoder, StochasticAutoencoder
+from probae.models import CATALOGUE, Model, register
 from probae.pair import Pair
 from probae.runtime.processes import require_shared_memory
 from probae.runtime.seeding import seeded
 from probae.storage import saving
 from probae.training import Run, fit
-from probae.transforms import Dequantised
 
-#: counts up to this number may have a class of their own each
-CLASSES = 64
+_VALIDATION = 2000  # rows by which the best step is chosen
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model for some kinds of data.
+def named(models: str | None) -> tuple[list[str] | None, list[str]]:
+    """The names in a list separated by commas, and the files that define some: ``FILE.py:NAME`` is run, and its model known.
 
-    Attributes:
-        title: what it is, in a line.
-        build: from a data set and the number of latents.
-        kinds: of data that it is for.
-        standard: whether it is in the line-up when none is named.
+    Raises:
+        ValueError: if a file defines no such model.
     """
-
-    title: str
-    build: Callable[[Dataset, int], Pair]
-    kinds: tuple[str, ...] = ("binary", "counts", "real")
-    standard: bool = True
-
-
-def _natural(data: Dataset) -> Head:
-    if data.kind == "binary":
-        return likelihoods.Bernoulli()
-    return likelihoods.Binomial(_maximum(data)) if data.kind == "counts" else _gaussian(data)
-
-
-def _gaussian(data: Dataset) -> Head:
-    """A Normal that is a density of real numbers, and a mass of whole ones."""
-    if data.kind == "real":
-        return likelihoods.Normal("feature" if _varies(data) else "shared")
-    return likelihoods.DiscretisedNormal(_maximum(data), scale="feature")
+    if not models:
+        return None, []
+    found, files = [], []
+    for part in (part.strip() for part in models.split(",")):
+        path, colon, name = part.rpartition(":")
+        if colon and path.endswith(".py"):
+            run_file(part)
+            files.append(part)
+        found.append(name if colon else part)
+    return found, files
 
 
-def _missing(data: Dataset) -> str | None:
-    """How models take what is missing in a data set."""
-    return "mask" if any(np.isnan(part).any() for part in (data.train, data.validation, data.test)) else None
+def run_file(part: str) -> None:
+    """Run a file of a user's, and make the model of a name known that it registers, or that is a class in it."""
+    path, _, name = part.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {printable(path)}")
+    module = runpy.run_path(path)
+    if name in CATALOGUE:
+        return
+    cls = module.get(name)
+    if not isinstance(cls, type):
+        raise ValueError(
+            f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
+        )
+    title = (cls.__doc__ or name).strip().splitlines()[0]
+    register(name, Model(title, printable(Path(path).name), lambda schema, latents: cls(schema.features, latents)))
 
 
-def _sparse(data: Dataset, latents: int, posterior: str) -> Pair:
-    spread = float(np.nanstd(data.train))
-    scale = "shared" if posterior != "point" else spread / 4
-    # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
-    rate = 6 / spread if posterior == "point" and data.kind != "binary" else 1.0
-    head = _natural(data)
-    if data.kind == "real":
-        head = likelihoods.Normal(scale)
-    elif data.kind == "counts":
-        head = likelihoods.DiscretisedNormal(_maximum(data), scale=scale)
-    hidden = (128,)
-    return SparseAutoencoder(
-        data.features,
-        latents,
-        hidden,
-        posterior=posterior,
-        likelihood=head,
-        rate=rate,
-        learned_rate=posterior != "point",
-        missing=_missing(data),
-    )
+def conditions(names: Sequence[str]) -> bool:
+    """Whether one of some models conditions on labels."""
+    return any(CATALOGUE[name].labels for name in names)
 
 
-def _linear(model: Callable[..., Pair]) -> Callable[[Dataset, int], Pair]:
-    def build(data: Dataset, latents: int) -> Pair:
-        pair = model(data.features, latents, missing=_missing(data))
-        return pair if data.kind == "real" else Dequantised(pair)
-
-    return build
-
-
-def _varies(data: Dataset) -> bool:
-    """Whether all features vary: one that does not has no scale of its own."""
-    return bool((np.nanmax(data.train, 0) > np.nanmin(data.train, 0)).all())
-
-
-def _maximum(data: Dataset) -> int:
-    return data.maximum if data.maximum is not None else 1
-
-
-CANDIDATES: dict[str, Candidate] = {
-    "ppca": Candidate("probabilistic PCA, maximum likelihood", _linear(PPCA)),
-    "factor_analysis": Candidate("factor analysis, maximum likelihood", _linear(FactorAnalysis)),
-    "sparse_vae": Candidate("sparse VAE: Laplace prior and guide, dictionary", lambda d, n: _sparse(d, n, "laplace")),
-    "normal_vae": Candidate(
-        "VAE, Normal likelihood (rounded, for counts)",
-        lambda d, n: VAE(d.features, n, likelihood=_gaussian(d), missing=_missing(d)),
-        kinds=("counts", "real"),
-    ),
-    "binomial_vae": Candidate(
-        "VAE, Binomial likelihood",
-        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Binomial(_maximum(d)), missing=_missing(d)),
-        kinds=("counts",),
-    ),
-    "categorical_vae": Candidate(
-        f"VAE, a class for each count (up to {CLASSES})",
-        lambda d, n: VAE(d.features, n, likelihood=likelihoods.Categorical(_maximum(d) + 1), missing=_missing(d)),
-        kinds=("counts",),
-    ),
-    "ordinal_vae": Candidate(
-        f"VAE, ordered levels with cut points of their own (up to {CLASSES})",
-        lambda d, n: VAE(
-            d.features, n, likelihood=likelihoods.OrderedCategorical(_maximum(d) + 1), missing=_missing(d)
-        ),
-        kinds=("counts",),
-        standard=False,
-    ),
-    "vae": Candidate(
-        "VAE, with the likelihood that suits the values",
-        lambda d, n: VAE(d.features, n, hidden=(200, 200), likelihood=_natural(d), missing=_missing(d)),
-        standard=False,
-    ),
-    "linear_vae": Candidate(
-        "VAE with an affine encoder and decoder",
-        lambda d, n: VAE(d.features, n, hidden=(), likelihood=_natural(d), missing=_missing(d)),
-        standard=False,
-    ),
-    "sparse_autoencoder": Candidate(
-        "sparse autoencoder: Laplace prior, point guide", lambda d, n: _sparse(d, n, "point"), standard=False
-    ),
-    "autoencoder": Candidate(
-        "autoencoder: flat prior, point guide",
-        lambda d, n: Autoencoder(d.features, n, hidden=(128,), likelihood=_natural(d), missing=_missing(d)),
-    ),
-    "stochastic_autoencoder": Candidate(
-        "stochastic autoencoder: flat prior, noisy code",
-        lambda d, n: StochasticAutoencoder(d.features, n, likelihood=_natural(d), missing=_missing(d)),
-    ),
-}
+def labels_of(data: Dataset) -> Any:
+    """The labels of the test rows."""
+    return None if data.labels is None else data.labels[2]
 
 
 def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
@@ -169,20 +85,23 @@ def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
     Raises:
         ValueError: for an unknown name, or one that is not for such values.
     """
-    suited = [n for n, c in CANDIDATES.items() if data.kind in c.kinds]
-    if data.kind == "counts" and _maximum(data) >= CLASSES:
-        suited = [name for name in suited if name not in {"categorical_vae", "ordinal_vae"}]
-    if data.kind == "real" and not _varies(data):
-        suited.remove("factor_analysis")
+    schema = data.schema
+    suited = [name for name, model in CATALOGUE.items() if model.suits(schema)]
     if names is None:
-        standard = [name for name in suited if CANDIDATES[name].standard]
-        return standard if data.kind != "binary" else [*standard[:3], "vae", *standard[3:]]
+        return [name for name in suited if data.kind in CATALOGUE[name].standard]
     for name in names:
-        if name not in CANDIDATES:
-            raise ValueError(f"models: expected some of {', '.join(CANDIDATES)}; got {name!r}")
+        if name not in CATALOGUE:
+            raise ValueError(f"models: expected some of {', '.join(CATALOGUE)}; got {name!r}")
         if name not in suited:
             raise ValueError(f"models: {name!r} is not for {data!r}; these are: {', '.join(suited)}")
     return list(dict.fromkeys(names))
+
+
+def rows_for(name: str, data: Dataset, split: str) -> Any:
+    """The rows of a split as a model takes them: with their labels, where it conditions on them."""
+    place = ("train", "validation", "test").index(split)
+    rows = getattr(data, split)
+    return rows if not CATALOGUE[name].labels or data.labels is None else (rows, data.labels[place])
 
 
 def train(
@@ -199,22 +118,15 @@ def train(
     Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
     """
     with seeded(seed):
-        pair = CANDIDATES[name].build(data, latents)
+        pair = as_pair(CATALOGUE[name].build(data.schema, latents))
     start = time.perf_counter()
     if hasattr(pair, "maximum_likelihood") and hasattr(getattr(pair, "inner", pair), "maximum_likelihood"):
         pair.maximum_likelihood(data.train)
         return pair, time.perf_counter() - start
-    run: Run = fit(
-        pair,
-        data.train,
-        validation=data.validation[:2000],
-        steps=steps,
-        scheduler="cosine",
-        lr=2e-3,
-        seed=seed,
-        compile=compile,
-        progress=progress,
-    )
+    rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
+    held = tuple(part[:_VALIDATION] for part in held) if isinstance(held, tuple) else held[:_VALIDATION]
+    options = {"steps": steps, "seed": seed, "compile": compile, "progress": progress, **CATALOGUE[name].fit}
+    run: Run = fit(pair, rows, validation=held, **options)
     if run.stopped == "interrupted":
         raise KeyboardInterrupt
     return pair.cpu(), run.seconds
@@ -228,6 +140,7 @@ def train_all(
     seed: int = 0,
     compile: bool | str = "auto",
     processes: int = 1,
+    files: Sequence[str] = (),
     progress: bool = True,
 ) -> Iterator[tuple[str, Pair, float]]:
     """Each name with its fitted model and the seconds that took, in their order; the fits are spread over processes.
@@ -251,7 +164,8 @@ def train_all(
         start = context.Value("i", 0), max(1, torch.get_num_threads() // count), ended, folder
         pool = ProcessPoolExecutor(count, context, _start, start)
         try:
-            jobs = [pool.submit(_train_into, folder, name, data, latents, steps, seed, compile) for name in names]
+            fixed = data, latents, steps, seed, compile, files
+            jobs = [pool.submit(_train_into, folder, name, *fixed) for name in names]
             for name, job in zip(names, jobs, strict=True):
                 seconds = job.result()
                 yield name, saving.load(Path(folder) / name), seconds
@@ -283,8 +197,18 @@ def _follow(ended: Connection, folder: str) -> None:
 
 
 def _train_into(
-    folder: str, name: str, data: Dataset, latents: int, steps: int, seed: int, compile: bool | str
+    folder: str,
+    name: str,
+    data: Dataset,
+    latents: int,
+    steps: int,
+    seed: int,
+    compile: bool | str,
+    files: Sequence[str],
 ) -> float:
+    for file in files:
+        if file.rpartition(":")[2] not in CATALOGUE:
+            run_file(file)
     pair, seconds = train(name, data, latents, steps, seed, compile, progress=False)
     saving.save(pair, Path(folder) / name)
     return seconds

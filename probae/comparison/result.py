@@ -45,11 +45,21 @@ class Comparison:
         """
         import pandas
 
-        ranked = sorted(self.entries, key=_place)
-        best = next((e for e in ranked if e.ranked), None)
+        ranked = sorted(self.entries, key=self._place)
+        best = next((e for e in ranked if self.ranks(e)), None)
         independent = next((e for e in ranked if e.name == INDEPENDENT and e.baseline), None)
         rows = [self._row(entry, best, independent) for entry in ranked]
         return pandas.DataFrame(rows).set_index("model")
+
+    def ranks(self, entry: Entry) -> bool:
+        """Whether an entry's values are ranked: exact values and lower bounds, conditioned on the same as the others."""
+        given = [e.given for e in self.entries if e.ranked]
+        return entry.ranked and entry.given == (() if () in given else given[0])
+
+    def _place(self, entry: Entry) -> tuple[int, float]:
+        """Where an entry stands: values that are ranked, best first, then those that are not, then models without any."""
+        group = 0 if self.ranks(entry) else 1 if entry.evidence else 2
+        return group, -float(entry.values.mean()) if entry.evidence else 0.0
 
     def _row(self, entry: Entry, best: Entry | None, independent: Entry | None) -> dict[str, Any]:
         row: dict[str, Any] = {"model": entry.name, "log_evidence": math.nan, "bound": "–"}
@@ -66,9 +76,9 @@ class Comparison:
                 "mc_stderr": entry.mc_stderr,
                 "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,
             }
-            if entry.ranked:
+            if self.ranks(entry):
                 row["difference"], row["difference_stderr"], row["difference_mc_stderr"] = paired(entry, best)
-            if entry.ranked and independent is not None:
+            if self.ranks(entry) and independent is not None:
                 row["over_independent"], row["over_independent_stderr"], _ = paired(entry, independent)
         row["fits"] = len(entry.evidence or entry.models)
         for name in ("reconstruction", "active_units", "pareto_k", "estimators", "reliable"):
@@ -115,11 +125,6 @@ class Comparison:
             return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
 
 
-def _place(entry: Entry) -> tuple[int, float]:
-    """Where an entry stands: values that can be ranked first, best first, then those that cannot, then those without any."""
-    return (0 if entry.ranked else 1 if entry.evidence else 2, -float(entry.values.mean()) if entry.evidence else 0.0)
-
-
 def notes_on(comparison: Comparison) -> list[str]:
     """How to read the table: what beats what, and where the likelihood is to blame."""
     table, notes = comparison.table, []
@@ -134,6 +139,9 @@ def notes_on(comparison: Comparison) -> list[str]:
             notes.append(
                 f"{entry.name}: its value is an {kind}, so it is not ranked against exact values and lower bounds"
             )
+        elif entry.ranked and not comparison.ranks(entry):
+            on = ", ".join(entry.given)
+            notes.append(f"{entry.name}: its value is log p(x | {on}), so it is not ranked against log p(x)")
     for entry in comparison.entries:
         if entry.ranked and entry.reliable < _BELIEVED:
             share = f"{1 - entry.reliable:.0%} of the data the Monte Carlo standard error is"

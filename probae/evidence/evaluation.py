@@ -69,8 +69,8 @@ def log_evidence(
     ======================  ==================================================  ==========
 
     with :math:`\log w = \log p(x, z) - \log q(z \mid x)`, z ~ q(z | x). Each is a class of `probae.evidence`; its fields are
-    its options: ``method="ais", chains=4`` is ``method=probae.evidence.AIS(chains=4)``. Where the programs condition on a part of
-    the batch, such as labels, that they do not observe, the value is log p(x | given).
+    its options: ``method="ais", chains=4`` is ``method=probae.evidence.AIS(chains=4)``. Where the programs condition on a
+    part of the batch, such as labels, that they do not observe, the value is log p(x | given).
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.

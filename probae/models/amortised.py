@@ -111,7 +111,7 @@ class Amortised(Pair):
 
     def initialise(self, x: Tensor, *given: Tensor) -> None:
         """Take the units of input and output from training data, once: a network then starts at the data's mean."""
-        x = x.flatten(1)
+        x = (x if x.is_floating_point() else x.to(self.head.origin.dtype)).flatten(1)
         require_observed(x)
         if bool(self.initialised):
             return

@@ -30,6 +30,11 @@ class Around(Pair):
         self.given = getattr(self.inner, "given", None)
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """Those of the inner pair."""
+        return self.inner.arguments
+
+    @property
     def has_guide(self) -> bool:
         """Whether the inner pair has one."""
         return self.inner.has_guide

@@ -1,5 +1,6 @@
 """What a data set is: three arrays of rows, what their values are, and how rows are split."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,34 @@ from probae.arguments import as_whole, whole
 
 Kind = Literal["binary", "counts", "real"]
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a model must know of data to be built for them.
+
+    Arguments:
+        shape: Of a datum: (D,), or (C, H, W) of images.
+        kind: ``"binary"``, ``"counts"`` or ``"real"``.
+        maximum: The largest possible count.
+        missing: How models take what is missing: ``"mask"``, or None where nothing is.
+        varies: Whether every feature varies: one that does not has no scale of its own.
+        spread: The standard deviation of all training values together.
+        classes: How many labels there are, or None.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind = "real"
+    maximum: int | None = None
+    missing: str | None = None
+    varies: bool = True
+    spread: float = 1.0
+    classes: int | None = None
+
+    @property
+    def features(self) -> int:
+        """The number D of features."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,6 +56,7 @@ class Dataset:
         feature_names: D names, where the features have any.
         description: One line: what it is, and where it was published.
         files: What it was read from.
+        labels: The labels of training, validation and test rows, whole numbers from 0, or None.
 
     Example:
         >>> x = np.eye(3, dtype=np.uint8)
@@ -44,11 +74,25 @@ class Dataset:
     feature_names: tuple[str, ...] | None = None
     description: str = ""
     files: tuple[Path, ...] = ()
+    labels: Splits | None = None
 
     @property
     def features(self) -> int:
         """The number D of features."""
         return self.train.shape[1]
+
+    @property
+    def classes(self) -> int | None:
+        """How many labels there are: one more than the largest."""
+        return None if self.labels is None else 1 + int(max(part.max() for part in self.labels))
+
+    @property
+    def schema(self) -> Schema:
+        """What a model must know to be built for these data."""
+        gaps = any(np.isnan(part).any() for part in (self.train, self.validation, self.test))
+        varies = bool((np.nanmax(self.train, 0) > np.nanmin(self.train, 0)).all())
+        spread = float(np.nanstd(self.train))
+        return Schema((self.features,), self.kind, self.maximum, "mask" if gaps else None, varies, spread, self.classes)
 
     def __repr__(self) -> str:
         values = f"counts 0..{self.maximum}" if self.kind == "counts" else self.kind

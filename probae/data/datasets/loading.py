@@ -73,7 +73,8 @@ def load(
 
     A named set's splits are the published ones, or fixed for ever where there are none: ``seed`` does not touch them.
 
-    A ``.npy`` file holds one array of rows; a ``.npz`` file holds one, or train, validation (or valid) and test; a
+    A ``.npy`` file holds one array of rows; a ``.npz`` file holds one, or train, validation (or valid) and test, and may hold
+    labels, or train_labels and so on, whole numbers from 0, beside them; a
     ``.csv`` file holds a column per feature, with or without a header (a first row 0, 1, 2, ..., which is pandas'
     own, is taken for one; a first row of names and numbers only if no column can have these numbers as values; a first
     column with an empty heading is taken for row labels and left out). One array is split 60/20/20 by a permutation of
@@ -108,7 +109,8 @@ def load(
             read, about = s.read_gaps, s.description_gaps
         paths = _paths(name, s, root)
         splits, feature_names = read(*paths)
-        return Dataset(name, *splits, s.kind, s.maximum, s.image_shape, feature_names, about, paths)
+        labels = None if s.labels is None else s.labels()
+        return Dataset(name, *splits, s.kind, s.maximum, s.image_shape, feature_names, about, paths, labels)
     if name in CORRELATIONS:
         raise ValueError(f"{name!r} is a correlation matrix, without rows: use correlation_matrix({name!r})")
     path = Path(os.path.expanduser(name))

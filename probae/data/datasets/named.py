@@ -36,6 +36,7 @@ class Named:
     image_shape: tuple[int, int] | None = None
     read_gaps: Callable[..., Contents] | None = None
     description_gaps: str = ""
+    labels: Callable[[], Splits] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ def _digits() -> Contents:
     from sklearn.datasets import load_digits
 
     return split(load_digits().data.astype(np.uint8), SPLIT_SEED, sizes=(1_200, 200)), None
+
+
+def _digit_labels() -> Splits:
+    from sklearn.datasets import load_digits
+
+    return split(load_digits().target.astype(np.int64), SPLIT_SEED, sizes=(1_200, 200))
 
 
 def _mnist(train: Path, test: Path) -> Contents:
@@ -163,7 +170,7 @@ _BINARIZED = (50_000, 10_000, 10_000)
 SETS: dict[str, Named] = {
     "digits": Named(
         "counts", (1_200, 200, 397), 64, "8x8 handwritten digits of scikit-learn (Alpaydin & Kaynak 1998); fixed split",
-        _digits, maximum=16, image_shape=(8, 8),
+        _digits, maximum=16, image_shape=(8, 8), labels=_digit_labels,
     ),
     "mnist": _grey_images(
         "mnist", "MNIST, grey; the last 10,000 training images are validation (LeCun et al. 1998)",

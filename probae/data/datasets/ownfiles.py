@@ -9,7 +9,7 @@ import torch
 
 from probae.arguments import printable
 from probae.batches import as_batch
-from probae.data.datasets.dataset import Dataset, Kind, split
+from probae.data.datasets.dataset import Dataset, Kind, Splits, split
 from probae.data.datasets.formats import INEXACT, numbers, numpy_arrays, table
 
 SUFFIXES = (".npy", ".npz", ".csv")
@@ -24,7 +24,7 @@ def load_file(path: Path, seed: int, missing: str | None = None) -> Dataset:
         if path.exists():
             raise ValueError(f"{printable(path)}: expected a file, got a folder, a pipe or a device")
         raise FileNotFoundError(f"no file {printable(path)}")
-    names, note = None, ""
+    names, note, labels = None, "", None
     if path.suffix.lower() == ".csv":
         names, frame = table(path)
         # pandas and R both write row names under an empty heading: labels, which no model should explain.
@@ -32,29 +32,50 @@ def load_file(path: Path, seed: int, missing: str | None = None) -> Dataset:
             names, frame, note = names[1:], frame.iloc[:, 1:], ", its first, unnamed column left out as row labels"
         arrays = [numbers(path, frame)]
     else:
-        arrays = numpy_arrays(path, partial(_chosen, path))
+        chosen: list[str] = []
+        arrays = numpy_arrays(path, partial(_chosen, path, chosen))
+        count = sum(not name.endswith("labels") for name in chosen)
+        arrays, labels = arrays[:count], arrays[count:] or None
     parts, image_shape = _rows(path, arrays)
     _check(path, parts, missing)
     kind, maximum, dtype = _values(path, parts)
     parts = [np.ascontiguousarray(part, dtype) for part in parts]
     how = "splits as given" if len(parts) == 3 else f"split 60/20/20 by a permutation with seed {seed}"
     train, validation, test = parts if len(parts) == 3 else split(parts[0], seed)
+    classes = None if labels is None else _labels(path, labels, parts, seed)
     return Dataset(
         path.stem, train, validation, test, kind, maximum, image_shape, tuple(names) if names else None,
-        description=f"{printable(path.name)}{note}: {how}", files=(path,),
+        description=f"{printable(path.name)}{note}: {how}", files=(path,), labels=classes,
     )  # fmt: skip
 
 
-def _chosen(path: Path, names: list[str]) -> list[str]:
+def _chosen(path: Path, chosen: list[str], names: list[str]) -> list[str]:
+    """The arrays to read, rows first and then their labels; ``chosen`` takes them."""
     second = "validation" if "validation" in names else "valid"
+    rows, labels = [name for name in names if not name.endswith("labels")], ["labels"]
     if all(key in names for key in ("train", second, "test")):
-        return ["train", second, "test"]
-    if len(names) != 1:
+        rows = ["train", second, "test"]
+        labels = [f"{name}_labels" for name in rows]
+    chosen += [*rows, *(labels if all(name in names for name in labels) else [])]
+    names = rows
+    if len(names) not in (1, 3) or (len(names) == 3 and names[0] != "train"):
         found = ", ".join(map(printable, names)) or "none"
         raise ValueError(
             f"{printable(path)}: expected arrays train, validation (or valid) and test, or one array; got {found}"
         )
-    return names
+    return chosen
+
+
+def _labels(path: Path, labels: list[np.ndarray], parts: list[np.ndarray], seed: int) -> Splits:
+    """Labels by split, checked against the rows."""
+    for found, rows in zip(labels, parts, strict=True):
+        whole = found.dtype.kind in "bui" or (found.dtype.kind == "f" and bool((found == np.floor(found)).all()))
+        if found.shape != (len(rows),) or not whole or (found < 0).any():
+            raise ValueError(
+                f"{printable(path)}: expected labels, {len(rows)} whole numbers from 0, got {found.dtype} {found.shape}"
+            )
+    classes = [part.astype(np.int64) for part in labels]
+    return (classes[0], classes[1], classes[2]) if len(classes) == 3 else split(classes[0], seed)
 
 
 def _rows(path: Path, arrays: list[np.ndarray]) -> tuple[list[np.ndarray], tuple[int, int] | None]:
