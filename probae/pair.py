@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,6 +106,26 @@ class Pair(Parameters, Passes, nn.Module):
             self.keeps_precision = getattr(owner, "keeps_precision", None) is True
             for name, method in brought(self, owner):
                 object.__setattr__(self, name, method)
+
+    # -- in print ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        lines = [f"{self._title()}: {sum(p.numel() for p in self.trained()):,} parameters"]
+        if self.remembered is not None:
+            lines += [f"  {line}" for line in str(self.remembered).splitlines()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [] if self.remembered is None else self.remembered.described()
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        count = sum(p.numel() for p in self.trained())
+        return f"<p><b>{html.escape(self._title())}</b>: {count:,} parameters</p><table>{cells}</table>"
+
+    def _title(self) -> str:
+        given: dict[str, Any] = vars(self).get("_arguments", {})
+        plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | tuple)}
+        owner = self if self._owner is None else self._owner
+        return f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
 
     # -- the two programs --------------------------------------------------------------------------------------------
 

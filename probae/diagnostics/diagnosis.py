@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,10 @@ class Diagnosis:
     def _need_weights(self) -> None:
         if self.why_not is not None:
             raise ValueError(f"there are no importance weights: {self.why_not}")
+
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.advice.splitlines())
+        return self.summary().to_html(float_format=lambda value: f"{value:.3f}", na_rep="–") + f"<ul>{lines}</ul>"
 
     def __repr__(self) -> str:
         lines = (f"· {sentence}" for sentence in self.advice.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -159,6 +160,11 @@ class Evidence:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def _repr_html_(self) -> str:
+        shown = self.to_frame().describe(percentiles=[0.05, 0.5, 0.95]).drop("count")
+        table = shown.to_html(float_format=lambda value: f"{value:.3f}", na_rep="–")
+        return f"<p>{html.escape(repr(self))}</p>{table}"
 
     def __repr__(self) -> str:
         log_p = f"log p(x | {', '.join(self.given)})" if self.given else "log p(x)"

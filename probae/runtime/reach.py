@@ -61,6 +61,10 @@ def parts(value: Any) -> list[tuple[str, Any]]:
     if inspect.isfunction(value):
         if (value.__module__ or "").split(".")[0] in _LIBRARIES:
             return []
+        if (
+            value.__globals__.get("__name__", "").split(".")[0] == "probae"
+        ):  # a decorator of ours around a user's function
+            return [("wrapped", value.__wrapped__)] if hasattr(value, "__wrapped__") else []
         return [*_named_in(value), ("defaults", value.__defaults__), ("kwdefaults", value.__kwdefaults__)]
     if isinstance(value, nn.Module):
         own = [

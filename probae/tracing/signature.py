@@ -165,6 +165,28 @@ class Signature:
             return found[0]
         return found if self.form == "tuple" else {leaf.name: x for leaf, x in zip(self.leaves, found, strict=True)}
 
+    # -- in words ----------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return "\n".join(" · ".join(part for part in row if part) for row in self.described())
+
+    def described(self) -> list[list[str]]:
+        """A row for each variable and each array that is given: its role, its name and shape, and what there is to know."""
+        rows = []
+        for v in self.variables:
+            role = ("observed" if v.observed else "latent") + ("" if v.local else ", shared by all data")
+            known = [
+                "prior is flat" if v.flat else "",
+                "guide is a point" if v.point else "",
+                "summed out" if v.summed else "",
+                "masked" if v.masked else "",
+                "KL in closed form" if v.analytic_kl else "",
+            ]
+            rows.append([role, f"{v.name} {_shape(v.shape)}", v.support, ", ".join(filter(None, known))])
+        return rows + [
+            ["given", f"{leaf.name} {_shape(leaf.shape)}", leaf.dtype, ""] for leaf in self.leaves if not leaf.observed
+        ]
+
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
@@ -198,6 +220,10 @@ def _of(kind: Any, data: Any) -> Any:
     if not isinstance(data, dict) or set(data) - names:
         raise TypeError(f"expected the fields {sorted(names)}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})" if shape else "(a number)"
 
 
 def merged(first: Signature, second: Signature) -> Signature:

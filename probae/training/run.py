@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,10 @@ class Run:
     def seconds(self) -> float:
         """Wall-clock seconds of the training steps, validation included."""
         return self.records[-1]["seconds"] if self.records else 0.0
+
+    def _repr_html_(self) -> str:
+        shown = self.history.tail(5).to_html(index=False, float_format=lambda value: f"{value:.4f}", na_rep="–")
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
 
     def __repr__(self) -> str:
         if not self.records:
