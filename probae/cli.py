@@ -263,7 +263,7 @@ def write(
                 reconstructions[entry.name] = lineup.images(pair.reconstruct(rows), data)
             if entry.evidence:
                 given = held[1][:12] if entry.given else None
-                samples[entry.name] = lineup.images(pair.sample(12, seed=settings["seed"], given=given), data)
+                samples[entry.name] = lineup.images(pair.sample(len(x), seed=settings["seed"], given=given), data)
         for name, grid in (("reconstructions", reconstructions), ("samples", samples)):
             figures.image_rows(grid).savefig(folder / f"{name}.png", dpi=150)
             written.append(f"{name}.png")

@@ -47,6 +47,8 @@ class Passes:
         """
         n = size("n", n)
         with evaluating(self, seed), self.own_parameters():
+            if (draw := self.own("draw_data")) is not None:
+                return draw(n) if given is None else draw(n, given)
             try:
                 if given is None and like is None and getattr(self, "given", None) is None:
                     if self.has("prior") and self.has("likelihood"):

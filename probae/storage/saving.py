@@ -283,5 +283,6 @@ def _module(model: Any) -> nn.Module:
 
 
 def _source(model: Any) -> Any:
-    """What a recipe builds: the model itself, not what `fit` returned of it."""
-    return model.model if hasattr(type(model), "history") else model
+    """What a recipe builds: the model itself, not what `fit` returned of it, nor the pair that was made around its programs."""
+    model = model.model if hasattr(type(model), "history") else model
+    return model._owner if isinstance(model, Pair) and model._owner is not None else model
