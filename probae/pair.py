@@ -22,15 +22,12 @@ from probae.tracing.leaves import positional
 from probae.tracing.masks import Site
 from probae.tracing.missing import masked, require_numbers
 from probae.tracing.probing import run_at, signature_of
-from probae.tracing.signature import Signature, rows_in_plate
+from probae.tracing.signature import PARTICLES, Signature, rows_in_plate
 from probae.tracing.sites import samples
 from probae.tracing.terms import Traces
 
 Program = Callable[..., Any]
 _FIRST = 22  # a purpose of its own: what programs make at their first run shares no draws with what follows
-
-#: the plate of particles, to the left of all others
-PARTICLES = "probae.particles"
 
 
 class Pair(Parameters, Passes, nn.Module):

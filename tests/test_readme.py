@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from probae.models.catalogue import markdown
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"(?:<!-- (.*?) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
@@ -34,3 +36,7 @@ def test_a_class_and_two_functions_of_ones_own_are_fitted_and_compared(capsys):
     out = capsys.readouterr().out
     for name in ("Student-t", "Normal", "full Gaussian"):
         assert name in out
+
+
+def test_the_table_of_the_family_is_the_catalogue():
+    assert f"<!-- catalogue -->\n{markdown()}\n<!-- /catalogue -->" in README.read_text()

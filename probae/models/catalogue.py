@@ -234,3 +234,9 @@ def register(name: str, model: Model) -> Model:
         raise ValueError(f"name: expected one that no model has, of letters, digits and underscores, got {name!r:.100}")
     CATALOGUE[name] = model
     return model
+
+
+def markdown() -> str:
+    """The catalogue as a table for a page of documentation."""
+    rows = [f"| `{name}` | {m.title} | {', '.join(m.kinds)} | {m.paper} |" for name, m in CATALOGUE.items()]
+    return "\n".join(["| name | what it is | for data | paper |", "|---|---|---|---|", *rows])

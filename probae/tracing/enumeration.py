@@ -18,9 +18,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from probae.batches import Batch, call, length
-from probae.pair import PARTICLES, Pair
 from probae.tracing.masks import inner_mask, log_density, unmasked
-from probae.tracing.signature import Signature
+from probae.tracing.protocol import Pair
+from probae.tracing.signature import PARTICLES, Signature
 from probae.tracing.sites import samples
 from probae.tracing.terms import Traces, log_prob
 

@@ -13,6 +13,9 @@ from probae.batches import Batch, length
 from probae.tracing.masks import Site
 from probae.tracing.sites import samples
 
+#: the plate of particles, to the left of all others
+PARTICLES = "probae.particles"
+
 
 @dataclass(frozen=True)
 class Leaf:
