@@ -8,7 +8,7 @@ import pytest
 from probae.models.catalogue import markdown
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"(?:<!-- (.*?) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+BLOCKS = re.findall(r"(?:<!-- ([\w ]+) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_the_first_steps_print_evidence_a_table_and_a_diagnosis(capsys):
