@@ -129,7 +129,7 @@ def test_a_gradient_that_is_no_number_stops_at_once_and_names_its_rows():
         model = Rooted()
         before = state(model)
         with pytest.raises(
-            FloatingPointError, match=r"gradient is not finite at step \d+: site 'x' .* rows of the data 41:"
+            FloatingPointError, match=r"gradient is not finite at step \d+: site 'x' .* rows of the data 41\."
         ):
             probae.fit(model, x, steps=30, batch_size=16, compile=way, progress=False)
         assert all(torch.isfinite(value).all() for value in state(model).values())

@@ -360,7 +360,7 @@ def test_what_fails_in_one_process_ends_all(told, name):
 def test_a_loss_that_is_no_number_in_one_process_is_told_by_all_with_its_rows(told):
     first, second = (found["no number"] for found in told)
     assert first.startswith(
-        "FloatingPointError: the loss is nan at step 7: site 'x' has no finite density at rows of the data"
+        "FloatingPointError: the loss became nan at step 7: site 'x' has no finite density at rows of the data"
     )
     assert first == f"{second} (rank 1)"
 

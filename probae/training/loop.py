@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probae.data.streams import Minibatch, Source
 from probae.pair import Pair
-from probae.training.nonfinite import Trouble
+from probae.training.nonfinite import NonFinite
 from probae.training.optimizers import step_by_record
 from probae.training.run import Run
 from probae.training.steps import Steps
@@ -97,13 +97,13 @@ class Loop:
 
     def fail(self, minibatch: Minibatch, loss: float, number: int, alone: bool = False) -> NoReturn:
         """Go back to the last good parameters, and say where the trouble lies: it may be in another process's rows."""
-        trouble = Trouble(self.take, minibatch)
+        nonfinite = NonFinite(self.take, minibatch)
         found = (
-            trouble.found() if self.sound() else None
+            nonfinite.found() if self.sound() else None
         )  # a step that was refused has left the parameters as they were
         self.pair.load_state_dict(self.good)
-        found = found or trouble.found()
-        told = trouble.told(found, loss, number)
+        found = found or nonfinite.found()
+        told = nonfinite.told(found, loss, number)
         seen = [None] if alone else self.processes.gather(None if found is None else told)
         if found is None:
             told = next((f"{text} (rank {rank})" for rank, text in enumerate(seen) if text is not None), told)

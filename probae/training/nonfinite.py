@@ -14,7 +14,7 @@ from probae.tracing.sites import samples
 from probae.tracing.terms import Traces
 from probae.training.steps import Steps
 
-_ADVICE = "try a smaller lr, clip=10.0, or a floor under the likelihood's scale"
+_ADVICE = "Try a smaller lr, clip=10.0, or a floor under the likelihood's scale"
 _SHOWN = 5
 
 
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     rows: list[int]
 
 
-class Trouble:
+class NonFinite:
     """A minibatch whose loss or gradient is not finite, looked at again."""
 
     def __init__(self, take: Steps, minibatch: Minibatch):
@@ -46,13 +46,13 @@ class Trouble:
     def told(self, found: Found | None, loss: float, step: int) -> str:
         """The message."""
         if found is None:
-            return f"the loss is {loss} at step {step}, where parameters that were good before lead to it: {_ADVICE}"
+            return f"the loss became {loss} at step {step}; it was finite at the last recorded parameters. {_ADVICE}"
         places = found.rows if self.index is None else [int(self.index[i]) for i in found.rows[:_SHOWN]]
         shown = ", ".join(map(str, places[:_SHOWN])) + (", …" if len(found.rows) > _SHOWN else "")
         where = "rows of the batch" if self.index is None else "rows of the data"
         site = f"site {found.site!r}" if found.site else "the loss"
-        start = f"the loss is {loss}" if found.what == "density" else "the gradient is not finite"
-        return f"{start} at step {step}: {site} has no finite {found.what} at {where} {shown}: {_ADVICE}"
+        start = f"the loss became {loss}" if found.what == "density" else "the gradient is not finite"
+        return f"{start} at step {step}: {site} has no finite {found.what} at {where} {shown}. {_ADVICE}"
 
     def _density(self) -> Found | None:
         """The first site whose draws or densities are not finite, and at which rows."""
@@ -86,7 +86,7 @@ class Trouble:
         return Found("gradient", None, bad)
 
     def _bad(self, rows: list[int]) -> list[int]:
-        """Halves without a row that is to blame are left aside."""
+        """The rows with such a gradient: halves without one are left aside."""
         with seeded(0, self.pair.device):
             loss = self.take.loss(self._at(rows), self.take.step)
         if _finite(loss, [p for p in self.take.parameters if p.requires_grad]):
