@@ -273,7 +273,7 @@ class Annealer:
         """Rows of a block: what memory takes of all chains of them."""
         device, options = self.pair.device or torch.device("cpu"), self.options
         memory = options.memory or MEMORY.get(device.type, MEMORY["cuda"])
-        return even(length(self.batch), max(1, memory // (8 * self.space.floats(self.batch) * options.chains)))
+        return even(length(self.batch), max(1, memory // (self.space.bytes(self.batch) * options.chains)))
 
 
 class Block:

@@ -361,7 +361,7 @@ class Refiner:
         """How many particles of a datum memory takes at a time."""
         device = self.pair.device or torch.device("cpu")
         memory = self.options.memory or MEMORY.get(device.type, MEMORY["cuda"])
-        return max(1, memory // (8 * self.space.floats(batch)))
+        return max(1, memory // self.space.bytes(batch))
 
 
 #: by how much weights exceed p̂ where q is too thin; and the share of a posterior that may lie there

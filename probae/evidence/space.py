@@ -10,10 +10,11 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
-from probae.batches import Batch, each, leaves, length
+from probae.batches import Batch, each, length
 from probae.evidence.enumeration import states, values_of
 from probae.evidence.weights import no_evidence, require_unscaled
 from probae.pair import Pair
+from probae.runtime.memory import allocated
 from probae.runtime.seeding import evaluating
 from probae.tracing.enumeration import log_joint_at
 from probae.tracing.probing import run_at
@@ -113,12 +114,19 @@ class Space:
         values = {name: guide.nodes[name]["value"] for name in names}
         return {n: (v if particles > 1 else v[None]).contiguous() for n, v in values.items()}
 
-    def floats(self, batch: Batch) -> int:
-        """About how many numbers one particle of a datum takes: coordinates, data, and the widest layers between them."""
-        widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
-        features = sum(leaf[0].numel() for _, leaf in leaves(batch))
-        states = max((len(values) for values in self.states.values()), default=1) * self.widest**2
-        return 8 * self.size + states * (4 * features + 2 * widest)
+    def bytes(self, batch: Batch) -> int:
+        """What one further particle of a datum takes, by runs on a few rows: densities and their gradients."""
+        rows = batch if self.signature.all_rows else each(lambda leaf: leaf[:2], batch)
+
+        def gradient(particles: int) -> None:
+            with torch.enable_grad():
+                u = torch.zeros(particles, length(rows), self.size, device=self.pair.device, dtype=self.pair.dtype)
+                terms = self.terms(u.requires_grad_(), rows, self.shared(rows, particles))
+                torch.autograd.grad((terms.prior + terms.likelihood).sum(), u)
+
+        with evaluating(self.pair):
+            one, several = (allocated(lambda k=k: gradient(k)) for k in (1, 3))  # type: ignore[misc]
+        return max(1, (several - one) // (2 * length(rows)))
 
     # -- densities ---------------------------------------------------------------------------------------------------
 

@@ -19,11 +19,11 @@ from probae.graphs.graph import same
 from probae.graphs.inductor import compiled, unavailable
 from probae.pair import Pair
 from probae.runtime.isolation import isolated
-from probae.runtime.seeding import evaluating, set_streams, streams
+from probae.runtime.memory import allocated
+from probae.runtime.seeding import evaluating, seeded, set_streams, streams
 from probae.tracing.checks import check
 from probae.tracing.enumeration import log_joint
 from probae.tracing.signature import Signature
-from probae.tracing.sites import samples
 from probae.tracing.terms import Traces, scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities: what stays near the cores, and on a GPU
@@ -163,9 +163,10 @@ class Weights:
         device = pair.device or torch.device("cpu")
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
         with evaluating(pair, seed):
-            first = pair.traces(batch if self.signature.all_rows else each(lambda leaf: leaf[:2], batch))
-            require_unscaled(first)
-            rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
+            few = batch if self.signature.all_rows else each(lambda leaf: leaf[:2], batch)
+            require_unscaled(pair.traces(few))
+            cost = _cost(pair, self.signature, few)
+            rows, together = _chunks(cost, length(batch), particles, memory)
             if self.signature.all_rows:
                 rows, together = length(batch), even(particles, max(1, rows * together // length(batch)))
             if not self.signature.vectorised:
@@ -250,19 +251,20 @@ def padded(leaf: Tensor, rows: int) -> Tensor:
     return leaf if missing == 0 else torch.cat([leaf, leaf[-1:].expand(missing, *leaf.shape[1:])])
 
 
-def _floats(pair: Pair, batch: Batch, traces: Any) -> int:
-    """About how many numbers one particle of one datum takes: its events, and the widest layers between them."""
-    sites = [s for run in traces.runs for trace in run for s in samples(trace)]
-    events = sum(s["fn"].event_shape.numel() for s in sites)
-    widest = max((p.shape[0] for p in pair.parameters() if p.dim() == 2), default=0)
-    return 4 * events + 2 * widest + sum(leaf[0].numel() for _, leaf in leaves(batch))
+def _cost(pair: Pair, signature: Signature, rows: Batch) -> tuple[float, float]:
+    """The bytes that a further datum takes, and a further particle of a datum, by runs on a few rows."""
+    few = [1, 3] if signature.vectorised else [1, 1]
+    with seeded(0, pair.device):
+        one, several = (allocated(lambda k=k: pair.traces(rows, k).log_weights()) for k in few)  # type: ignore[misc]
+    cell = max(1.0, (several - one) / (2 * length(rows)) if signature.vectorised else one / length(rows))
+    return max(0.0, one / length(rows) - cell), cell
 
 
-def _chunks(floats: int, size: int, particles: int, memory: int) -> tuple[int, int]:
+def _chunks(cost: tuple[float, float], size: int, particles: int, memory: int) -> tuple[int, int]:
     """Rows and particles of a chunk; all chunks are alike, so that one graph does for them."""
-    cells = max(1, memory // (8 * floats))
-    rows = even(size, max(1, cells // min(particles, 64)))
-    return rows, even(particles, max(1, cells // rows))
+    datum, cell = cost
+    rows = even(size, max(1, int(memory / (datum + cell * min(particles, 64)))))
+    return rows, even(particles, max(1, int((memory / rows - datum) / cell)))
 
 
 def even(total: int, most: int) -> int:
