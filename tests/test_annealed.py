@@ -618,6 +618,7 @@ def test_the_rate_distortion_curve_of_a_linear_gaussian_model(largest):
         probae.rate_distortion(model, x, start="guide")
 
 
+@pytest.mark.slow
 def test_a_prior_of_uneven_scales_is_walked_in_its_own_units(monkeypatch):
     """One step size serves all directions: in coordinates as they come, chains hardly leave where they began."""
     scales = torch.tensor([100.0, 30.0, 10.0, 1.0, 0.3, 0.1], **float64)

@@ -260,6 +260,7 @@ def survives(tmp_path, kills, seed, way="flat"):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@pytest.mark.slow
 def test_three_kills(tmp_path):
     assert survives(tmp_path, 3, seed=0) == 3
 

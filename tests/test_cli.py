@@ -181,6 +181,7 @@ def read(folder):
     return pd.read_csv(folder / "table.csv", index_col="model")
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_line_up_and_the_baselines_best_first(job):
     kind, _, folder, _ = job
     table = read(folder)
@@ -197,6 +198,7 @@ def test_the_table_holds_the_line_up_and_the_baselines_best_first(job):
     )
 
 
+@pytest.mark.slow
 def test_json_and_csv_hold_the_same_table_and_the_settings(job):
     _, file, folder, _ = job
     content = json.loads((folder / "table.json").read_text())
@@ -214,6 +216,7 @@ def test_json_and_csv_hold_the_same_table_and_the_settings(job):
     assert content["notes"]
 
 
+@pytest.mark.slow
 def test_the_evidence_by_datum_belongs_to_the_table(job):
     _, _, folder, _ = job
     evidence, table = pd.read_csv(folder / "evidence.csv", index_col="datum"), read(folder)
@@ -224,6 +227,7 @@ def test_the_evidence_by_datum_belongs_to_the_table(job):
     np.testing.assert_allclose(errors[means.index], table["stderr"][means.index], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_every_row_has_its_fitted_model_which_gives_the_same_evidence(job):
     _, file, folder, _ = job
     table, evidence = read(folder), pd.read_csv(folder / "evidence.csv", index_col="datum")
@@ -284,6 +288,7 @@ def test_the_notes_are_printed(job):
         assert note in said
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_path):
     kind, file, folder, _ = job
     names = "ppca,autoencoder," + {"real": "normal_vae", "binary": "vae", "counts": "binomial_vae"}[kind]
@@ -322,6 +327,7 @@ def test_test_rows_are_limited(job, tmp_path):
 # -- the main job ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_the_digits_independent_features_stand_above_every_gaussian_model(digits):
     folder, out = digits
     rows = re.findall(r"^│\s*([\w ]*\w)\s*│", out, re.MULTILINE)
@@ -345,6 +351,7 @@ def test_the_digits_line_up_and_figures_are_complete(digits):
         assert min(png_size(folder / f"{name}.png")) > 300
 
 
+@pytest.mark.slow
 def test_models_without_evidence_have_a_dash_and_a_reconstruction(digits):
     folder, out = digits
     for name in ("autoencoder", "stochastic_autoencoder"):
@@ -511,6 +518,7 @@ def test_spaces_between_the_models_names_are_no_trouble(tmp_path):
     assert {"ppca", "factor_analysis"} <= set(table.index)
 
 
+@pytest.mark.slow
 def test_large_whole_numbers_are_compared_without_a_class_for_each(tmp_path):
     rng = np.random.default_rng(0)
     x = np.c_[rng.poisson(5, (60, 2)), rng.integers(200_000, 250_000, 60)]
@@ -531,6 +539,7 @@ def test_brackets_in_names_are_printed_as_they_are(tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fits_spread_over_processes_are_the_same(tmp_path):
     file = write(tmp_path, "counts")
     tables = []

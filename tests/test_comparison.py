@@ -428,6 +428,7 @@ def test_a_difference_within_its_error_is_no_reason_to_blame_a_likelihood():
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_density_is_not_ranked_against_a_mass_and_the_advice_works():
     x = COUNTS.float()
     binomial = probae.VAE(6, 2, likelihood=probae.likelihoods.Binomial(16))
@@ -571,6 +572,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(models, com
     assert other["log_evidence"]["vae"] != again["log_evidence"]["vae"]
 
 
+@pytest.mark.slow
 def test_the_callers_random_streams_and_the_models_modes_are_left_alone(models):
     model = probae.VAE(D, 2).train()
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
@@ -637,6 +639,7 @@ def test_values_whose_error_is_not_to_be_believed_are_noted():
     assert any("Monte Carlo standard error is unreliable" in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_differences_have_a_monte_carlo_error_of_their_own(models):
     table = probae.compare({"vae": models["vae"], "ppca": models["ppca"]}, TEST, method="iwae", particles=20).table
     worst, best = table.index[-1], table.index[0]

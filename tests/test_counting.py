@@ -321,6 +321,7 @@ def test_a_latent_masked_in_model_and_guide_is_absent(how):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("method", ["refined", "auto", "ais"])
+@pytest.mark.slow
 def test_an_estimator_with_a_guide_of_its_own_leaves_masked_latents_out(how, method):
     batch, truth = lacking()
     model, guide = partial(some_rows_lack_a_latent, how), partial(its_posterior, how)
@@ -716,6 +717,7 @@ def allocation_guide(x):
         pyro.sample("theta", dist.Dirichlet(1.0 + 0.7 * counts[:, None]))
 
 
+@pytest.mark.slow
 def test_topics_of_words_within_documents_are_summed_out():
     torch.manual_seed(5)
     x = torch.randint(0, 5, (7, WORDS))

@@ -270,6 +270,7 @@ def test_the_weights_are_log_p_in_every_wording(name, count):
 
 
 @wordings()
+@pytest.mark.slow
 def test_every_estimator_gives_log_p_in_every_wording(name):
     x, (model, guide) = data(), WORDINGS[name]()
     for method in ("iwae", "auto", "refined"):
@@ -538,6 +539,7 @@ def test_an_autoguide_over_latents_of_each_datum_has_pyros_loss(kind):
 
 
 @autoguides
+@pytest.mark.slow
 def test_an_autoguide_over_latents_of_each_datum_trains_and_is_evaluated(kind):
     """Down to the best of its family, the exact posterior; then evidence is right, or refused."""
     x = data(15, 1)[:, 0]
@@ -671,6 +673,7 @@ def test_an_autoguide_over_shared_latents_has_pyros_loss(kind):
 
 
 @global_guides
+@pytest.mark.slow
 def test_minibatches_under_shared_latents_average_to_the_full_loss(kind):
     batch = measurements()
     guide = made(kind, batch)

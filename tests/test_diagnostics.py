@@ -518,6 +518,7 @@ def test_latents_of_all_data_are_named_as_not_looked_at():
     assert np.abs(diagnosis.kl["z"].numpy() - normal_kl(x.numpy() / 2, 0.7).mean(0)).max() < EXACT
 
 
+@pytest.mark.slow
 def test_plain_programs_without_a_particle_axis():
     def model(x):
         z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))

@@ -210,6 +210,7 @@ def vae(head, prior, features, latents, seed):
 @pytest.mark.parametrize("latents", [1, 2])
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.slow
 def test_the_importance_weighted_bound_reaches_the_integral(head, prior, latents):
     model, integral = vae(head, prior, features=3, latents=latents, seed=latents)
     x = probae.sample(model, 4, seed=1)
@@ -798,6 +799,7 @@ def test_chunks_change_the_draws_and_nothing_else(memory):
     assert (np.abs(ratio.mean(0) - 1) < 4 * ratio.std(0, ddof=1) / math.sqrt(400)).all()
 
 
+@pytest.mark.slow
 def test_programs_without_a_particle_axis_run_one_particle_after_another():
     pair, x, truth, _ = rotated(repeats=4)
 
@@ -846,6 +848,7 @@ def test_shared_latents_are_averaged_over_their_guide(local):
     assert probae.log_weights(pair, x, particles=10).shape == (10, 6)
 
 
+@pytest.mark.slow
 def test_the_error_of_the_mean_counts_shared_draws_once():
     pair, truth = shared_pair(local=0)
     x = 1.5 + 0.1 * normal(30, 1)  # alike, so that the same θ errs alike for all

@@ -56,6 +56,7 @@ def relu(x, latents=3):
 # -- a Normal ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_linear_autoencoder_becomes_the_gaussian_with_its_codes_covariance():
     x = data()
     model, axes, loc = linear(x, scale=0.4)
@@ -88,6 +89,7 @@ def gaussian_scale(x, axes, loc):
 
 
 @pytest.mark.parametrize("start", [1.0, 0.05])
+@pytest.mark.slow
 def test_the_scale_has_the_largest_evidence(start):
     x = data()
     model, axes, loc = linear(x, scale=start)
@@ -176,6 +178,7 @@ def test_a_hurdle_has_the_zeros_and_the_law_that_it_says():
 
 
 @pytest.mark.parametrize("latents", [1, 2])
+@pytest.mark.slow
 def test_the_evidence_under_a_hurdle_is_the_sum_over_gates(latents):
     """Against gates summed out and slabs integrated: the base measure of z is mixed, p(x) is not."""
     x = data(60, latents=latents)

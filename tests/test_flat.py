@@ -77,6 +77,7 @@ def same_runs(build, x, **options):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", names())
+@pytest.mark.slow
 def test_losses_and_gradients_have_the_bits_of_eager_pyro(name, objective):
     torch.manual_seed(0)
     pair, objective, x, step = make(name, D, L).double(), OBJECTIVES[objective](), data(8), torch.tensor(3.0)

@@ -484,7 +484,9 @@ def test_a_datum_without_a_finite_density_is_named_and_the_last_good_parameters_
     model = seeded(Steep, D, L, hidden=(8,))
     before = state(model)
     # the code of such a row is as large, and its density the first that overflows
-    with pytest.raises(FloatingPointError, match=r"at step \d: site 'z' has no finite density at rows of the data 37\."):
+    with pytest.raises(
+        FloatingPointError, match=r"at step \d: site 'z' has no finite density at rows of the data 37\."
+    ):
         quick(model, x, compile=way, every=100)
     assert same(state(model), before)
 
