@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
-import torch
-from pyro import poutine
 from torch import Tensor, nn
 
-from probae.batches import Batch, as_batch, call, leaves, length
+from probae.batches import Batch, as_batch, call
 from probae.programs.callables import brought
 from probae.programs.parameters import Parameters, object_of
 from probae.programs.passes import Passes
-from probae.runtime.isolation import one_at_a_time
-from probae.runtime.seeding import derived
-from probae.tracing.guides import is_messenger
+from probae.programs.placement import Placement
+from probae.programs.runs import Program, Runs
 from probae.tracing.leaves import positional
-from probae.tracing.masks import Site
 from probae.tracing.missing import masked, require_numbers
-from probae.tracing.probing import run_at, signature_of
-from probae.tracing.signature import PARTICLES, Signature, rows_in_plate
-from probae.tracing.sites import samples
-from probae.tracing.terms import Traces
-
-Program = Callable[..., Any]
-_FIRST = 22  # a purpose of its own: what programs make at their first run shares no draws with what follows
+from probae.tracing.signature import Signature
 
 
-class Pair(Parameters, Passes, nn.Module):
+class Pair(Runs, Passes, Parameters, Placement, nn.Module):
     r"""A model p(x, z) and a guide q(z | x), both Pyro programs.
 
     Two ways to write one. Around two functions, which may use ``pyro.module`` and ``pyro.param`` (their parameters are
@@ -214,90 +203,6 @@ class Pair(Parameters, Passes, nn.Module):
                 "none: write the pair as a class with prior(), likelihood(z) and posterior(x)"
             )
 
-    # -- its runs ----------------------------------------------------------------------------------------------------
-
-    def signature(self, batch: Batch, seed: int = 0) -> Signature:
-        """What the programs are; found by runs on a few rows, and kept. Parameters that those make follow from the seed."""
-        form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
-        if form not in self._signatures:  # programs may observe less of another form
-            with self.surveyed():
-                self._signatures[form] = signature_of(self, batch, derived(seed, _FIRST))
-            self.remembered = self._signatures[form]
-        return self._signatures[form]
-
-    def keep_signature(self, batch: Batch, signature: Signature | None) -> None:
-        """Take what is now known of the programs for batches of a form; None finds it anew at the next run."""
-        form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
-        self._signatures.pop(form, None)
-        if signature is not None:
-            self._signatures[form] = self.remembered = signature
-
-    def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
-        """Run guide, then model at its draws, for K particles at once.
-
-        Args:
-            batch: N data.
-            particles: K.
-            through: gives, for a site of the guide, the draw that the model and the densities see (equal in value).
-
-        Returns:
-            The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
-        """
-        signature = self.signature(batch)
-        if not self.has_guide and (
-            latents := [n for n in signature.latents + signature.globals_ if n not in signature.summed]
-        ):
-            raise ValueError(f"the pair has no guide to draw {latents} from: a bound needs one")
-        together = signature.vectorised or particles == 1
-        each = particles if together else 1
-        runs = [self._run(batch, signature, each, through) for _ in range(1 if together else particles)]
-        return Traces(runs, signature, particles, rows_in_plate(runs[0][1], signature, batch))
-
-    def replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
-        """Run the model alone, at given values (K, N, ...) of its latents."""
-        signature = self.signature(batch)
-        model = run_at(self, self.model, batch, particles, signature, values)
-        return Traces([(poutine.Trace(), model)], signature, particles, length(batch))
-
-    def _run(
-        self, batch: Batch, signature: Signature, particles: int, through: Callable[[Site], Tensor] | None
-    ) -> tuple[Any, Any]:
-        guide = self.run(self.guide, batch, particles, signature) if self.has_guide else poutine.Trace()
-        if through is not None:
-            for site in samples(guide):
-                if not site["is_observed"] and site["value"].requires_grad:
-                    site["value"] = through(site)
-        return guide, self.run(self.model, batch, particles, signature, poutine.replay, trace=guide)
-
-    def run(
-        self,
-        program: Program,
-        batch: Batch,
-        particles: int,
-        signature: Signature | None,
-        handler: Any = None,
-        **options: Any,
-    ) -> Any:
-        """Trace one program under a particle plate to the left of its own plates; parameters come from this pair."""
-
-        def vectorised() -> None:
-            if particles == 1 or signature is None:
-                call(program, batch)
-            else:
-                with pyro.plate(PARTICLES, particles, dim=-1 - signature.nesting):
-                    call(program, batch)
-
-        self._require_default_dtype()
-        handled = handler(vectorised, **options) if handler is not None else vectorised
-        with one_at_a_time(), self.own_parameters():
-            trace = poutine.trace(handled).get_trace()
-        if program == self.guide and is_messenger(
-            self
-        ):  # which runs the model: what that observes is none of the guide's
-            for name in [site["name"] for site in samples(trace) if site["is_observed"]]:
-                trace.remove_node(name)
-        return trace
-
     # -- its data ----------------------------------------------------------------------------------------------------
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
@@ -341,59 +246,6 @@ class Pair(Parameters, Passes, nn.Module):
             raise ValueError(f"site 'x': expected one array of finite numbers, got a {type(batch).__name__} of arrays")
         require_numbers(batch, "site 'x'", self.missing)
         return batch
-
-    # -- its parameters ----------------------------------------------------------------------------------------------
-
-    def require_values(self) -> None:
-        """Raise a ValueError if a parameter or buffer is on the meta device, where tensors have no values."""
-        if any(tensor.is_meta for tensor in self._tensors()):
-            raise ValueError("expected a model with parameters, and they are on the meta device, which keeps no values")
-
-    def require_trainable(self) -> None:
-        """Raise a ValueError if a parameter or buffer was made in inference mode, which lets nothing change it."""
-        self.require_values()
-        if any(tensor.is_inference() for tensor in self._tensors()):
-            raise ValueError(
-                "expected a model that can be trained, and its parameters were made under torch.inference_mode(): make or "
-                "copy the model outside of it"
-            )
-
-    def _require_default_dtype(self) -> None:
-        default = torch.get_default_dtype()
-        if self._programs is None or default is torch.float32 or self.dtype in (None, default):
-            return
-        raise ValueError(
-            f"torch's default dtype is {default}, and the model's parameters are {self.dtype}: tensors that its programs make "
-            f"without a dtype would be {default}. Make both the same, by model.to({default}) or "
-            f"torch.set_default_dtype({self.dtype})"
-        )
-
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self.parameters()
-        yield from self.buffers()
-
-    def _reference(self) -> Tensor | None:
-        # what functions merely reach says less than what the pair's own programs and object have
-        reached = {id(t) for t in (*self._in_use.parameters(), *self._in_use.buffers())}
-        floating = [t for t in self._tensors() if t.is_floating_point()]
-        return next((t for t in floating if id(t) not in reached), next(iter(floating), None))
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The floating dtype of the parameters; None before there are any."""
-        reference = self._reference()
-        return None if reference is None else reference.dtype
-
-    @property
-    def device(self) -> torch.device | None:
-        """The device of the parameters; None before there are any.
-
-        Raises:
-            ValueError: if they lie on the meta device, where tensors have no values.
-        """
-        self.require_values()
-        reference = self._reference()
-        return None if reference is None else reference.device
 
 
 def _require_given(c: Tensor, width: int) -> None:
