@@ -47,6 +47,7 @@ _MODULES = {
     "likelihoods": "heads.likelihoods",
     "priors": "heads.priors",
     "posteriors": "heads.posteriors",
+    "corruption": "heads.corruption",
     "nn": "heads.nn",
     "missing": "tracing.missing",
     "objectives": "objectives",
@@ -73,6 +74,7 @@ __all__ = [
     "Transformed",
     "__version__",
     "compare",
+    "corruption",
     "datasets",
     "decode",
     "diagnose",
@@ -106,7 +108,7 @@ if TYPE_CHECKING:
     from probae.data import datasets
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
-    from probae.heads import likelihoods, nn, posteriors, priors
+    from probae.heads import corruption, likelihoods, nn, posteriors, priors
     from probae.models import (
         PPCA,
         VAE,

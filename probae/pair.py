@@ -9,6 +9,7 @@ import pyro
 from torch import Tensor, nn
 
 from probae.batches import Batch, as_batch, call
+from probae.objectives import ELBO, Objective
 from probae.programs.callables import brought
 from probae.programs.parameters import Parameters, object_of
 from probae.programs.passes import Passes
@@ -52,8 +53,6 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
             the one whose methods they are.
     """
 
-    #: the objective that `fit` takes when none is given
-    default_objective = "elbo"
     #: the rightmost dimensions of x that make one event
     event_dim = 1
     #: ``"mask"`` where NaN in the data is a value missing at random, whose density the programs leave out
@@ -202,6 +201,10 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
                 f"{type(self if self._owner is None else self._owner).__name__} has "
                 "none: write the pair as a class with prior(), likelihood(z) and posterior(x)"
             )
+
+    def default_objective(self) -> Objective:
+        """What `fit` minimises where no objective is given: the ELBO, unless a class says otherwise."""
+        return ELBO()
 
     # -- its data ----------------------------------------------------------------------------------------------------
 

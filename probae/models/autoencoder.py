@@ -13,6 +13,7 @@ from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.heads.posteriors import Point
 from probae.models.amortised import Amortised
+from probae.objectives import Objective, Reconstruction
 from probae.recipe import recorded
 
 
@@ -92,8 +93,6 @@ class StochasticAutoencoder(Amortised):
         0.1
     """
 
-    default_objective = "reconstruction"
-
     def __init__(
         self,
         features: int | Sequence[int],
@@ -114,3 +113,7 @@ class StochasticAutoencoder(Amortised):
         super().__init__(
             features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing, given
         )
+
+    def default_objective(self) -> Objective:
+        """The reconstruction alone: a flat prior has no density to be near to."""
+        return Reconstruction()

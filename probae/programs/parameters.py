@@ -399,8 +399,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str, only: set[s
 
 
 def fill_known(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Read tensors into those of a module that have their names."""
-    own = module.state_dict()
+    """Read tensors into those of a module that have their names; one that has several is shared still."""
+    own = module.state_dict(keep_vars=True)
     tensors = {name: tensor for name, tensor in tensors.items() if name in own}
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
@@ -410,9 +410,13 @@ def fill_known(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
         if tensor.dtype != own[name].dtype and not (own[name].dtype in FLOATS and tensor.dtype in FLOATS):
             raise ValueError(f"{source}: {_shown(name)}: expected {own[name].dtype}, the file has {tensor.dtype}")
     _require_one_dtype(module, tensors, source)
+    names = {id(own[name]): name for name in reversed(tensors)}  # of a tensor that has several, the first
+    for name, tensor in tensors.items():
+        if not _same(tensor, tensors[first := names[id(own[name])]]):
+            raise ValueError(f"{source}: the model shares {_shown(first)} and {_shown(name)}, which differ in the file")
     if any(own[name].is_meta for name in tensors):
-        places = {name: "cpu" if own[name].is_meta else own[name].device for name in tensors}
-        module.load_state_dict({n: t.to(places[n]) for n, t in tensors.items()}, strict=False, assign=True)
+        assigned = {key: _as(own[name], tensors[name]) for key, name in names.items()}
+        module.load_state_dict({name: assigned[id(own[name])] for name in tensors}, strict=False, assign=True)
         return
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     before = [(held, held.data, held.data.clone()) for name, held in named if name in tensors]
@@ -428,6 +432,17 @@ def fill_known(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
             if not torch.equal(data, values):
                 data.copy_(values)
         raise ValueError(f"{source}: the model does not take its tensors: {error!s:.500}") from error
+
+
+def _as(held: Tensor, value: Tensor) -> Tensor:
+    """A value in the place of a tensor of a module."""
+    value = value.to("cpu" if held.is_meta else held.device)
+    return nn.Parameter(value, requires_grad=held.requires_grad) if isinstance(held, nn.Parameter) else value
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of a file are one; NaN is NaN."""
+    return a is b or (a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _require_one_dtype(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

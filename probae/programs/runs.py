@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from probae.runtime.isolation import one_at_a_time
 from probae.runtime.seeding import derived
 from probae.tracing.guides import is_messenger
 from probae.tracing.masks import Site
+from probae.tracing.particles import Seen, for_particles, takes_particles
 from probae.tracing.probing import run_at, signature_of
 from probae.tracing.signature import PARTICLES, Signature, rows_in_plate
 from probae.tracing.sites import samples
@@ -49,13 +51,20 @@ class Runs:
         if signature is not None:
             self._signatures[form] = self.remembered = signature
 
-    def traces(self: Any, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
+    def traces(
+        self: Any,
+        batch: Batch,
+        particles: int = 1,
+        through: Callable[[Site], Tensor] | None = None,
+        seen: Seen | None = None,
+    ) -> Traces:
         """Run guide, then model at its draws, for K particles at once.
 
         Args:
             batch: N data.
             particles: K.
             through: gives, for a site of the guide, the draw that the model and the densities see (equal in value).
+            seen: draws what the guide sees of the data, anew for each particle; see `probae.corruption`.
 
         Returns:
             The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
@@ -66,9 +75,16 @@ class Runs:
         ):
             raise ValueError(f"the pair has no guide to draw {latents} from: a bound needs one")
         together = signature.vectorised or particles == 1
+        if seen is not None and particles > 1 and together:
+            if signature.takes_particles is None:
+                signature = replace(signature, takes_particles=takes_particles(self, batch, signature))
+                self.keep_signature(batch, signature)
+            together = bool(signature.takes_particles)
         each = particles if together else 1
-        runs = [self._run(batch, signature, each, through) for _ in range(1 if together else particles)]
-        return Traces(runs, signature, particles, rows_in_plate(runs[0][1], signature, batch))
+        rows = for_particles(batch, each, signature) if seen is not None and each > 1 else batch
+        views = [rows if seen is None else seen(rows, signature) for _ in range(1 if together else particles)]
+        runs = [self._run(batch, view, signature, each, through) for view in views]
+        return Traces(runs, signature, particles, rows_in_plate(runs[0][1], signature, batch), views)
 
     def replay(self: Any, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
         """Run the model alone, at given values (K, N, ...) of its latents."""
@@ -77,9 +93,14 @@ class Runs:
         return Traces([(poutine.Trace(), model)], signature, particles, length(batch))
 
     def _run(
-        self: Any, batch: Batch, signature: Signature, particles: int, through: Callable[[Site], Tensor] | None
+        self: Any,
+        batch: Batch,
+        seen: Batch,
+        signature: Signature,
+        particles: int,
+        through: Callable[[Site], Tensor] | None,
     ) -> tuple[Any, Any]:
-        guide = self.run(self.guide, batch, particles, signature) if self.has_guide else poutine.Trace()
+        guide = self.run(self.guide, seen, particles, signature) if self.has_guide else poutine.Trace()
         if through is not None:
             for site in samples(guide):
                 if not site["is_observed"] and site["value"].requires_grad:

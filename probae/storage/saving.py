@@ -40,7 +40,8 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads.
 
     A model of probae is rebuilt from its arguments, and so is one of a class that `probae.savable` has made known, with
-    networks of such classes. Of any other, the tensors alone are kept, and loading needs ``into=``.
+    networks of such classes. Of any other, the tensors alone are kept, and loading needs ``into=``. Layers
+    that share a tensor share it again once it is loaded.
 
     Args:
         model: a torch module with the tensors (a model of ours, a class of the user's, a `Pair`), or a `Run`.
@@ -83,6 +84,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         "recipe": recipe,
         "recipe_sha256": _recipe_checksum(recipe),
         "made": made,
+        "shared": _shared(module),
         "signature": None if (form := getattr(module, "remembered", None)) is None else form.to_json(),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
@@ -129,6 +131,7 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
     else:
         source = _built(described["recipe"], folder)
         module = _module(source)
+        _share(module, described["shared"], folder)
     _require_numbers(module, tensors, str(folder), described["recipe"] is not None)
     _read_into(module, tensors, set(described["made"]) if into is not None else set(), folder)
     if described["signature"] is not None and isinstance(module, Pair):
@@ -181,6 +184,12 @@ def _described(path: Path) -> dict[str, Any]:
             Signature.from_json(described["signature"])
         if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
             raise ValueError("expected a list of names under 'made'")
+        shared = described.setdefault("shared", [])
+        if not isinstance(shared, list) or not all(
+            isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+            for names in shared
+        ):
+            raise ValueError("expected lists of two names or more under 'shared'")
         checksum = _recipe_checksum(described["recipe"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no model of probae's: {error}") from error
@@ -208,6 +217,28 @@ def _built(recipe: Any, folder: Path) -> Any:
     if not callable(getattr(built, "model", None)):
         raise ValueError(f"{folder / _JSON}: its recipe is of no model, but of a {type(built).__name__}")
     return built
+
+
+def _shared(module: nn.Module) -> list[list[str]]:
+    """The names of each tensor that has several: of layers that share their weights."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _share(module: nn.Module, shared: list[list[str]], folder: Path) -> None:
+    """Let the layers of a model that was built share the tensors that they shared when it was saved."""
+    own = module.state_dict(keep_vars=True)
+    for first, *others in shared:
+        for name in others:
+            a, b = own.get(first), own.get(name)
+            if a is None or b is None or type(a) is not type(b) or a.shape != b.shape:
+                raise ValueError(f"{folder / _JSON}: the model has no tensors {first!r} and {name!r} that could be one")
+            path, _, attribute = name.rpartition(".")
+            part = module.get_submodule(path)
+            held: Any = part._parameters if isinstance(a, nn.Parameter) else part._buffers
+            held[attribute] = a
 
 
 def _builds(recipe: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from probae.runtime.seeding import evaluating, seeded
 from probae.tracing.agreement import check_event
 from probae.tracing.masks import Site, kept, splits_an_event, unmasked
 from probae.tracing.missing import known, require_numbers
+from probae.tracing.particles import Seen
 from probae.tracing.probing import run_at, run_both, with_more_sites
 from probae.tracing.protocol import Pair
 from probae.tracing.signature import Signature
@@ -24,13 +26,16 @@ _ROWS = 4096  # rows of data checked at a time
 _TRIES = 3  # other values of latents under a mask that are tried
 
 
-def check(pair: Pair, batch: Batch, seed: int = 0, training: bool = False) -> Signature:
+def check(
+    pair: Pair, batch: Batch, seed: int = 0, training: bool = False, corruptions: Sequence[Seen] = ()
+) -> Signature:
     """Check a pair and all of its data; returns where the sites lie.
 
     Args:
         seed: of the parameters that programs make at their first run.
         training: whether data outside the support of a likelihood that does not validate them, such as grey values under
             ``Bernoulli(validate_args=False)``, are let through with a warning: the loss is then an objective, and no bound.
+        corruptions: what the guide will see in the place of the data, beside the data themselves.
 
     Raises:
         ValueError: naming the site, with what was expected and what came, if guide and model do not fit each other (see
@@ -47,6 +52,8 @@ def check(pair: Pair, batch: Batch, seed: int = 0, training: bool = False) -> Si
         for number, rows in enumerate(rows_of(batch, length(batch) if signature.all_rows else _ROWS)):
             guide, model = run_both(pair, rows, signature)
             signature = _checked(pair, rows, signature, guide, model, number * _ROWS, training)
+            for corruption in corruptions:
+                _check_corrupted(pair, rows, signature, corruption, number * _ROWS)
     pair.keep_signature(batch, signature)
     return signature
 
@@ -75,6 +82,20 @@ def _checked(
     if signature.masked and signature.no_evidence is None:
         signature = replace(signature, no_evidence=_depends_on_masked(pair, rows, signature, guide, model))
     return signature
+
+
+def _check_corrupted(pair: Pair, rows: Batch, signature: Signature, corruption: Seen, start: int) -> None:
+    """One block of rows, corrupted before the guide sees them."""
+    if not pair.has_guide:
+        raise ValueError("corruption: expected a pair with a guide, which sees corrupted data; this one has none")
+    try:
+        guide, model = run_both(pair, rows, signature, corruption(rows, signature))
+        drawn = {s["name"]: s for s in samples(guide) if not s["is_observed"]}
+        for site in samples(model):
+            if not site["is_observed"] and site["name"] in drawn:
+                _check_drawn(site, drawn[site["name"]], start)
+    except ValueError as error:
+        raise ValueError(f"at data corrupted by {type(corruption).__name__}: {error}") from error
 
 
 def _check_filled(sites: list[Site]) -> None:

@@ -19,18 +19,22 @@ from torch import Tensor
 
 from probae.batches import Batch, call, length
 from probae.tracing.masks import inner_mask, log_density, unmasked
+from probae.tracing.particles import Seen
 from probae.tracing.protocol import Pair
 from probae.tracing.signature import PARTICLES, Signature
 from probae.tracing.sites import samples
 from probae.tracing.terms import Traces, log_prob
 
 
-def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int) -> Tensor:
-    """The negative ELBO per datum with the enumerated latents of model and guide summed out, by Pyro's `TraceEnum_ELBO`."""
+def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int, seen: Seen | None = None) -> Tensor:
+    """The negative ELBO per datum with the enumerated latents of model and guide summed out, by Pyro's `TraceEnum_ELBO`.
+
+    What the guide sees of the batch, ``seen`` draws for each particle.
+    """
     signature = pair.signature(batch)
     elbo = TraceEnum_ELBO(
         num_particles=particles,
-        vectorize_particles=signature.vectorised and particles > 1,
+        vectorize_particles=signature.vectorised and particles > 1 and seen is None,
         max_plate_nesting=signature.nesting,
         strict_enumeration_warning=False,
     )
@@ -48,7 +52,7 @@ def enumerated_loss(pair: Pair, batch: Batch, particles: int, size: int) -> Tens
 
     def guide() -> None:
         if pair.has_guide:
-            call(pair.guide, batch)
+            call(pair.guide, batch if seen is None else seen(batch, signature))
 
     with pair.own_parameters():
         return elbo.differentiable_loss(weigh(model), weigh(guide)) / size

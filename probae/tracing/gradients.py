@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probae.batches import Batch
 from probae.tracing.probing import run_at
 from probae.tracing.protocol import Pair
 from probae.tracing.sites import Site, samples
@@ -40,14 +39,14 @@ def beside_draws(weights: Tensor, site: Site, traces: Traces, run: int) -> Tenso
     return (weights[run] if alone else weights).reshape(shape)
 
 
-def path_posterior(pair: Pair, batch: Batch, traces: Traces) -> Part:
+def path_posterior(pair: Pair, traces: Traces) -> Part:
     """log q whose gradient flows through the draws alone: its direct derivative, of mean zero, is left out.
 
     With several sites the parameters at one may depend on the draws at another, so the guide is run again, once at its
     draws and once at their detached values; the second run gives the direct derivative.
     """
     parts: list[Any] = []
-    for guide, _ in traces.runs:
+    for (guide, _), batch in zip(traces.runs, traces.seen, strict=True):
         sites = [s for s in samples(guide) if not s["is_observed"]]
         if len(sites) < len(list(samples(guide))):
             raise ValueError(

@@ -174,12 +174,15 @@ def _trials(pair: Pair, batch: Batch, counts: list[int]) -> list[tuple[Batch, An
     return found
 
 
-def run_both(pair: Pair, rows: Batch, signature: Signature | None) -> tuple[Any, Any]:
-    """The traces of guide and model; whatever their own errors are, they come back as ValueErrors that name the program."""
+def run_both(pair: Pair, rows: Batch, signature: Signature | None, seen: Batch | None = None) -> tuple[Any, Any]:
+    """The traces of guide, at what it sees of the rows, and model.
+
+    Whatever the programs' own errors are, they come back as ValueErrors that name the program.
+    """
     guide: Any = poutine.Trace()
     if pair.has_guide:
         with program_errors("guide", rows):
-            guide = pair.run(pair.guide, rows, 1, signature)
+            guide = pair.run(pair.guide, rows if seen is None else seen, 1, signature)
     with program_errors("model", rows):
         return guide, pair.run(pair.model, rows, 1, signature, poutine.replay, trace=guide)
 
@@ -245,6 +248,11 @@ def _note(pair: Pair, model: Any) -> str:
 def _measure(observed: list[Site]) -> str:
     kinds = {bool(s["fn"].support.is_discrete) for s in observed}
     return "mixed" if len(kinds) > 1 else "mass" if kinds == {True} else "density"
+
+
+def few_rows(batch: Batch) -> Batch:
+    """Some rows, as many as neither the batch nor an axis of it has."""
+    return _few(batch, _counts(batch)[0])
 
 
 def _few(batch: Batch, count: int) -> Batch:

@@ -68,7 +68,7 @@ class Pair(Protocol):
     def keep_signature(self, batch: Batch, signature: Signature | None) -> None:
         """Take what is now known of the sites."""
 
-    def traces(self, batch: Batch, particles: int = 1) -> Traces:
+    def traces(self, batch: Batch, particles: int = 1, through: Any = None, seen: Any = None) -> Traces:
         """Guide and model, run for K particles."""
 
     def run(

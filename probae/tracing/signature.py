@@ -92,6 +92,7 @@ class Signature:
         varies: whether some data have sites that others have not.
         all_rows: whether the programs run on all of the data at once alone.
         vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
+        takes_particles: whether the guide takes a batch of its own for each particle; None until that is asked.
         note: what the reader of an estimate should know of the programs.
     """
 
@@ -109,6 +110,7 @@ class Signature:
     varies: bool = False
     all_rows: bool = False
     vectorised: bool = True
+    takes_particles: bool | None = None
     note: str = ""
 
     # -- the variables by their kind ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from probae.batches import Batch
 from probae.tracing.masks import Site, kept, log_density
 from probae.tracing.signature import Signature
 from probae.tracing.sites import is_flat, samples
@@ -37,10 +38,17 @@ class Part(NamedTuple):
 
 
 class Traces:
-    """The traces of guide and model for K particles, and the sums over their sites."""
+    """The traces of guide and model for K particles, and the sums over their sites; ``seen`` is the batch of each guide."""
 
-    def __init__(self, runs: Sequence[tuple[Any, Any]], signature: Signature, particles: int, size: int):
-        self.runs, self.signature, self.particles, self.size = runs, signature, particles, size
+    def __init__(
+        self,
+        runs: Sequence[tuple[Any, Any]],
+        signature: Signature,
+        particles: int,
+        size: int,
+        seen: Sequence[Batch] = (),
+    ):
+        self.runs, self.signature, self.particles, self.size, self.seen = runs, signature, particles, size, seen
 
     def likelihood(self) -> Part:
         """log p of the observed sites given the latents."""

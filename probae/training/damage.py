@@ -18,7 +18,7 @@ from probae.training.optimizers import by_record
 
 _MOST = 2**53  # a larger count is none
 _STEEPEST = 1e6  # a larger learning rate is none
-_PARTS = {"pair", "objective", "best", "stream", "random", "step"}
+_PARTS = {"pair", "objective", "best", "best objective", "stream", "random", "step"}
 _RAN = {"eager", "flat", "compiled", "captured"}
 
 
@@ -108,13 +108,15 @@ def _require_tensors(loop: Loop, described: Any, parts: dict[str, dict[str, Tens
     if described["best_step"] is not None or parts.get("best"):
         _require_like("the best model", own, parts.get("best", {}))
     objective = tensors_of(loop.take.objective)
-    found = parts.get("objective", {})
+    found, best = parts.get("objective", {}), parts.get("best objective", {})
     needed = {name for name, tensor in objective.items() if id(tensor) in trained}
     if missing := needed - set(found):
         raise ValueError(f"the objective: {min(missing)!r} is missing")
     _require_like("the objective", {name: objective[name] for name in found}, found)
+    if parts.get("best"):
+        _require_like("the best objective", {name: objective[name] for name in found}, best)
     for role, tensors, named in (("model", own, parts["pair"]), ("best model", own, parts.get("best", {})),
-                                 ("objective", objective, found)):  # fmt: skip
+                                 ("objective", objective, found), ("best objective", objective, best)):  # fmt: skip
         for name in named:
             if id(tensors[name]) in trained and not bool(torch.isfinite(named[name]).all()):
                 raise ValueError(f"the {role}: {name!r} has numbers that are not finite")

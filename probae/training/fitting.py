@@ -18,6 +18,7 @@ from probae.batches import Batch, call
 from probae.data.streams import InMemory, Source, fetching, source
 from probae.graphs.cost import MODES
 from probae.objectives import Objective, named
+from probae.objectives.objective import within
 from probae.pair import Pair
 from probae.runtime.fingerprints import Checksum, fingerprint, of_data
 from probae.runtime.isolation import isolated
@@ -30,12 +31,19 @@ from probae.tracing.signature import Signature
 from probae.training.checkpoint import KIND, Checkpoints
 from probae.training.identity import identity_of
 from probae.training.loop import Loop
-from probae.training.optimizers import by_record, optimizer_of, parameter_groups, rates_of, scheduler_of
+from probae.training.optimizers import (
+    by_record,
+    optimizer_of,
+    parameter_groups,
+    rates_of,
+    scheduler_of,
+    trained_by,
+)
 from probae.training.reduction import limits_of, norms_of
 from probae.training.resume import keep
 from probae.training.run import Run
 from probae.training.steps import Steps
-from probae.training.validation import Validation
+from probae.training.validation import Validation, corruptions_of
 
 _BUILD = 21  # what a run draws for before it starts
 
@@ -67,8 +75,9 @@ def fit(
 ) -> Run:
     """Train a model in place, by stochastic variational inference.
 
-    Pair and data are checked before the first step. With ``validation``, the bound named in ``run.monitor`` is evaluated
-    at every record, and the parameters of the best record are the ones kept. Ctrl-C ends training and returns the run.
+    Pair and data are checked before the first step. With ``validation``, what ``run.monitor`` names is evaluated at every
+    record, and the parameters of the best record are the ones kept, the objective's too. Ctrl-C ends training and returns
+    the run.
 
     Under ``torchrun`` the processes train one model together (gloo on CPUs, NCCL on GPUs): each takes its rows of every
     minibatch, with noise of its own, and their gradients are averaged; ``batch_size`` counts the rows of all. Each returns
@@ -85,11 +94,13 @@ def fit(
         validation: data of the same form, for early stopping.
         objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
         steps, batch_size: optimizer steps, and data in each.
-        lr: the learning rate, or ``{"model": ..., "objective": ...}`` where the objective has parameters too.
+        lr: the learning rate of all that declare none of their own (see `Objective`), or ``{"model": ..., "objective": ...}``
+            where the objective has parameters too.
         optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, or a function of parameter groups.
         scheduler: ``"cosine"`` (from lr to 0 over the steps), or a function optimizer -> scheduler, stepped at each step; a
             `ReduceLROnPlateau` at each record, by the validation value (for ``mode="min"`` its negative), else by the loss.
-        clip: the largest norm of the gradient, or ``{"model": ..., "objective": ...}``, one for each group by itself.
+        clip: the largest norm of the gradient of all that declare none of their own, or ``{"model": ..., "objective": ...}``,
+            one for each group by itself.
         precision: ``"float32"`` leaves all in the parameters' own dtype; ``"bf16"`` computes matrix products and
             convolutions in bfloat16, and everything else, parameters and densities too, in float32.
         seed: of the order of the data and of every draw, also of the initial values of what programs make at their first
@@ -169,7 +180,7 @@ def fit(
             for batch in stream.passes():
                 if folder is not None:
                     rows.add(batch)
-                signature = check(pair, batch, seed, training=True)
+                signature = check(pair, batch, seed, training=True, corruptions=corruptions_of(goal))
                 _require_rows(pair, stream.smallest(batch))
                 _require_whole(signature, batch_size, stream, team)
             if folder is not None:
@@ -177,13 +188,18 @@ def fit(
             goal.to(device=where)
             # from before they learn of the data; what is trained starts as in the first process
             fixed = {name: fingerprint(t) for name, t in held(modules).items() if not t.requires_grad}
+            _bind(goal, pair, stream)
+            goal.to(device=where)
+            trained = trained_by(pair, goal)
+            groups = parameter_groups(trained, rates)
             validator = held_out = None
             if validation is not None:
                 held_out = _gather(validation, pair, where)
                 options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
                 validator = Validation(pair, held_out, goal, **options, processes=team)
-            chosen = make_optimizer(parameter_groups(pair, goal, rates))
-            limits = limits_of(norms, chosen.param_groups)
+            chosen = make_optimizer(groups)
+            declared = {group.name: group.clip for group in trained if group.clip is not None}
+            limits = limits_of(norms, chosen.param_groups, declared)
             if pair.has("initialise"):
                 with torch.no_grad():
                     call(pair.initialise, stream.some())
@@ -248,6 +264,15 @@ def _built(model: Any, seed: int) -> Any:
         raise TypeError(f"model: expected a model, or a function without arguments that makes one; {error}") from error
     as_pair(built)
     return built
+
+
+def _bind(objective: Objective, pair: Pair, stream: Source) -> None:
+    """Let the objective, and those inside it, make what depends on the pair."""
+    rows: Batch | None = None
+    for _, part in within(objective):
+        if type(part).bind is not Objective.bind:
+            rows = stream.some() if rows is None else rows
+            part.bind(pair, rows)
 
 
 def _require_whole(signature: Signature, batch_size: int, stream: Source, team: Processes) -> None:

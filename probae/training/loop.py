@@ -26,6 +26,10 @@ from probae.training.validation import Validation
 _OFTEN = 20
 
 
+#: parameters and buffers by name, of ``"pair"`` and ``"objective"``
+State = dict[str, dict[str, Any]]
+
+
 class Loop:
     """One run under way: what `fit` has made of its arguments, and how far it has come."""
 
@@ -39,10 +43,11 @@ class Loop:
     ):
         self.pair, self.take, self.stream, self.validator, self.run = pair, take, stream, validator, run
         self.processes = take.processes
-        self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
+        self.modules = {"pair": pair, "objective": take.objective}
+        self.best: tuple[float, State] = (-math.inf, {})
         self.keep: Callable[[int], None] = lambda number: None
         self.number, self.spent = 0, 0.0
-        self.good = copy.deepcopy(pair.state_dict())
+        self.good = self.now()
 
     def go(
         self,
@@ -101,7 +106,7 @@ class Loop:
         found = (
             nonfinite.found() if self.sound() else None
         )  # a step that was refused has left the parameters as they were
-        self.pair.load_state_dict(self.good)
+        self.put_back(self.good)
         found = found or nonfinite.found()
         told = nonfinite.told(found, loss, number)
         seen = [None] if alone else self.processes.gather(None if found is None else told)
@@ -114,9 +119,17 @@ class Loop:
         return all(bool(torch.isfinite(p).all()) for p in self.take.parameters)
 
     def restore_best(self) -> None:
-        """Go back to the best parameters, where there were validation data."""
-        if self.best[1]:
-            self.pair.load_state_dict(self.best[1])
+        """Go back to the best parameters and buffers, the objective's too, where there were validation data."""
+        self.put_back(self.best[1])
+
+    def now(self) -> State:
+        """A copy of parameters and buffers, of the pair and of the objective."""
+        return {role: copy.deepcopy(module.state_dict()) for role, module in self.modules.items()}
+
+    def put_back(self, state: State) -> None:
+        """Go back to those."""
+        for role, tensors in state.items():
+            self.modules[role].load_state_dict(tensors)
 
     def record(self, number: int, loss: float, start: float, every: int) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
@@ -128,9 +141,9 @@ class Loop:
             if not math.isfinite(value):
                 raise FloatingPointError(f"the validation {self.validator.kind} is {value} at step {number}")
             if value > self.best[0]:
-                self.best = value, copy.deepcopy(self.pair.state_dict())
+                self.best = value, self.now()
                 self.run.best_step = number
-        self.good = copy.deepcopy(self.pair.state_dict())
+        self.good = self.now()
         if number % every == 0:  # the last step may come between, and a longer run would not stop there
             step_by_record(self.take.scheduler, -loss if self.validator is None else row["validation"])
         row["seconds"] = time.perf_counter() - start

@@ -68,7 +68,7 @@ class NonFinite:
 
     def _gradient(self) -> Found | None:
         """The rows whose own loss has a gradient that is not finite, and the first site whose density has."""
-        with seeded(0, self.pair.device), torch.no_grad():
+        with seeded(0, self.pair.device):
             if not torch.isfinite(self.take.loss(self.rows, self.take.step)):
                 return None
         bad = self._bad(list(range(length(self.rows))))

@@ -20,7 +20,8 @@ class Run:
         model: the trained model, the very object that was given, in eval mode.
         objective: the objective it was trained on.
         records: what was recorded, a dict per record; `history` has them as a frame.
-        monitor: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"``, ``"iwae"``, ``"objective"``, or None.
+        monitor: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"``, ``"iwae"``, ``"objective"``, the name
+            of a function of the objective's own, or None.
         best_step: the step whose parameters were kept, where validation data were given.
         stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         compile: why the steps were taken as they were; ``history`` says how, in the column ``ran``.

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, leaves, length, rebuilt
+from probae.batches import Batch, each, leaves, length, rebuilt
 from probae.data.streams import Minibatch
 from probae.graphs import Graph, Untraceable, fall_back, fixed, trace
-from probae.graphs.constants import changed
+from probae.graphs.constants import changed, untouched
 from probae.graphs.cost import TRACING_PAYS, compiling_pays
 from probae.graphs.graph import same
 from probae.graphs.inductor import compiled, unavailable
 from probae.objectives import Objective
+from probae.objectives.objective import within
 from probae.pair import Pair
 from probae.runtime.precision import products
 from probae.runtime.processes import Processes
@@ -87,6 +88,7 @@ class Steps:
         self.proofs_due, self.failures = _PROOFS, 0
         self.moving = False  # whether the scheduler changes settings other than the rate
         self.taken_as_fixed: dict[str, Any] = {}
+        self.listening = [part for _, part in within(objective) if type(part).after_step is not Objective.after_step]
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
         """Take one step; returns the loss (), without gradient."""
@@ -109,6 +111,8 @@ class Steps:
             loss = self._advance(loss, minibatch.share)
         if self.scheduler is not None and not by_record(self.scheduler):
             self._schedule(self.scheduler)
+        if self.listening and not (loss.device.type == "cpu" and not math.isfinite(loss)):
+            self._after_step(minibatch.rows())
         return loss
 
     def synchronise(self) -> None:
@@ -146,6 +150,7 @@ class Steps:
 
     def loss(self, rows: Batch, step: Tensor) -> Tensor:
         """The loss (), with gradient."""
+        rows = each(Tensor.detach, rows)  # a view: what the loss asks of it is not asked of the data
         with products(self.precision):
             return self.objective(self.pair, rows, self.size, step)
 
@@ -178,26 +183,28 @@ class Steps:
         self.ran = "eager"
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(rows, self.step)
-        if self.first:
-            if not loss.requires_grad:
-                raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
-            self._all_known(loss)
+        if self.first and not loss.requires_grad:
+            raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
         loss.backward(inputs=[p for p in self.parameters if p.requires_grad])  # what is held fixed gets no gradient
         if self.first:
+            self._all_known(loss, rows)
             self.first = False
             self._alike()
         return loss.detach()
 
-    def _all_known(self, loss: Tensor) -> None:
+    def _all_known(self, loss: Tensor, rows: Batch) -> None:
         """Check once that the pair holds all that the loss depends on; say what of it is held fixed."""
         trained = {id(p) for p in self.parameters}
         held = {id(p) for module in (self.pair, self.objective) for p in module.parameters()}
         others = [leaf for leaf in _leaves(loss) if id(leaf) not in trained]
-        for leaf in others:
-            if id(leaf) not in held:
+        if foreign := [leaf for leaf in others if id(leaf) not in held]:
+            # what a loss makes anew each time, to have a gradient at the data, is nothing to train
+            with untouched([self.pair, self.objective], self.step.device):
+                again = {id(leaf) for leaf in _leaves(self.loss(rows, self.step))}
+            if lasting := [leaf for leaf in foreign if id(leaf) in again]:
                 raise ValueError(
-                    f"the loss depends on a tensor of shape {tuple(leaf.shape)} that asks for a gradient, but the pair does "
-                    "not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
+                    f"the loss depends on a tensor of shape {tuple(lasting[0].shape)} that asks for a gradient, but the pair "
+                    "does not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
                     "requires_grad=False"
                 )
         for name in self.pair.unnamed(others):
@@ -241,6 +248,15 @@ class Steps:
         self.optimizer.step()
         self.step += 1
         return loss
+
+    def _after_step(self, rows: Batch) -> None:
+        """The objective's own work between steps; where it changes more than the values of tensors, no graph can follow."""
+        before = fixed(objective=self.objective) if self.graphs else {}
+        with torch.no_grad():
+            for part in self.listening:
+                part.after_step(self.pair, rows, int(self.step))
+        if before and (name := changed(before, fixed(objective=self.objective))) is not None:
+            self._give_up(f"after_step changes {name}, which a graph takes as it was: write into a tensor instead")
 
     # -- what is traced and compiled ---------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probae.adapter import as_pair
 from probae.batches import Batch, call, leaves, rebuilt
+from probae.objectives import Objective
 from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import require_numbers
@@ -22,12 +23,15 @@ class Around(Pair):
         super().__init__()
         self.inner = as_pair(pair)
         self.depth: int = getattr(self.inner, "depth", 0) + 1
-        self.default_objective = self.inner.default_objective
         self.event_dim = self.inner.event_dim
         features = getattr(self.inner, "features", None)
         if features is not None:
             self.features, self.event_shape = features, getattr(self.inner, "event_shape", (features,))
         self.given = getattr(self.inner, "given", None)
+
+    def default_objective(self) -> Objective:
+        """That of the inner pair."""
+        return self.inner.default_objective()
 
     @property
     def arguments(self) -> tuple[str, ...]:
