@@ -138,7 +138,7 @@ def test_elbo_and_its_gradient_are_unbiased(options, kind, noise):
 
 def test_analytic_kl_has_the_sampled_value_and_a_lower_variance():
     pair, x = probae.VAE(4, 2, hidden=(8,)).double(), data(20, 4)
-    losses = [torch.stack([value(ELBO(analytic_kl=a), pair, x, s) for s in range(300)])[:, None] for a in (True, False)]
+    losses = [torch.stack([value(ELBO(analytic_kl=a), pair, x, s) for s in range(200)])[:, None] for a in (True, False)]
     assert unbiased(*losses)
     assert losses[0].var() < losses[1].var()
     terms = pair.traces(x, 2000)
@@ -215,7 +215,7 @@ def test_iwae_at_corrupted_data_has_noise_of_its_own_for_each_particle(kind):
     """Against brute force, with noise for each particle, and, which it must not be, with one for all."""
     program, x, k, noise = kind(), data(5, 1), 4, 2.0
     generator = torch.Generator().manual_seed(1)
-    losses = torch.stack([value(IWAE(k, corruption=Gaussian(noise)), as_pair(program), x, s) for s in range(600)])
+    losses = torch.stack([value(IWAE(k, corruption=Gaussian(noise)), as_pair(program), x, s) for s in range(200)])
     brute = []
     for fresh in (k, 1):
         seen = x[:, 0] + noise * torch.randn(20_000, fresh, 5, generator=generator, dtype=torch.float64)
@@ -451,7 +451,7 @@ def test_discrete_latents_at_corrupted_data_against_enumeration(particles, infer
     objective, rows, parameters = ELBO(particles, corruption=Shift()), x.expand(100), list(program.parameters())
     losses = torch.stack([value(objective, as_pair(program), rows, s) for s in range(REPEATS)])
     assert unbiased(losses[:, None], -exact.detach()[None])
-    assert unbiased(gradients(objective, as_pair(program), rows, parameters), flat_gradient(-exact, parameters))
+    assert unbiased(gradients(objective, as_pair(program), rows, parameters, 30), flat_gradient(-exact, parameters))
 
 
 def test_dreg_of_discrete_latents_is_refused_or_unbiased():
@@ -680,8 +680,10 @@ class Chains(Objective):
         self.register_buffer("chains", batch[:10].clone())
 
     def after_step(self, pair, batch, step):
-        assert not torch.is_grad_enabled()
-        assert len(batch) == 20
+        if (
+            torch.is_grad_enabled() or len(batch) != 20
+        ):  # no assert: of what pytest makes of one, a trace would see a lot
+            raise RuntimeError("expected the rows of the step, and no gradient")
         if step % 2 == 0:
             self.chains.copy_(0.9 * self.chains + 0.1 * torch.randn_like(self.chains))
 
@@ -689,38 +691,50 @@ class Chains(Objective):
         return pair.posterior(batch).mean.square().mean() - pair.posterior(self.chains).mean.square().mean()
 
 
-@pytest.mark.parametrize("make", [lambda: ELBO() + 0.1 * Adversary(), lambda: ELBO() + 0.1 * Chains()], ids=str)
-def test_an_objective_with_state_of_its_own_has_the_same_bits_traced_and_resumed(make, tmp_path):
-    run = both_ways(tanh_vae, make, x=X, validation=X[:9], steps=8)
+def playing():
+    return ELBO() + 0.1 * Adversary() + 0.1 * Chains()
+
+
+def test_an_objective_with_state_of_its_own_has_the_same_bits_traced_and_resumed(tmp_path):
+    run = both_ways(tanh_vae, playing, x=X, validation=X[:9], steps=8)
     assert run.records[-1]["ran"] == "flat"
-    options = {"x": X, "validation": X[:9], "compile": "flat", "checkpoint": tmp_path}
-    quick(tanh_vae(), objective=make(), **options, steps=4)
-    again = quick(tanh_vae(), objective=make(), **options, steps=8)
+    options = {"x": X, "validation": X[:9], "compile": False, "checkpoint": tmp_path}
+    quick(tanh_vae(), objective=playing(), **options, steps=4)
+    again = quick(tanh_vae(), objective=playing(), **options, steps=8)
     for a, b in zip((run.model, run.objective), (again.model, again.objective), strict=True):
         assert str(a.state_dict()) == str(b.state_dict())
     assert again.history["loss"].tolist() == run.history["loss"].tolist()
 
 
 @pytest.mark.slow
-def test_a_compiled_step_with_an_adversary_and_chains_is_the_same_to_rounding():
-    def run(way):
-        loss = ELBO() + 0.1 * Adversary() + 0.1 * Chains()
-        return quick(tanh_vae(), X, objective=loss, compile=way, steps=12)
-
-    eager, whole = run(False), run(True)
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda: tanh_vae(), lambda: playing() + IWAE(3, corruption=Gaussian(0.5))),
+        (lambda: ppca(), lambda: ELBO() + 0.1 * Contractive() + ScoreMatching()),
+    ],
+    ids=["adversary, chains and corruption", "gradients at the data"],
+)
+def test_compiled_steps_are_the_same_to_rounding(make, loss):
+    eager, whole = (quick(make(), X, objective=loss(), compile=way, steps=12) for way in (False, True))
     assert whole.records[-1]["ran"] in {"compiled", "captured"}
-    torch.testing.assert_close(*(f64(r.history["loss"].tolist()) for r in (eager, whole)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*(f64(run.history["loss"].tolist()) for run in (eager, whole)), rtol=1e-3, atol=1e-4)
 
 
-def test_what_an_objective_makes_for_the_pair_trains_at_its_own_rate_and_is_made_once():
-    adversary = Adversary()
-    run = quick(tanh_vae(), X, objective=ELBO() + 0.1 * adversary, lr=1e-3)
+def test_what_an_objective_makes_for_the_pair_is_made_once_and_trains():
+    started = []
+
+    class Noted(Adversary):
+        def bind(self, pair, batch):
+            super().bind(pair, batch)
+            started.extend(p.detach().clone() for p in self.judge.parameters())
+
+    adversary = Noted()
+    quick(tanh_vae(), X, objective=ELBO() + 0.1 * adversary)
+    now = list(adversary.judge.parameters())
     assert adversary.bound == 1
-    fresh = probae.runtime.seeding
-    with fresh.seeded(0):
-        start = nn.Linear(2, 8).weight
-    assert adversary.judge[0].weight.shape == start.shape
-    assert run.objective.terms[1].term is adversary
+    assert len(now) == len(started) > 0
+    assert all(not torch.equal(a, b) for a, b in zip(started, now, strict=True))
 
 
 class Slope(Objective):
@@ -950,18 +964,10 @@ def test_score_matching_finds_the_covariance():
     """In the mean over slices it is tr ∇² log p + ‖∇ log p‖² / 2, least at the data's own covariance."""
     x = (X - X.mean(0)) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0]))
     model = ppca()
-    quick(model, x, objective=ScoreMatching(), steps=1500, batch_size=40, lr=0.02, every=500)
+    quick(model, x, objective=ScoreMatching(), steps=400, batch_size=40, lr=0.05, scheduler="cosine", every=400)
     ours = -probae.log_evidence(model, x).mean
     best = -probae.log_evidence(ppca().maximum_likelihood(x), x).mean
     assert 0 < ours - best < 0.1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("make", "objective"), [PENALTIES[0], PENALTIES[3]])
-def test_losses_with_gradients_at_the_data_compiled(make, objective):
-    runs = [quick(make(), X, objective=objective(), compile=way, steps=12) for way in (False, True)]
-    assert runs[1].records[-1]["ran"] in {"compiled", "captured"}
-    torch.testing.assert_close(*(f64(run.history["loss"].tolist()) for run in runs), rtol=1e-3, atol=1e-4)
 
 
 def test_a_tensor_that_lasts_and_that_the_pair_does_not_hold_is_still_refused():

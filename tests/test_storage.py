@@ -145,6 +145,120 @@ def test_a_model_comes_back_before_it_was_fitted_and_can_be_fitted_on(name, tmp_
     assert runs[0] == runs[1]
 
 
+# -- layers that share their weights -----------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """One layer in two places, one weight in two layers, and one that is transposed where it is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.square = nn.Linear(D, L), nn.Linear(L, L)
+        self.again, self.twin = self.square, nn.Linear(L, L)
+        self.twin.weight = self.square.weight
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(L), 1.0).to_event(1))
+            mean = self.again(self.twin(z)) @ self.enc.weight
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            pyro.sample("z", dist.Normal(self.square(self.enc(x)), 0.5).to_event(1))
+
+    def shares(self):
+        return self.again is self.square and self.twin.weight is self.square.weight
+
+
+def tied_after():
+    """A model of ours whose layers were tied once it was made, which its arguments do not say."""
+    model = probae.Autoencoder(D, D, likelihood=heads.Normal(1.0), seed=0)
+    model.decoder.layers[0].weight = model.encoder.layers[0].weight
+    return model
+
+
+def one_network():
+    """A model of ours with one network in two places."""
+    net = probae.nn.MLP(D, D)
+    return probae.Autoencoder(D, D, likelihood=heads.Normal(1.0), encoder=net, decoder=net)
+
+
+def shares(model):
+    if isinstance(model, Tied):
+        return model.shares()
+    return model.decoder.layers[0].weight is model.encoder.layers[0].weight
+
+
+def distinct(model):
+    return len({id(p) for p in probae.adapter.as_pair(model).trained()})
+
+
+@pytest.mark.parametrize("make", [Tied, tied_after, one_network])
+def test_layers_that_share_their_weights_share_them_again(make, tmp_path):
+    x = data("real")
+    torch.manual_seed(0)
+    model = make()
+    count = distinct(model)
+    options = {"steps": 4, "every": 2, "seed": 1, "progress": False}
+    run = probae.fit(model, x, **options, checkpoint=tmp_path / "run")
+    found = [copy.deepcopy(model), probae.load(probae.save(model, tmp_path / "model"), into=make())]
+    if make is not Tied:
+        found.append(probae.load(tmp_path / "model"))
+    resumed = make()
+    probae.fit(resumed, x, **(options | {"steps": 6}), checkpoint=tmp_path / "run")
+    found.append(resumed)
+    for other in found[:-1]:
+        assert str(other.state_dict()) == str(model.state_dict())
+    for other in found:
+        assert shares(other)
+        assert distinct(other) == count
+        probae.fit(other, x, steps=2, progress=False)
+        assert shares(other)
+    assert len({id(p) for p in probae.adapter.as_pair(run.model).trained()}) == count
+
+
+def test_traced_steps_on_shared_weights_have_the_bits_of_eager_ones():
+    states = []
+    for way in (False, "flat"):
+        model = tied_after()
+        probae.fit(model, data("real"), steps=6, compile=way, progress=False)
+        states.append(str(model.state_dict()))
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_file_with_two_values_for_one_weight_is_refused(into, tmp_path):
+    model = tied_after()
+    separate = probae.Autoencoder(D, D, likelihood=heads.Normal(1.0), seed=0)
+    folder = probae.save(separate, tmp_path)
+    rewritten(folder, lambda d: d.update(shared=[["encoder.layers.0.weight", "decoder.layers.0.weight"]]))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"shares .* differ in the file"):
+        probae.load(folder, into=model if into else None)
+    assert str(model.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [3, ["a", "b"], [["encoder.layers.0.weight"]], [["encoder.layers.0.weight", "code.no"]], [[1, 2]]]
+)
+def test_what_is_said_to_be_shared_and_cannot_be_is_refused(wrong, tmp_path):
+    folder = probae.save(probae.Autoencoder(D, L, seed=0), tmp_path)
+    with pytest.raises(ValueError, match=r"model\.json"):
+        probae.load(rewritten(folder, lambda d: d.update(shared=wrong)))
+
+
+def test_two_parameters_in_one_place_of_memory_are_refused_before_the_first_step():
+    model = probae.Autoencoder(D, L, seed=0)
+    model.decoder.layers[0].weight = nn.Parameter(model.encoder.layers[0].weight.detach().mT)
+    with pytest.raises(ValueError, match=r"share one nn\.Parameter"):
+        probae.fit(model, data("real"), steps=1, progress=False)
+    halves = torch.randn(2 * L, D).chunk(2, 1)  # beside each other in one place, and not over each other
+    model = vae()
+    model.extra = nn.ParameterList(nn.Parameter(half) for half in halves)
+    probae.fit(model, data("real"), steps=1, progress=False)
+
+
 def test_maximum_likelihood_in_float64_comes_back_to_the_bit(tmp_path):
     for make in (lambda: probae.PPCA(D, L), lambda: probae.FactorAnalysis(D, 1), lambda: probae.GaussianMixture(D, 2)):
         model = make().double().maximum_likelihood(data("real"))
