@@ -90,7 +90,7 @@ def value(model, x, seed=3):
     except ValueError as error:
         if not re.search("flat|point", str(error)):
             raise
-    pair = probae.pair.as_pair(model)
+    pair = probae.adapter.as_pair(model)
     x = torch.as_tensor(x).to(pair.dtype)
     with torch.no_grad(), seeded(seed):
         return objective_named(None, pair)(pair, x, len(x), torch.zeros(()))
