@@ -22,9 +22,6 @@ from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.validation import Validation
 
-#: steps between records from which a look at what graphs take as fixed costs little
-_OFTEN = 20
-
 
 class Loop:
     """One run under way: what `fit` has made of its arguments, and how far it has come."""
@@ -77,8 +74,7 @@ class Loop:
                             self.keep(number)
                             break
                         self.pair.train()
-                        if callbacks or every >= _OFTEN:
-                            self.take.look()
+                        self.take.look()
                         self.keep(number)
                     bar.update()
             except KeyboardInterrupt:
