@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import types
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,10 +39,12 @@ def constants(roots: dict[str, Any], versions: bool = False) -> dict[str, Any]:
             found[path] = id(value), value.shape, value.dtype, value.tobytes() if value.size < 1000 else None
         elif isinstance(value, Generator):
             found[path] = state_of(value).numpy().tobytes()
-        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+        elif isinstance(value, dict | list | tuple | set | frozenset | deque):
+            found[path] = type(value)
+        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
             found[path] = value
         else:
-            found[path] = type(value)
+            found[path] = _Object(value)
     return found
 
 
@@ -85,9 +88,23 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two results are the same bits; on a GPU, where sums may come in another order each time, nearly so."""
     if a is None or b is None:
         return a is b
+    if a.is_sparse or b.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
     if a.device.type == "cuda":
         return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
     return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
+
+
+class _Object:
+    """One object, equal to itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _state(roots: Iterable[Any]) -> list[Tensor]:

@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
+_METHODS = "item tolist numpy __array__ __float__ __int__ __bool__ __index__ __complex__ is_nonzero equal allclose"
+_READS = frozenset(getattr(Tensor, name) for name in _METHODS.split()) | {torch.is_nonzero, torch.equal, torch.allclose}
 
 
 class Untraceable(Exception):
@@ -61,11 +65,11 @@ def trace(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Ten
 
     last = _LastSite()
     try:
-        with warnings.catch_warnings(), unvalidated(), last:
+        with warnings.catch_warnings(), unvalidated(), last, _Unread():
             warnings.simplefilter("ignore")
             return lifted(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs))
-    except Untraceable:
-        raise
+    except Untraceable as error:
+        raise Untraceable(f"{last.where()}{error}") from error
     except Exception as error:
         raise Untraceable(f"{last.where()}{_reason(error)}") from error
 
@@ -126,6 +130,18 @@ class _LastSite(Messenger):
 
     def where(self) -> str:
         return "" if self.name is None else f"near site {self.name!r}: "
+
+
+class _Unread(TorchFunctionMode):
+    """Refuses to read the value of a tensor that was there before the trace: it would be a constant of the graph."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _READS and not isinstance(args[0], FakeTensor):
+            name = getattr(function, "__name__", function)
+            raise Untraceable(
+                f"{name} of a tensor of shape {tuple(args[0].shape)} reads a value, on which the rest depends"
+            )
+        return function(*args, **(kwargs or {}))
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,9 @@ from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.validation import Validation
 
+#: steps between records from which a look at what graphs take as fixed costs little
+_OFTEN = 20
+
 
 class Loop:
     """One run under way: what `fit` has made of its arguments, and how far it has come."""
@@ -74,7 +77,8 @@ class Loop:
                             self.keep(number)
                             break
                         self.pair.train()
-                        self.take.look()
+                        if callbacks or every >= _OFTEN:
+                            self.take.look()
                         self.keep(number)
                     bar.update()
             except KeyboardInterrupt:

@@ -169,19 +169,20 @@ class Steps:
         if not self.traceable:
             return None
         key = _key(minibatch)
-        if self.met is not None and key not in self.met:
+        new = key not in (self.runners if self.met is None else self.met)
+        if new and (reason := self._untraceable()) is not None:
+            self._stop(f"not traced: {reason}")
+            fall_back(f"the steps are eager. Cannot trace: {reason}")
+            return None
+        if new and self.met is not None:
             self.met.add(key)
             return None
         if key not in self.runners:
-            if (reason := self._untraceable()) is not None:
-                self._stop(f"not traced: {reason}")
-                fall_back(f"the steps are eager. Cannot trace: {reason}")
-                return None
             self.runners[key] = self._new(minibatch)
         return self.runners[key]
 
     def _untraceable(self) -> str | None:
-        if len(self.runners) == _SHAPES:
+        if len(self.met or self.runners) == _SHAPES:
             return f"the batches come in more than {_SHAPES} shapes"
         hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
         return "a parameter has a hook on its accumulated gradient" if hooked else None
@@ -280,7 +281,7 @@ def _accumulated(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -
     found: list[Tensor | None] = []
     storages = set()
     for gradient, parameter in zip(gradients, parameters, strict=True):
-        if gradient is not None:
+        if gradient is not None and gradient.layout == torch.strided:
             storage = gradient.untyped_storage()._cdata
             if gradient.stride() != parameter.stride() or storage in storages:
                 gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
