@@ -930,19 +930,6 @@ def a_scaled_site():
     return having(model=model, temperature=0.5), {"change": change}
 
 
-def masked_by(program):
-    def run(self, x):
-        with poutine.mask(mask=x[:, 0] > 0):
-            program(self, x)
-
-    return run
-
-
-def penalised(self, x):
-    Plain.model(self, x)
-    pyro.factor("penalty", -self.decoder.weight.square().sum())
-
-
 class Hierarchy(Plain):
     def __init__(self):
         super().__init__()
@@ -987,9 +974,6 @@ def latents(q, p, width=L):
 
 
 LATENTS = {
-    "bernoulli gates": latents(
-        lambda a, b: dist.Bernoulli(logits=a).to_event(1), lambda one: dist.Bernoulli(one / 2).to_event(1)
-    ),
     "classes": latents(lambda a, b: dist.Categorical(logits=a), lambda one: dist.Categorical(one / L), width=1),
     "one-hot classes": latents(
         lambda a, b: dist.OneHotCategorical(logits=a), lambda one: dist.OneHotCategorical(one / L)
@@ -1004,17 +988,6 @@ LATENTS = {
 }
 
 
-def a_flow():
-    import zuko
-
-    def guide(self, x):
-        base = dist.Normal(x.new_zeros(len(x), L), 1.0).to_event(1)
-        with pyro.plate("data", x.shape[0], dim=-1):
-            pyro.sample("z", dist.TransformedDistribution(base, [self.flow(x).transform.inv]))
-
-    return having(guide=guide, flow=zuko.flows.MAF(L, D, transforms=1, hidden_features=(4,))), {}
-
-
 def noise_of_every_kind():
     def mean(self, z):
         n = z.shape[-2]
@@ -1027,11 +1000,6 @@ def noise_of_every_kind():
         return self.decoder(z) + 0.01 * sum(noise).to(z.dtype)
 
     return having(mean=mean), {}
-
-
-def a_gated_recurrent_unit():
-    codes = lambda self, x: self.encoder(self.unit(x[..., None])[0][..., -1, :])  # noqa: E731
-    return having(codes=codes, unit=nn.GRU(1, 4, batch_first=True), encoder=nn.Linear(4, 2 * L)), {"validation": X[:7]}
 
 
 def attention():
@@ -1064,17 +1032,6 @@ def a_buffer_counted_in_place():
 
     calls, several = nn.Buffer(torch.zeros((), dtype=torch.long)), nn.Buffer(torch.zeros(D))
     return having(mean=mean, calls=calls, several=several), {}
-
-
-def an_array_of_numpys_within():
-    table = np.linspace(0, 1, D)
-
-    def mean(self, z):
-        total = torch.from_numpy(np.zeros(D))
-        total += z.detach().sum() + torch.as_tensor(table)
-        return self.decoder(z) + 0.01 * total
-
-    return having(mean=mean), {}
 
 
 def a_cache_by_shape():
@@ -1147,13 +1104,8 @@ def dequantised():
     return probae.Dequantised(make("vae", D, L, hidden=(4,))), {"x": (4 * X).round().clamp(0, 255)}
 
 
-def standardised():
-    return probae.Transformed(make("vae", D, L, hidden=(4,)), probae.transforms.Affine.standardising(X)), {}
-
-
 TRACED = {
     "two arrays": lambda: (Labelled(), LABELLED),
-    "embeddings of bounded norm": lambda: (Labelled(max_norm=0.5, scale_grad_by_freq=True), LABELLED),
     "a dict of arrays": a_dict_of_arrays,
     "ragged batches": ragged_batches,
     "a data set": lambda: (Plain(), {"x": Rows(), "batch_size": 7}),
@@ -1164,21 +1116,15 @@ TRACED = {
     "a module of Pyro": a_pyro_module,
     "an autoguide": an_autoguide,
     "a latent that all share": lambda: (Shared(), {}),
-    "a plate that subsamples": lambda: (Shared(5), {"batch_size": N}),
     "a scaled site": a_scaled_site,
-    "masked sites": lambda: (having(model=masked_by(Plain.model), guide=masked_by(Plain.guide)), {}),
-    "a factor": lambda: (having(model=penalised), {}),
     "a hierarchy": a_hierarchy,
     "a hierarchy, doubly reparameterised": lambda: (Hierarchy(), {"objective": IWAE(4, gradient="dreg")}),
     **{name: case for name, case in LATENTS.items() if name != "binomials"},
-    "a flow": a_flow,
     "noise of every kind": noise_of_every_kind,
-    "a gated recurrent unit": a_gated_recurrent_unit,
     "attention": attention,
     "convolutions": convolutions,
     "a projection in place": a_projection_in_place,
     "a buffer counted in place": a_buffer_counted_in_place,
-    "an array of numpy's within": an_array_of_numpys_within,
     "a gradient within": lambda: (Plain(), {"objective": Contractive()}),
     "a gradient at the data": lambda: (Plain(), {"objective": ContractiveAtTheData()}),
     "an objective with parameters": lambda: (
@@ -1191,9 +1137,7 @@ TRACED = {
         {"objective": Reconstruction(2) + 0.3 * ELBO(beta=Warmup(4, 0.1)), "steps": 8},
     ),
     "particles one by one": particles_one_by_one,
-    "a mixture": lambda: (probae.GaussianMixture(D, 2), {}),
     "dequantised": dequantised,
-    "standardised": standardised,
 }
 
 
@@ -1455,19 +1399,6 @@ def test_programs_rest_once_they_are_traced(monkeypatch):
     assert len(runs) < 10
 
 
-def test_two_models_of_a_class_trained_in_turn():
-    def losses(way):
-        torch.manual_seed(0)
-        a, b = Plain().double(), Plain().double()
-        found = []
-        for model, seed in ((a, 1), (b, 2), (a, 3), (b, 4)):
-            run = probae.fit(model, X, steps=6, every=6, batch_size=8, seed=seed, compile=way, progress=False)
-            found += list(run.history["loss"])
-        return found
-
-    assert losses(False) == losses("flat")
-
-
 def test_a_model_trained_again_otherwise():
     """With other batches, another dtype, other parts frozen, another objective."""
 
@@ -1561,10 +1492,10 @@ def weights(case, **options):
     return said, model
 
 
-EVALUATED = ["a dict of arrays", "two arrays", "functions with modules", "a module of Pyro", "a hierarchy", "a flow"]
-EVALUATED += ["one-hot classes", "bernoulli gates", "gammas", "noise of every kind", "attention", "convolutions"]
-EVALUATED += ["masked sites", "particles one by one", "a latent that all share", "an autoguide", "dequantised"]
-EVALUATED += ["standardised", "float32"]
+EVALUATED = ["a dict of arrays", "two arrays", "functions with modules", "a module of Pyro", "a hierarchy"]
+EVALUATED += ["one-hot classes", "gammas", "noise of every kind", "attention", "convolutions"]
+EVALUATED += ["particles one by one", "a latent that all share", "an autoguide", "dequantised"]
+EVALUATED += ["float32"]
 
 
 @pytest.mark.parametrize("name", EVALUATED)
@@ -1604,15 +1535,6 @@ def test_data_that_lie_column_by_column_compiled():
     model, x = Plain(), X32.T.contiguous().T[:23]
     eager, fast = (probae.log_weights(model, x, 4, memory=8400, compile=way) for way in (False, True))
     torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["elbo", "iwae"])
-def test_evidence_has_the_same_bits(method):
-    torch.manual_seed(0)
-    model = Hierarchy().double()
-    values = [probae.log_evidence(model, X, method, particles=9, seed=3, compile=way) for way in (False, "flat")]
-    assert torch.equal(values[0].values, values[1].values)
-    assert torch.equal(values[0].mc_stderr, values[1].mc_stderr)
 
 
 def test_evidence_sees_what_has_changed_since():
@@ -1655,11 +1577,6 @@ def in_bfloat16():
     return make("vae", D, L, hidden=(8,)), {"x": X32, "precision": "bf16", "steps": 12, "clip": 1.0}
 
 
-def in_float32():
-    model, options = in_bfloat16()
-    return model, options | {"precision": "float32"}
-
-
 def convolutions_in_bfloat16():
     return convolutions()[0], {"x": X32, "precision": "bf16", "validation": X32[:7]}
 
@@ -1670,10 +1587,3 @@ def test_bfloat16_has_the_same_bits(case):
     assert flat.ran[-1] == "flat"
     assert {value.dtype for value in flat.state.values() if value.is_floating_point()} <= {torch.float32, torch.float64}
     assert all(p.dtype == torch.float32 for p in flat.run.model.parameters())
-
-
-def test_bfloat16_follows_float32():
-    coarse, fine = outcome(in_bfloat16, "flat"), outcome(in_float32, "flat")
-    assert coarse.losses != fine.losses
-    # bfloat16 keeps 8 bits of each product; twelve steps at lr = 0.01 add little to that
-    assert coarse.losses == pytest.approx(fine.losses, rel=3 * 2**-7)

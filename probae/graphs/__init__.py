@@ -6,14 +6,16 @@
   place is written at each run;
 * numbers, strings, flags, Python's containers and functions are *constants* of the trace.
 
-What changes between runs is noticed, and the program traced anew: once at each record of a training run, after callbacks,
-and at each call that asks for evidence, the constants that the program reaches are compared with those of the trace
-(attributes of model and objective and of their submodules, the optimizer's settings, frozen parameters, what functions
-close over, and globals that they name). The learning rate is read at each step.
+What changes between runs is noticed, and the program traced anew: the constants that the program reaches are compared with
+those of the trace at the records of a training run, after its callbacks, and whenever evidence is asked for. These are the
+attributes of model and objective and of their submodules, what functions close over, the globals that they name, and which
+parameters are frozen; of an optimizer whose update is in the graph, its settings. The learning rate is read at each step.
+What a data set or a scheduler changes between two records is not noticed before the next one.
 
-A program that changes such a constant while it runs is refused: it is run as it is, with a warning that names what it
-changes. This is seen as the program runs before its trace, and once more as the graph's results are compared with that
-run's. What neither shows (state behind a library's objects that shows only later) is not noticed.
+A program that changes a constant while it runs, or draws from another random stream than torch's, is refused: it is run
+as it is, with a warning that names what it changes. This shows in a run before the trace; and what does not (an iterator, or
+state of a library's), when the graph's results are compared, once, with those of that run. A program that turns the value
+of a tensor into a number or a branch is refused too.
 """
 
 from probae.graphs.graph import Graph, Untraceable, fall_back, trace
