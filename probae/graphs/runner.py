@@ -68,6 +68,7 @@ class Runner:
         """
         if self.call is not None:
             return None
+        inputs = _apart(inputs)
         before, constant = State(self.roots(), inputs[0].device), constants(self.roots(), versions=True)
         outputs = self.function(*inputs)
         name = changed(constant, constants(self.roots(), versions=True))
@@ -126,3 +127,9 @@ class Runner:
     def _refuse(self, reason: str) -> None:
         self.call, self.refused, self.why = self.function, True, f"not traced: {reason}"
         fall_back(f"{self.what} are eager. Cannot trace: {reason}")
+
+
+def _apart(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Inputs of which no two are one tensor: a trace would take the one for the other."""
+    ids = [id(tensor) for tensor in inputs]
+    return tuple(tensor.clone() if ids[i] in ids[:i] else tensor for i, tensor in enumerate(inputs))
