@@ -62,7 +62,7 @@ def histories(build, x, *ways, **options):
         torch.manual_seed(0)
         model = build()
         run = probae.fit(model, x, compile=way, **({"steps": 12, "every": 1, "progress": False} | options))
-        found.append((run, {k: v.clone() for k, v in probae.pair.as_pair(model).state_dict().items()}))
+        found.append((run, {k: v.clone() for k, v in probae.adapter.as_pair(model).state_dict().items()}))
     return found
 
 

@@ -168,7 +168,7 @@ def outcome(case, way):
         run = probae.fit(model, x, compile=way, **options)
     different = [i for i, (a, b) in enumerate(zip(before, world(), strict=True)) if a != b]
     assert set(different) <= ({1, 2} if draws else set()), different
-    state = {key: value.clone() for key, value in probae.pair.as_pair(model).state_dict().items()}
+    state = {key: value.clone() for key, value in probae.adapter.as_pair(model).state_dict().items()}
     warned = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
     kept = {
         (i, name): torch.as_tensor(value).clone()
