@@ -88,13 +88,13 @@ SOURCES = {
 CUTS = [(source, way) for source in SOURCES for way in (False, "flat")]
 
 
-# compiled steps and proofs differ by rounding, and batches of several shapes are proved when each first comes
+# compiled steps differ from others by rounding, and batches of several shapes are first met eagerly after each start
 @pytest.mark.parametrize(("source", "way"), [*CUTS, pytest.param("in memory", True, marks=pytest.mark.slow)])
 def test_a_run_that_stopped_goes_on_with_the_same_bits(tmp_path, source, way):
     options = {"steps": 60, "every": 10, "batch_size": 32, "compile": way, "validation": data(50), "progress": False}
     options |= {"scheduler": "cosine", "clip": 1.0, "optimizer": "adamw"}
     whole = build()
-    look = [lambda run: None]  # after a callback a step is proved, which takes it eagerly
+    look = [lambda run: None]  # after a callback what graphs take as constant is looked at
     run = probae.fit(whole, SOURCES[source](), **options, checkpoint=tmp_path / "whole", callbacks=look)
     for step in (20, 50):
         with pytest.raises(RuntimeError, match="killed"):

@@ -62,7 +62,7 @@ def histories(build, x, *ways, **options):
         torch.manual_seed(0)
         model = build()
         run = probae.fit(model, x, compile=way, **({"steps": 12, "every": 1, "progress": False} | options))
-        found.append((run, {k: v.clone() for k, v in probae.pair.as_pair(model).state_dict().items()}))
+        found.append((run, {k: v.clone() for k, v in probae.adapter.as_pair(model).state_dict().items()}))
     return found
 
 
@@ -88,10 +88,10 @@ def test_losses_and_gradients_have_the_bits_of_eager_pyro(name, objective):
         eager = function(x, step)
     except ValueError:  # no draws with a path, under an objective that needs them: the graph never comes to be
         with pytest.raises(Untraceable, match=r"ValueError.*gradient"):
-            trace(function, [x, step], [pair, objective])
+            trace(function, [x, step])
         return
     before = {key: value.clone() for key, value in pair.state_dict().items()}
-    graph = trace(function, [x, step], [pair, objective])
+    graph = trace(function, [x, step])
     assert all(torch.equal(value, before[key]) for key, value in pair.state_dict().items())
     torch.manual_seed(1)
     assert same(eager, graph(x, step))

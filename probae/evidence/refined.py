@@ -32,9 +32,10 @@ from probae.evidence.mixture import SEEN, Mixture, heavy_tails
 from probae.evidence.mixture_estimates import MixtureEstimate, Weighed, weighed
 from probae.evidence.reliability import JUDGES, reliable_weights
 from probae.evidence.result import Evidence
-from probae.evidence.runner import Way, slopes, way
+from probae.evidence.slopes import slopes
 from probae.evidence.space import Space
 from probae.evidence.weights import MEMORY, even, padded, weighable
+from probae.graphs import Runner
 from probae.graphs.graph import unvalidated
 from probae.pair import Pair
 from probae.runtime.seeding import derived, evaluating, seeded
@@ -149,7 +150,7 @@ class Refiner:
             self.unguided = bool(signature.summed) or self.space.unguided(few) is not None
         share = options.defensive if options.defensive is not None else (0.4 if heavy else 0.05)
         self.shares = (1 - share, 0.75 * share, 0.25 * share) if heavy else (1 - share, 0.0, share)
-        self.ways: dict[Any, Way] = {}
+        self.runners: dict[Any, Runner] = {}
 
     # -- optimisation ------------------------------------------------------------------------------------------------
 
@@ -336,7 +337,7 @@ class Refiner:
         data, names = [leaf for _, leaf in leaves(rows)], list(given)
         tensors = [*inputs, *data, *given.values()]
         key = key, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-        if key not in self.ways:
+        if key not in self.runners:
             width = len(inputs)
 
             def called(*tensors: Tensor) -> list[Tensor]:
@@ -344,9 +345,9 @@ class Refiner:
                 shared = dict(zip(names, tensors[width + len(data) :], strict=True))
                 return [t.detach() for t in function(block, shared, *more, *tensors[:width])]
 
-            what = "refinement" if function == self._ascend else "importance sampling"
-            self.ways[key] = way(called, tensors, self.pair, self.compile, calls, what)
-        return self.ways[key](*tensors)
+            what = "steps of refinement" if function == self._ascend else "importance weights"
+            self.runners[key] = Runner(called, lambda: {"pair": self.pair}, self.compile, calls, what)
+        return self.runners[key](*tensors)
 
     def _blocks(self, batch: Batch) -> Iterator[tuple[Batch, int, slice]]:
         batch = each(Tensor.contiguous, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +12,12 @@ from torch import Tensor
 from probae.adapter import as_pair
 from probae.arguments import one_of, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
-from probae.graphs import Graph, Untraceable, fall_back, fixed, trace
-from probae.graphs.constants import untouched
-from probae.graphs.cost import MODES, TRACING_PAYS, compiling_pays
-from probae.graphs.graph import same
-from probae.graphs.inductor import compiled, unavailable
+from probae.graphs import Runner
+from probae.graphs.cost import MODES
 from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.runtime.memory import allocated
-from probae.runtime.seeding import evaluating, seeded, set_streams, streams
+from probae.runtime.seeding import evaluating, seeded
 from probae.tracing.checks import check
 from probae.tracing.enumeration import log_joint
 from probae.tracing.signature import Signature
@@ -147,8 +144,7 @@ class Weights:
     def __init__(self, pair: Pair, signature: Signature, compile: bool | str = "auto", times: int = 1):
         one_of("compile", compile, MODES)
         self.pair, self.signature, self.compile, self.times = pair, signature, compile, times
-        self.ways: dict[Any, Callable[..., list[Tensor | None]]] = {}
-        self.taken_as_fixed: dict[str, Any] = {}
+        self.runners: dict[Any, Runner] = {}
 
     def by_rows(self, batch: Batch, particles: int, seed: int, memory: int | None = None) -> Iterator[Tensor]:
         """The weights (K, n) of one block of data after another."""
@@ -172,16 +168,16 @@ class Weights:
             if not self.signature.vectorised:
                 together = 1
             chunks = math.ceil(length(batch) / rows) * math.ceil(particles / together) * self.times
-            way = self._way(each(lambda leaf: leaf[:rows], batch), together, chunks)
+            run = self._runner(each(lambda leaf: leaf[:rows], batch), together, chunks)
             for block in rows_of(batch, rows):
                 count = length(block)
                 tensors = [padded(leaf, rows) for _, leaf in leaves(block)]
-                parts = (way(*tensors)[0] for _ in range(0, particles, together))
-                chunks_ = (part[: particles - k * together, :count] for k, part in enumerate(parts))  # type: ignore[index]
+                parts = (run(*tensors)[0] for _ in range(0, particles, together))
+                chunks_ = (part[: particles - k * together, :count] for k, part in enumerate(parts))
                 yield (weighable(weights, k * together) for k, weights in enumerate(chunks_))
 
-    def _way(self, rows: Batch, particles: int, chunks: int) -> Callable[..., list[Tensor | None]]:
-        """How a chunk is computed, given how many there are: by the programs, a graph, or a compiled graph."""
+    def _runner(self, rows: Batch, particles: int, chunks: int) -> Runner:
+        """What computes a chunk, given how many there are."""
 
         def weights(*tensors: Tensor) -> list[Tensor]:
             block = rebuilt(rows, tensors)
@@ -190,45 +186,12 @@ class Weights:
                 return [log_joint(self.pair, block, traces) - traces.proposal().local]
             return [traces.log_weights()]
 
-        if self.compile is False or (self.compile == "auto" and chunks < TRACING_PAYS):
-            return weights  # type: ignore[return-value]
-        now = fixed(pair=self.pair)
-        if now != self.taken_as_fixed:
-            self.ways, self.taken_as_fixed = {}, now
-        tensors = [leaf for _, leaf in leaves(rows)]
-        key = particles, *((leaf.shape, leaf.dtype) for leaf in tensors)
-        if key not in self.ways:
-            self.ways[key] = self._built(weights, tensors, chunks)
-        return self.ways[key]
-
-    def _prove(self, graph: Graph, weights: Callable[..., Any], tensors: list[Tensor]) -> None:
-        """Compute a chunk both ways, twice: programs that change as they run show themselves."""
-        device = tensors[0].device
-        with untouched([self.pair], device):
-            stream, found = streams(device), []
-            for way in (weights, graph):
-                set_streams(device, stream)
-                found += [[way(*tensors)[0] for _ in range(2)] + streams(device)]
-        if not all(same(a, b) for a, b in zip(*found, strict=True)):
-            raise Untraceable("the programs do not do the same each time, in a way that a graph would not see")
-
-    def _built(self, weights: Callable[..., Any], tensors: list[Tensor], chunks: int) -> Callable[..., Any]:
-        try:
-            with untouched([self.pair], tensors[0].device):
-                weights(*tensors)  # caches of the programs fill with values
-            graph = trace(weights, tensors, [self.pair])
-            self._prove(graph, weights, tensors)
-        except Untraceable as reason:
-            fall_back(f"log weights are computed eagerly, not traced: {reason}")
-            self.compile = False  # said once
-            return weights
-        pays = self.compile == "auto" and compiling_pays(graph, chunks)[0] and not unavailable(tensors[0].device.type)
-        if self.compile is True or pays:
-            try:
-                return compiled(graph, tensors)
-            except Untraceable as reason:
-                fall_back(f"log weights are interpreted, not compiled: {reason}")
-        return graph
+        key = particles, *((leaf.shape, leaf.dtype) for _, leaf in leaves(rows))
+        if key not in self.runners or self.runners[key].outdated() is not None:
+            refused = any(runner.refused for runner in self.runners.values())  # which is said once
+            compile = False if refused else self.compile
+            self.runners[key] = Runner(weights, lambda: {"pair": self.pair}, compile, chunks, "log weights")
+        return self.runners[key]
 
 
 def weighable(weights: Tensor, first: int = 0) -> Tensor:

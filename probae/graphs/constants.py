@@ -1,47 +1,50 @@
-"""What a trace takes as fixed: shapes, dtypes, modes, and every plain number that the programs can reach.
-
-A graph is right for as long as these stay as they were. They are compared whenever a user's code may have run, and what
-this does not see, a proof does: now and then a step is taken both ways and compared (`probae.training.steps`).
-"""
+"""What a trace takes as constant, and what a run of programs may move: compared, never followed while a graph runs."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probae.runtime.reach import PLAIN, reached
-from probae.runtime.seeding import set_streams, streams
+from probae.runtime.reach import PLAIN, class_values, parts, reached
+from probae.runtime.seeding import Generator, set_streams, state_of, streams
 
 _LARGE = 2**27  # bytes; a tensor so large that is no parameter is data
 
 
-def fixed(**roots: Any) -> dict[str, Any]:
-    """Where each plain value that objects reach lies, and what it is: ``{"pair.enc.p": 0.5, ...}``.
+def constants(roots: dict[str, Any], versions: bool = False) -> dict[str, Any]:
+    """Every plain value that objects reach, by where it lies: ``{"pair.enc.p": 0.5, ...}``.
 
-    Modules, containers, objects and functions (with what they close over) are followed. A tensor counts by its place,
-    shape, dtype, device and whether it asks for a gradient, not by its value, which a graph reads anew each time.
+    A tensor counts by its place, shape, dtype, device and whether it asks for a gradient: its values are read anew.
+
+    Args:
+        versions: whether tensors that are neither parameters nor buffers count by their versions too, which tell that
+            they were written to.
     """
+    own = {id(tensor) for tensor in _state(roots.values())}
     found: dict[str, Any] = {}
-    for path, value in reached(roots.items()):
+    for path, value in reached(roots.items(), _inside):
         if isinstance(value, PLAIN):
             found[path] = value
         elif isinstance(value, Tensor):
-            found[path] = (*_place(value), tuple(value.shape), value.dtype, value.device, value.requires_grad)
+            version = value._version if versions and id(value) not in own and not value.is_inference() else None
+            found[path] = *_place(value), value.shape, value.dtype, value.device, value.requires_grad, version
         elif isinstance(value, np.ndarray):
-            found[path] = (id(value), value.shape, value.dtype, value.tobytes() if value.size < 1000 else None)
-        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+            found[path] = id(value), value.shape, value.dtype, value.tobytes() if value.size < 1000 else None
+        elif isinstance(value, Generator):
+            found[path] = state_of(value).numpy().tobytes()
+        elif isinstance(value, dict | list | tuple | set | frozenset | deque):
+            found[path] = type(value)
+        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
             found[path] = value
         else:
-            found[path] = type(value)
+            found[path] = _Object(value)
     return found
 
 
@@ -49,54 +52,73 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     """The path of a value that differs, or None."""
     if before == after:
         return None
-    return next((p for p in {**before, **after} if before.get(p) != after.get(p)), None)
+    return next((p for p in {**before, **after} if before.get(p, ...) != after.get(p, ...)), None)
 
 
-def kept(roots: Iterable[Any]) -> list[Callable[[], Any]]:
-    """What puts the containers, objects, tensors and random streams that objects reach back to what they hold now."""
-    undo: list[Callable[[], Any]] = []
-    for _, value in reached((str(i), root) for i, root in enumerate(roots)):
-        if isinstance(value, nn.Module):
-            for part in (vars(value), value._parameters, value._buffers, value._modules):
-                undo.append(functools.partial(_refill, part, dict(part)))
-        elif isinstance(value, dict):
-            undo.append(functools.partial(_refill, value, dict(value)))
-        elif isinstance(value, list | deque):
-            undo.append(functools.partial(_refill, value, list(value)))
-        elif isinstance(value, set):
-            undo.append(functools.partial(_refill, value, set(value)))
-        elif isinstance(value, Tensor) and (value.requires_grad or value.nbytes < _LARGE):
-            undo.append(functools.partial(_copy, value, value.data, value.detach().clone()))
-        elif isinstance(value, np.ndarray) and value.flags.writeable and value.dtype.kind != "O":
-            undo.append(functools.partial(np.copyto, value, value.copy()))
-        elif isinstance(value, types.FunctionType):
-            for cell in value.__closure__ or ():
-                with contextlib.suppress(ValueError):  # an empty one
-                    undo.append(functools.partial(setattr, cell, "cell_contents", cell.cell_contents))
-        elif isinstance(value, random.Random):
-            undo.append(functools.partial(value.setstate, value.getstate()))
-        elif isinstance(value, np.random.Generator):
-            undo.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif isinstance(value, torch.Generator):
-            undo.append(functools.partial(value.set_state, value.get_state()))
-        elif type(own := getattr(value, "__dict__", None)) is dict:  # of a class it is a proxy
-            undo.append(functools.partial(_refill, own, dict(own)))
-    return undo
+class State:
+    """Parameters, buffers and random streams as they are now: what programs may move, and a graph moves alike."""
+
+    def __init__(self, roots: dict[str, Any], device: torch.device):
+        self.device, self.streams = device, streams(device)
+        self.others = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self.tensors = [(tensor, tensor.detach().clone()) for tensor in _state(roots.values())]
+
+    def others_drawn(self) -> bool:
+        """Whether Python's or NumPy's stream has moved since, which no graph holds."""
+        python, (_, numbers, *rest) = random.getstate(), np.random.get_state()  # noqa: NPY002
+        before, (_, others, *rest_before) = self.others
+        return python != before or rest != rest_before or not np.array_equal(numbers, others)
+
+    def holds(self) -> bool:
+        """Whether all are as they were."""
+        pairs = [*self.tensors, *zip(streams(self.device), self.streams, strict=True)]
+        return all(same(tensor.detach(), value) for tensor, value in pairs)
+
+    def put_back(self) -> None:
+        """Put all back."""
+        set_streams(self.device, self.streams)
+        random.setstate(self.others[0])
+        np.random.set_state(self.others[1])  # noqa: NPY002
+        with torch.no_grad():
+            for tensor, value in self.tensors:
+                tensor.copy_(value)
 
 
-@contextlib.contextmanager
-def untouched(roots: Iterable[Any], device: torch.device) -> Iterator[None]:
-    """Run programs, and leave what they keep and all random streams as they were."""
-    undo, python, legacy = kept(roots), random.getstate(), np.random.get_state()  # noqa: NPY002
-    before = streams(device)
-    try:
-        yield
-    finally:
-        set_streams(device, before)
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        for put_back in undo:
-            put_back()
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two results are the same bits; on a GPU, where sums may come in another order each time, nearly so."""
+    if a is None or b is None:
+        return a is b
+    if a.is_sparse or b.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
+    if a.device.type == "cuda":
+        return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
+
+
+class _Object:
+    """One object, equal to itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state(roots: Iterable[Any]) -> list[Tensor]:
+    """The parameters and buffers of modules."""
+    found = [t for root in roots if isinstance(root, nn.Module) for t in (*root.parameters(), *root.buffers())]
+    return [tensor for tensor in found if tensor.requires_grad or tensor.nbytes < _LARGE]
+
+
+def _inside(value: Any) -> list[tuple[str, Any]]:
+    found = [*class_values(value if isinstance(value, type) else type(value)), *parts(value)]
+    if isinstance(value, nn.Module):
+        hooks = {**value._forward_pre_hooks, **value._forward_hooks}
+        found += [("hooks", list(hooks.values()))]
+    return found
 
 
 def _place(tensor: Tensor) -> tuple[int, int | None]:
@@ -104,19 +126,3 @@ def _place(tensor: Tensor) -> tuple[int, int | None]:
         return id(tensor), tensor.data_ptr()
     except RuntimeError:  # a tensor without values, left by a trace
         return id(tensor), None
-
-
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, dict | set):
-        container.clear()
-        container.update(content)
-    else:
-        container.clear()
-        container.extend(content)
-
-
-def _copy(tensor: Tensor, data: Tensor, value: Tensor) -> None:
-    if _place(tensor)[1] != data.data_ptr():  # programs may bind a parameter's data anew
-        tensor.data = data
-    with torch.no_grad():
-        tensor.copy_(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.graphs.graph import Graph
+from probae.graphs.inductor import unavailable
 
 #: what can be asked for: eager, traced and interpreted, compiled, or whatever the work is worth
 MODES = (False, "flat", True, "auto")
@@ -20,6 +21,16 @@ TRACING_PAYS = 300
 _OVERHEAD = 2.0e-6  # seconds to call one operation, which a compiled graph saves
 _BANDWIDTH = 4.0e9  # bytes a second of an operation by element, which a compiled graph fuses with its neighbours
 _COMPILING = (6.0, 0.03)  # seconds: at least, and for each operation
+
+
+def worth_compiling(compile: bool | str, graph: Graph, calls: int, device: str) -> tuple[bool, str]:
+    """Whether a graph that is called so often is compiled, and why."""
+    if compile != "auto":
+        return compile is True, "as asked"
+    pays, estimate = compiling_pays(graph, calls)
+    if pays and (missing := unavailable(device)) is not None:
+        return False, missing
+    return pays, estimate
 
 
 def compiling_pays(graph: Graph, steps: int) -> tuple[bool, str]:

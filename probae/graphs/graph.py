@@ -3,27 +3,26 @@
 Tracing runs the programs once on tensors without values and writes down each operation on tensors, backward passes too.
 Running the graph skips Pyro's interpreter, which costs 1 to 3 ms a step whatever the model's size, and gives the same
 bits. Parameters, buffers and all other tensors that the programs read are held by reference: what changes in place is
-seen. Numbers and branches of Python are taken as they were (see `fixed`); a branch on a tensor's value cannot be traced.
+seen. Numbers and branches of Python are taken as they were; a branch on a tensor's value cannot be traced.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.distributions import Distribution
-
-from probae.graphs.constants import changed, fixed, untouched
+from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
-T = TypeVar("T")
+_METHODS = "item tolist numpy __array__ __float__ __int__ __bool__ __index__ __complex__ is_nonzero equal allclose"
+_READS = frozenset(getattr(Tensor, name) for name in _METHODS.split()) | {torch.is_nonzero, torch.equal, torch.allclose}
 
 
 class Untraceable(Exception):
@@ -46,67 +45,33 @@ class Graph:
         with torch.no_grad():
             return self.module(*inputs, *self._values)
 
-    def keep(self, start: int, items: Sequence[T]) -> list[T]:
-        """Drop the outputs, from the one at ``start`` on, that are None; returns the items that go with the others."""
-        graph = self.module.graph
-        (output,) = [node for node in graph.nodes if node.op == "output"]
-        values = list(output.args[0])
-        kept = [item for item, value in zip(items, values[start:], strict=True) if value is not None]
-        output.args = ([*values[:start], *(value for value in values[start:] if value is not None)],)
-        self.module.recompile()
-        return kept
-
-    def written(self) -> list[Tensor]:
-        """The held tensors that the graph may write to, directly or through a view."""
-        graph = self.module.graph
-        places = [node for node in graph.nodes if node.op == "placeholder"][-len(self.held) :] if self.held else []
-        sources = {node: {node} for node in places}
-        found = set()
-        for node in graph.nodes:
-            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-                behind = set().union(*(sources.get(parent, set()) for parent in node.all_input_nodes))
-                schema = node.target._schema
-                if schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
-                    found |= behind
-                if any(value.alias_info is not None for value in schema.returns):
-                    sources[node] = behind
-                elif "batch_norm" in str(node.target):  # its schema does not say that it writes running moments
-                    found |= behind
-        return [value for place, value in zip(places, self._values, strict=True) if place in found]
+    def given(self) -> list[bool]:
+        """Which outputs are tensors, and not None."""
+        (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
+        return [value is not None for value in output.args[0]]
 
     def __len__(self) -> int:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
 
-def trace(
-    function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor], modules: Iterable[nn.Module]
-) -> Graph:
-    """Record ``function(*inputs)``, tensors to tensors, as a `Graph`; the state of ``modules`` stays as it was.
+def trace(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor]) -> Graph:
+    """Record ``function(*inputs)``, tensors to tensors, as a `Graph`.
 
     Raises:
         Untraceable: naming the site or operation, if a value decides what is done (a branch on a tensor, a rejection
-            sampler), if the programs keep numbers or tensors of their own in Python, or draw from Python's or NumPy's stream.
+            sampler).
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    roots = {type(module).__name__: module for module in modules}
-    before = fixed(**roots)
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002 -- read, to see whether the programs draw from it
     last = _LastSite()
-    with untouched(roots.values(), torch.device("cpu")):
-        try:
-            with warnings.catch_warnings(), unvalidated(), last:
-                warnings.simplefilter("ignore")
-                module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        except Exception as error:
-            raise Untraceable(f"{last.where()}{_reason(error)}") from error
-        name = changed(before, fixed(**roots))
-        drawn = random.getstate() != others[0] or _differ(np.random.get_state(), others[1])  # noqa: NPY002
-    if name is not None:
-        raise Untraceable(f"the programs change {name} as they run, which a graph would do only once")
-    if drawn:
-        raise Untraceable("the programs draw from Python's or NumPy's random stream, which a graph would do only once")
-    return lifted(module)
+    try:
+        with warnings.catch_warnings(), unvalidated(), last, _Unread():
+            warnings.simplefilter("ignore")
+            return lifted(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs))
+    except Untraceable as error:
+        raise Untraceable(f"{last.where()}{error}") from error
+    except Exception as error:
+        raise Untraceable(f"{last.where()}{_reason(error)}") from error
 
 
 def fall_back(message: str) -> None:
@@ -167,6 +132,18 @@ class _LastSite(Messenger):
         return "" if self.name is None else f"near site {self.name!r}: "
 
 
+class _Unread(TorchFunctionMode):
+    """Refuses to read the value of a tensor that was there before the trace: it would be a constant of the graph."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _READS and not isinstance(args[0], FakeTensor):
+            name = getattr(function, "__name__", function)
+            raise Untraceable(
+                f"{name} of a tensor of shape {tuple(args[0].shape)} reads a value, on which the rest depends"
+            )
+        return function(*args, **(kwargs or {}))
+
+
 def _reason(error: Exception) -> str:
     operation = getattr(error, "func", None)
     if operation is not None:
@@ -179,16 +156,3 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
-
-
-def _differ(state: Any, other: Any) -> bool:
-    return state[2] != other[2] or not np.array_equal(state[1], other[1])
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two results are the same bits; on a GPU, where sums may come in another order each time, nearly so."""
-    if a is None or b is None:
-        return a is b
-    if a.device.type == "cuda":
-        return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import probae
 from probae.batches import Batch, leaves
-from probae.runtime.reach import PLAIN, parts, reached
+from probae.runtime.reach import PLAIN, class_values, parts, reached
 from probae.runtime.seeding import Generator
 
 # of a pair, what follows from the rest or is found anew at each start
@@ -44,8 +44,6 @@ _LARGE = 2**24  # bytes of an array that are compared while a run goes on
 _PIECE = 2**26  # bytes of data on the CPU at a time
 _LONG = 1000  # items of a container that are not looked at one by one
 _LOADER = ("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "sampler", "batch_sampler")
-# values of a class, and what Python itself keeps there
-_OF_CLASS = (*PLAIN, list, tuple, dict, set, Tensor, np.ndarray)
 
 
 def fingerprints(
@@ -190,8 +188,8 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, DataLoader):
         return [(name, getattr(value, name, None)) for name in (*_LOADER, "generator", "dataset")]
     if isinstance(value, Sampler | LRScheduler | Transform | Distribution):
-        return [*_attributes(value), *_of_class(type(value))]
-    return [*parts(value), *_of_class(value if isinstance(value, type) else type(value))]
+        return [*class_values(type(value)), *_attributes(value)]
+    return [*class_values(value if isinstance(value, type) else type(value)), *parts(value)]
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -199,14 +197,6 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
         # what was computed on the way is there or not
         if not isinstance(getattr(type(value), name, None), _lazy_property_and_property) and name != "data_source":
             yield name, part
-
-
-def _of_class(cls: type) -> list[tuple[str, Any]]:
-    """The values that a class of the user's has itself."""
-    libraries = {"torch", "pyro", "zuko", "numpy", "builtins", "probae", "collections", "typing", "abc", "functools"}
-    own = [kind for kind in cls.__mro__ if kind.__module__.split(".")[0] not in libraries]
-    found = {n: v for kind in reversed(own) for n, v in vars(kind).items() if isinstance(v, _OF_CLASS)}
-    return [(name, value) for name, value in found.items() if not name.startswith("__")]
 
 
 def _key(key: Any) -> str:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, types.NoneType, np.number)
 _LIMIT = 20_000  # values looked at; what lies deeper is not a program's own state
 _OF_CLASSES = (types.FunctionType, staticmethod, classmethod, property, nn.Module, nn.Parameter)
+_VALUES = (*PLAIN, list, tuple, dict, set, Tensor, np.ndarray)
 _LIBRARIES = {"torch", "pyro", "zuko", "numpy", "builtins"}
+_NOT_OF_USERS = _LIBRARIES | {"probae", "collections", "typing", "abc", "functools"}
 
 
 def reached(
@@ -29,9 +31,9 @@ def reached(
     """
     inside = parts if inside is None else inside
     seen: dict[int, Any] = {}
-    queue, count = list(roots), 0
+    queue, count = deque(roots), 0
     while queue and count < _LIMIT:
-        path, value = queue.pop()
+        path, value = queue.popleft()
         if isinstance(value, PLAIN):
             count += 1
             yield path, value
@@ -91,6 +93,13 @@ def _of_class(cls: type) -> dict[str, Any]:
             if isinstance(part, _OF_CLASSES):  # what a subclass overrides it may still call
                 found[name if name not in found else f"{kind.__name__}.{name}"] = part
     return {n: getattr(part, "__func__", getattr(part, "fget", part)) for n, part in found.items()}
+
+
+def class_values(cls: type) -> list[tuple[str, Any]]:
+    """The values that a class of the user's has itself."""
+    own = [kind for kind in cls.__mro__ if kind.__module__.split(".")[0] not in _NOT_OF_USERS]
+    found = {n: v for kind in reversed(own) for n, v in vars(kind).items() if isinstance(v, _VALUES)}
+    return [(name, value) for name, value in found.items() if not name.startswith("__")]
 
 
 def _named_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

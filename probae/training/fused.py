@@ -25,7 +25,7 @@ class FusedStep:
 
     Args:
         graph: loss and gradients of the parameters, from the leaves of the rows and the number of the step.
-        trained: the parameters whose gradients the graph gives, in its order.
+        trained: the parameters whose gradients the graph gives, in its order; the others' are None.
         groups: what the update works on.
         reduce: what happens to loss and gradients before it (see `reduced`).
         step: the number of steps taken, which the graph counts on.
@@ -65,7 +65,7 @@ class FusedStep:
             varying = range(data, data + 1) if self.indexed else range(data)
             call = captured(call, inputs, varying, written=range(data + self.indexed, len(inputs)))
             self.kind = "captured"
-        self.call = call
+        self.call, self.settings = call, self._constant()
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
         if self.synchronised:  # the optimizer may have taken steps by itself
@@ -87,6 +87,14 @@ class FusedStep:
                 if "step" in (state := self.optimizer.state[parameter]):
                     state["step"].fill_(float(self.count))
 
+    def outdated(self) -> str | None:
+        """What of the optimizer was taken as constant and has changed since, or None."""
+        return None if self.settings == self._constant() else "a setting or the state of the optimizer"
+
+    def _constant(self) -> tuple[Any, ...]:
+        states = [id(v) for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return settings(self.optimizer), states, [id(p) for g in self.optimizer.param_groups for p in g["params"]]
+
     def _inputs(self, minibatch: Minibatch) -> list[Tensor]:
         index = [] if minibatch.index is None else [minibatch.index]
         return [*(leaf for _, leaf in leaves(minibatch.batch)), *index, *self.fixed]
@@ -94,6 +102,11 @@ class FusedStep:
     def _taken(self) -> float:
         states = [self.optimizer.state[p] for group in self.groups for p in group.parameters]
         return max((float(state["step"]) for state in states if "step" in state), default=0.0)
+
+
+def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Those of each group, but for the rate."""
+    return [{k: v for k, v in group.items() if k not in {"params", "lr"}} for group in optimizer.param_groups]
 
 
 def _whole(
@@ -117,7 +130,8 @@ def _whole(
             rows = [leaf.index_select(0, index) for leaf in rows]
         step, count = take(2)
         held = take(len(graph.held))
-        loss, *gradients = graph.module(*rows, step, *held)
+        loss, *found = graph.module(*rows, step, *held)
+        gradients = [gradient for gradient in found if gradient is not None]
         loss = reduce(loss, gradients)
         count.add_(1)
         step.add_(1)

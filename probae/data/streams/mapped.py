@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import os
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,9 +24,6 @@ from probae.runtime.processes import ALONE, Processes
 
 _AHEAD = 4  # minibatches read, or fetched by the system, before they are asked for
 _BLOCK = 2**26  # bytes of a block, when all of the data are read once
-_RESIDENT = 2**28  # bytes that reading through the mapping may make resident
-_CACHED = 1e-5  # seconds to read a row, above which it came from the disk
-_HUGE = 2**21  # bytes of the largest page
 
 
 class Mapped(Source):
@@ -109,21 +104,20 @@ class Mapped(Source):
 class _Rows:
     """Rows of a mapped array, read from its file.
 
-    Read through the mapping, each would bring pages along that count as resident, megabytes where pages are large, and
-    giving these back costs more than reading the rows. What cannot be read from the file (an array in another order than
-    its file, private changes, systems without ``preadv``) is read through it all the same, a little at a time.
+    Read through the mapping they take about twice as long, whole pages of the file become resident, and a file that is cut
+    short meanwhile ends the process by a bus error; ``preadv`` tells that it ends. Arrays in another order than their file,
+    private changes, and systems without ``preadv`` are read through the mapping all the same.
     """
 
     def __init__(self, array: Any):
-        self.array, self.file, self.start, self.waited = array, -1, 0, math.inf
+        self.array, self.file, self.start = array, -1, 0
         self._require_whole()
         within = (
             array.flags.c_contiguous and array.mode != "c" and array._mmap is not None and array.filename is not None
         )
         if not within or not hasattr(os, "preadv"):
             return
-        begin = np.frombuffer(array._mmap, np.uint8).ctypes.data  # at a multiple of the granularity, before the offset
-        self.start = array.ctypes.data - begin + array.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        self.start = array.ctypes.data - self._begin()
         with contextlib.suppress(OSError):
             self.file = os.open(array.filename, os.O_RDONLY)
             weakref.finalize(self, os.close, self.file)
@@ -131,46 +125,39 @@ class _Rows:
             self.file = -1
 
     def expect(self, places: np.ndarray) -> None:
-        """Let the system fetch rows from the disk meanwhile, if that is where the last ones came from."""
-        if self.waited > _CACHED and self.file >= 0 and hasattr(os, "posix_fadvise"):
+        """Let the system fetch rows from the disk meanwhile."""
+        if self.file >= 0 and hasattr(os, "posix_fadvise"):
             width = self.array[0].nbytes
             for place in places.tolist():
                 os.posix_fadvise(self.file, self.start + place * width, width, os.POSIX_FADV_WILLNEED)
 
     def at(self, places: Any) -> np.ndarray:
         """A copy of the rows at places, or of a slice."""
-        if self.file >= 0:
-            places = range(*places.indices(len(self.array))) if isinstance(places, slice) else places.tolist()
-            found = np.empty((len(places), *self.array.shape[1:]), self.array.dtype)
-            whole: Any = memoryview(found.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-            width = self.array[0].nbytes
-            together = len(places) if isinstance(places, range) else 1  # rows that follow each other
-            begun = time.perf_counter()
-            for i in range(0, len(places), together):
-                self._read(whole[i * width : (i + together) * width], self.start + places[i] * width)
-            self.waited = (time.perf_counter() - begun) / max(1, len(places))
-            return found
-        if isinstance(places, slice):
-            places = np.arange(*places.indices(len(self.array)))
-        parts = []
-        self._require_whole()
-        for few in np.array_split(places, max(1, len(places) * _HUGE // _RESIDENT)):
-            parts.append(np.array(self.array[few]))
-            # private changes would go with their pages
-            if hasattr(mmap, "MADV_DONTNEED") and self.array._mmap is not None and self.array.mode != "c":
-                self.array._mmap.madvise(mmap.MADV_DONTNEED)
-        return np.concatenate(parts)
+        if self.file < 0:
+            self._require_whole()
+            return np.array(self.array[places])
+        places = range(*places.indices(len(self.array))) if isinstance(places, slice) else places.tolist()
+        found = np.empty((len(places), *self.array.shape[1:]), self.array.dtype)
+        whole: Any = memoryview(found.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        width = self.array[0].nbytes
+        together = len(places) if isinstance(places, range) else 1  # rows that follow each other
+        for i in range(0, len(places), together):
+            self._read(whole[i * width : (i + together) * width], self.start + places[i] * width)
+        return found
+
+    def _begin(self) -> int:
+        """Where the first byte of the file would lie in memory."""
+        skipped = self.array.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        return np.frombuffer(self.array._mmap, np.uint8).ctypes.data - skipped
 
     def _require_whole(self) -> None:
         """Raise a ValueError if the file ends before the array: to touch its pages would end the process."""
         memory = self.array._mmap
         if memory is None or memory.closed:
             return
-        begin = np.frombuffer(memory, np.uint8).ctypes.data
         steps = zip(self.array.shape, self.array.strides, strict=True)
         last = self.array.ctypes.data + sum((n - 1) * step for n, step in steps if step > 0) + self.array.itemsize
-        skipped = self.array.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        if last - begin + skipped > memory.size():
+        if last - self._begin() > memory.size():
             name = printable(self.array.filename)
             raise ValueError(f"{name}: the file has been cut short since it was mapped, and holds the array no more")
 
