@@ -215,7 +215,7 @@ def test_an_exact_guide_gives_chains_of_one_weight():
 
 
 def test_a_start_at_another_guide_is_unbiased_too():
-    model = probae.VAE(3, 2, None, likelihood=likelihoods.Normal(scale=0.7)).double()
+    model = probae.VAE(3, 2, None, likelihood=likelihoods.Normal(scale=0.7), seed=0).double()
     x = copies(normal(1, 3), 800)
     linear = model.decoder.layers[0] if hasattr(model.decoder, "layers") else model.decoder
     weight, loc = linear.weight.detach(), linear.bias.detach()
@@ -497,7 +497,7 @@ def test_data_are_read_block_by_block_from_disk(tmp_path, monkeypatch):
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     at_once = probae.log_evidence(model, x, "ais", **TINY)
     assert torch.equal(probae.log_evidence(model, mapped, "ais", **TINY).values, at_once.values)
-    monkeypatch.setattr(probae.evidence, "_ROWS", 2)
+    monkeypatch.setattr(probae.evidence.evaluation, "_ROWS", 2)
     evidence = probae.log_evidence(model, mapped, "ais", **TINY)
     assert len(evidence.values) == len(evidence.reliable) == len(evidence.details["ess"]) == 5
 
