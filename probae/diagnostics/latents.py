@@ -16,8 +16,9 @@ from probae.evidence.result import as_values
 from probae.evidence.weights import MEMORY
 from probae.pair import Pair
 from probae.runtime.seeding import evaluating
+from probae.tracing.masks import Site
 from probae.tracing.signature import Signature
-from probae.tracing.sites import Site, base, samples
+from probae.tracing.sites import base, samples
 from probae.tracing.terms import Traces
 
 #: the variance over data of a latent's posterior mean above which Burda et al. (2016) call it active

@@ -17,9 +17,10 @@ from probae.pair import Pair
 from probae.runtime.memory import allocated
 from probae.runtime.seeding import evaluating
 from probae.tracing.enumeration import log_joint_at
+from probae.tracing.masks import Site
 from probae.tracing.probing import run_at
 from probae.tracing.signature import Signature
-from probae.tracing.sites import Site, free_of, samples, support_of
+from probae.tracing.sites import free_of, samples, support_of
 from probae.tracing.terms import Traces, log_prob
 
 #: draws of the prior, for two data, that are looked at; and how many of a draw's numbers may lie at an edge, about the

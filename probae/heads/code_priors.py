@@ -63,7 +63,7 @@ class NormalCodes(CodePrior):
         return self
 
 
-class _Mixture(dist.MixtureSameFamily):
+class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
     """A mixture over all of R^L, which the one it is made from says in a way that no transform is known for."""
 
     support = constraints.real_vector

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probae.tracing.masks import Site
 from probae.tracing.probing import run_at
 from probae.tracing.protocol import Pair
-from probae.tracing.sites import Site, samples
+from probae.tracing.sites import samples
 from probae.tracing.terms import Part, Traces
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from probae.arguments import printable
+from probae.storage import reading
 from probae.storage.folders import InTheWay, bears_mark, mark
 from probae.storage.folders import write as _write
-from probae.storage.saving import reading
 from probae.training.identity import differences, lasting, told
 
 FORMAT = 1

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def names() -> tuple[str, ...]:
     return tuple(SETS)
 
 
-def describe(*, root: str | os.PathLike | None = None) -> tuple[Row, ...]:
+def describe(*, root: str | os.PathLike[str] | None = None) -> tuple[Row, ...]:
     """One `Row` per named data set, in the order of `names`, reading none of them.
 
     Arguments:
@@ -63,9 +64,9 @@ def describe(*, root: str | os.PathLike | None = None) -> tuple[Row, ...]:
 
 
 def load(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     *,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     seed: int = 0,
     missing: str | None = None,
 ) -> Dataset:
@@ -120,7 +121,7 @@ def load(
 
 
 def correlation_matrix(
-    name: str, *, root: str | os.PathLike | None = None
+    name: str, *, root: str | os.PathLike[str] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...], int | None]:
     """A published correlation matrix (p, p), its p variables' names, and how many observations it is of.
 
@@ -144,12 +145,12 @@ def correlation_matrix(
     return *read_correlations(path, entry), entry.observations
 
 
-def _folder(root: str | os.PathLike | None) -> Path | None:
+def _folder(root: str | os.PathLike[str] | None) -> Path | None:
     chosen = (os.environ.get(VARIABLE) or None) if root is None else root
     return None if chosen is None else Path(os.path.expanduser(as_path("root", chosen)))
 
 
-def _paths(name: str, entry: Named | Correlations, root: str | os.PathLike | None) -> tuple[Path, ...]:
+def _paths(name: str, entry: Named | Correlations, root: str | os.PathLike[str] | None) -> tuple[Path, ...]:
     folder = _folder(root)
     paths = tuple((folder or Path()) / file for file in entry.files)
     missing = [
@@ -165,7 +166,7 @@ def _paths(name: str, entry: Named | Correlations, root: str | os.PathLike | Non
     return paths
 
 
-def _unknown(name: str, what: str, known: dict) -> str:
+def _unknown(name: str, what: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"unknown {what} {name!r}{hint}: expected one of {', '.join(known)}"
