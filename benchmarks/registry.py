@@ -65,7 +65,7 @@ def cell(model: probae.Pair, x: torch.Tensor, method: str, options: dict[str, in
 def main() -> None:
     """Fit and estimate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=names(), default=list(names()))
+    parser.add_argument("--models", nargs="+", choices=names("real"), default=list(names("real")))
     parser.add_argument("--rows", type=int, default=100, help="of the test images, by a seeded permutation")
     parser.add_argument("--steps", type=int, default=4000)
     options = parser.parse_args()

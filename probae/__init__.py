@@ -42,18 +42,18 @@ _ROOMS = {
     "savable": "recipe",
 }
 
-# public modules, by the name that users know
+# public modules
 _MODULES = {
-    "likelihoods": "heads.likelihoods",
-    "priors": "heads.priors",
-    "posteriors": "heads.posteriors",
-    "corruption": "heads.corruption",
-    "nn": "heads.nn",
-    "missing": "tracing.missing",
-    "objectives": "objectives",
-    "transforms": "transforms",
-    "models": "models",
-    "datasets": "data.datasets",
+    "corruption",
+    "datasets",
+    "likelihoods",
+    "missing",
+    "models",
+    "nn",
+    "objectives",
+    "posteriors",
+    "priors",
+    "transforms",
 }
 
 __all__ = [
@@ -102,13 +102,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from probae import models, objectives, transforms
+    from probae import (
+        corruption,
+        datasets,
+        likelihoods,
+        missing,
+        models,
+        nn,
+        objectives,
+        posteriors,
+        priors,
+        transforms,
+    )
     from probae.adapter import decode, encode, impute, reconstruct, sample
     from probae.comparison import Comparison, compare
-    from probae.data import datasets
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
-    from probae.heads import corruption, likelihoods, nn, posteriors, priors
     from probae.models import (
         PPCA,
         VAE,
@@ -122,7 +131,6 @@ if TYPE_CHECKING:
     from probae.pair import Pair
     from probae.recipe import savable
     from probae.storage.saving import load, save
-    from probae.tracing import missing
     from probae.training import Run, fit
     from probae.transforms import Dequantised, Transformed
     from probae.transforms.expost import expost_prior
@@ -130,7 +138,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        value = importlib.import_module(f"probae.{_MODULES[name]}")
+        value = importlib.import_module(f"probae.{name}")
     elif name in _ROOMS:
         value = getattr(importlib.import_module(f"probae.{_ROOMS[name]}"), name)
     else:

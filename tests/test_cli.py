@@ -22,7 +22,7 @@ import torch
 
 import probae
 from probae.cli import main
-from probae.comparison.lineup import CANDIDATES
+from probae.models import CATALOGUE
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the fixtures for all
 
@@ -148,7 +148,7 @@ def test_list_names_every_model_and_data_set_in_80_columns():
     assert (code, err) == (0, "")
     assert fits(out)
     words = out.split()
-    for name in [*CANDIDATES, *probae.datasets.names()]:
+    for name in [*CATALOGUE, *probae.datasets.names()]:
         assert name in words
     assert "PROBAE_DATA" in out
 
@@ -185,9 +185,7 @@ def read(folder):
 def test_the_table_holds_the_line_up_and_the_baselines_best_first(job):
     kind, _, folder, _ = job
     table = read(folder)
-    suited = {n for n, c in CANDIDATES.items() if kind in c.kinds and c.standard} | (
-        {"vae"} if kind == "binary" else set()
-    )
+    suited = {name for name, model in CATALOGUE.items() if kind in model.standard}
     assert set(table.index) == suited | set(BASELINES)
     numbers = table["log_evidence"].dropna()
     assert numbers.is_monotonic_decreasing

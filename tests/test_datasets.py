@@ -113,7 +113,7 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["probae.datasets", "probae.datasets.dataset"])
+@pytest.mark.parametrize("module", ["probae.data.datasets.loading", "probae.data.datasets.dataset"])
 def test_examples_run(module, monkeypatch):
     monkeypatch.delenv("PROBAE_DATA", raising=False)
     results = doctest.testmod(importlib.import_module(module))

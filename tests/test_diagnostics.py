@@ -19,6 +19,7 @@ from torch import nn
 import probae
 from probae.diagnostics import gaps as estimators
 from probae.diagnostics import latents as unit_room
+from probae.diagnostics.advice import advised
 from probae.evidence import Evidence, pareto
 from probae.evidence.pareto import effective_sample_size, pareto_k, pareto_smoothed, reliable_below
 from probae.heads import priors
@@ -769,7 +770,7 @@ def test_a_mode_that_the_guide_misses_is_seen_from_above():
     integral = oracles.log_evidence(stats.norm.logpdf, likelihood, x, 1, (node, weight))
     assert np.abs(truth.numpy() - integral).max() < 1e-6
     exact = Evidence(torch.from_numpy(integral), torch.zeros(20, **float64), "exact", "exact", "density")
-    seen = replace(diagnosis, gaps=estimators.Gaps(torch.arange(20), diagnosis.elbo, None, exact))
+    seen = advised(replace(diagnosis, gaps=estimators.Gaps(torch.arange(20), diagnosis.elbo, None, exact)))
     assert "for 20 of 20 data log p(x) lies above the IWAE bound by 0.69 nats" in seen.advice
     assert "the guide misses a part of the posterior" in seen.advice
 

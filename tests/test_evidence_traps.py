@@ -301,7 +301,7 @@ def test_bounds_among_exact_values_make_a_bound():
     ("options", "message"),
     [
         ({"method": "refined", "particles": 30, "defensive": 0.99}, "leaves one for the guide, got 0.99"),
-        ({"refined": 3}, "refined: expected a dictionary of its options, got 3"),
+        ({"refined": 3}, "refined: expected a Refined or a dictionary of its options, got 3"),
         ({"ais": {"chains": "x"}}, "chains: expected a whole number"),
         ({"estimators": 3}, "estimators: expected some of"),
         ({"estimators": [1]}, "estimators: expected some of"),

@@ -76,7 +76,7 @@ def same_runs(build, x, **options):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names("real"))
 @pytest.mark.slow
 def test_losses_and_gradients_have_the_bits_of_eager_pyro(name, objective):
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_losses_and_gradients_have_the_bits_of_eager_pyro(name, objective):
     assert same(eager, graph(x, later))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names("real"))
 def test_runs_have_the_same_bits(name):
     same_runs(lambda: make(name, D, L), data(dtype=torch.float32), clip=1.0, scheduler="cosine", batch_size=16)
 
@@ -211,7 +211,7 @@ def test_compiled_runs_follow_eager_ones(name, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names("real"))
 def test_every_model_and_objective_compiled(name, objective):
     try:
         histories(lambda: make(name, D, L), data(), False, objective=OBJECTIVES[objective](), steps=1)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import probae
 
 D, L, N = 4, 2, 24
-CATALOGUE = probae.models.names()
+CATALOGUE = probae.models.names("real")
 EXACT = ("ppca", "factor_analysis")
 WITHOUT = ("linear_autoencoder", "autoencoder", "stochastic_autoencoder", "sparse_autoencoder")  # no weights
 BOUNDED = tuple(name for name in CATALOGUE if name not in WITHOUT)

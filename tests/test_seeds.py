@@ -50,7 +50,7 @@ def weights(model):
 # -- constructors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", probae.models.names())
+@pytest.mark.parametrize("name", probae.models.names("real"))
 def test_a_constructors_seed_fixes_the_initial_weights(name):
     found = []
     for number, seed in enumerate((0, 0, 1)):

@@ -56,7 +56,7 @@ def transformed():
 
 
 # what can be rebuilt from its arguments alone: name -> (kind of data, constructor)
-MODELS = {name: ("real", lambda name=name: probae.models.make(name, D, L)) for name in probae.models.names()} | {
+MODELS = {name: ("real", lambda name=name: probae.models.make(name, D, L)) for name in probae.models.names("real")} | {
     "dequantised": ("counts", lambda: probae.Dequantised(probae.PPCA(D, L))),
     "dequantised vae": ("counts", lambda: probae.Dequantised(vae())),
     "transformed": ("real", transformed),

@@ -180,14 +180,14 @@ CATALOGUE: dict[str, Model] = {
 }  # fmt: skip
 
 
-def names() -> tuple[str, ...]:
-    """The names of the catalogue.
+def names(kind: Kind | None = None) -> tuple[str, ...]:
+    """The names of the catalogue; those for a kind of data without labels, where one is given.
 
     Example:
-        >>> "ppca" in names()
-        True
+        >>> "ppca" in names(), "binomial_vae" in names("real")
+        (True, False)
     """
-    return tuple(CATALOGUE)
+    return tuple(n for n, model in CATALOGUE.items() if kind is None or (kind in model.kinds and not model.labels))
 
 
 def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **options: Any) -> Any:

@@ -29,6 +29,7 @@ def allocated(function: Callable[[], Any]) -> int:
     """The bytes of all tensors that a function makes, forwards and backwards: what it needs if nothing is freed.
 
     Example:
+        >>> import torch
         >>> allocated(lambda: torch.ones(10) + 1)
         80
     """
