@@ -44,7 +44,6 @@ X32 = X.float()
 KNOWN = {
     "what the data set changes": "changes are looked for at records alone",
     "one-hot classes": "eager steps validate, which makes Pyro's operations come in another order",
-    "a gradient at the data": "a gradient with respect to the data is taken for an untrained parameter",
 }
 
 
@@ -715,24 +714,6 @@ def tied_weights():
     return model, {"clip": 1.0}
 
 
-def two_parameters_of_one_storage():
-    class Tied(Plain):
-        def __init__(self):
-            super().__init__()
-            self.encoder = nn.Linear(D, 2 * L, bias=False)
-            self.again = nn.Parameter(torch.zeros(2 * L, D))
-
-        def codes(self, x):
-            return self.encoder(x) + x.sin() @ self.again.mT
-
-        def double(self):
-            super().double()
-            self.again.data = self.encoder.weight.data
-            return self
-
-    return Tied(), {}
-
-
 def hooked(register, hook):
     def case():
         model = Plain()
@@ -763,7 +744,6 @@ GRADIENTS = {
     "one for two": lambda: (one_gradient_for_two(), {}),
     "one for two, clipped": lambda: (one_gradient_for_two(), {"clip": 0.3}),
     "tied weights": tied_weights,
-    "two parameters of one storage": two_parameters_of_one_storage,
     "a hook": hooked(lambda m: m.encoder.weight.register_hook, lambda gradient: gradient * 0.1),
     "a hook on the one kept": hooked(
         lambda m: m.encoder.weight.register_post_accumulate_grad_hook, lambda p: silently(p.grad.mul_, 0.1)
@@ -778,8 +758,7 @@ def test_gradients_as_they_lie_in_memory(case):
     same_bits(case)
 
 
-OF_WHOLE_STEPS = ["expanded", "expanded, clipped", "one for two, clipped", "tied weights"]
-OF_WHOLE_STEPS += ["two parameters of one storage", "a hook on the one kept"]
+OF_WHOLE_STEPS = ["expanded", "expanded, clipped", "one for two, clipped", "tied weights", "a hook on the one kept"]
 
 
 @pytest.mark.parametrize("name", OF_WHOLE_STEPS)
@@ -1445,7 +1424,7 @@ def test_a_compiled_run_and_its_optimizer():
 
 COMPILED = TRACED | GRADIENTS | OPTIMIZING
 AGREEING = ["groups", "convolutions", "ragged batches", "batches that lie otherwise", "expanded", "tied weights"]
-AGREEING += ["of an orthogonal weight", "two parameters of one storage", "a projection in place", "hooks"]
+AGREEING += ["of an orthogonal weight", "a projection in place", "hooks"]
 AGREEING += ["a latent that all share"]
 
 
@@ -1453,7 +1432,7 @@ AGREEING += ["a latent that all share"]
 @pytest.mark.parametrize("name", AGREEING)
 def test_compiled_runs_agree(name):
     one = close(COMPILED[name], 1e-7)
-    interpreted = ("ragged batches", "batches that lie otherwise", "two parameters of one storage")
+    interpreted = ("ragged batches", "batches that lie otherwise")
     assert name in interpreted or one.ran[-1] == "compiled"
 
 
