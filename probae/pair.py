@@ -139,7 +139,7 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
 
     def _apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """x, as numbers that networks take, and what is given beside it."""
-        x, *given = (*args, *kwargs.values())
+        x, *given = (*args, *(kwargs[name] for name in self.arguments if name in kwargs))
         return (x if x.is_floating_point() else x.to(self.dtype)), given
 
     @property
@@ -219,7 +219,9 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
             return
         shape = tuple(getattr(self, "event_shape", (features,)))
         width: int | None = getattr(self, "given", None)
-        x, *given = (*args, *kwargs.values())
+        if kwargs and set(kwargs) != set(self.arguments):
+            raise ValueError(f"site 'x': expected a batch with the keys {list(self.arguments)}, got {sorted(kwargs)}")
+        x, *given = (*args, *(kwargs[name] for name in self.arguments if name in kwargs))
         if len(given) != (width is not None):
             expected = f"one array (N, {', '.join(map(str, shape))})"
             if width is not None:

@@ -252,7 +252,7 @@ def test_the_same_seed_gives_the_same_bits_and_others_do_not():
 def test_data_from_disk_are_climbed_block_by_block(tmp_path, monkeypatch):
     model, x, truth = ppca(count=9)
     np.save(tmp_path / "x.npy", x.numpy())
-    monkeypatch.setattr("probae.evidence._ROWS", 4)
+    monkeypatch.setattr("probae.evidence.evaluation._ROWS", 4)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     found = probae.log_evidence(Guided(model, lambda x: dist.Normal(x[..., :2] * 0, 1.0).to_event(1)), mapped)
     assert len(found.estimators) == 9

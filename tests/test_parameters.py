@@ -621,7 +621,7 @@ def test_methods_of_other_purposes_are_not_taken_for_ours(kind):
     assert torch.equal(value(thing, x), value(plain, x))
     run = probae.fit(thing, x, steps=3, progress=False)
     assert run.history["loss"].tolist() == probae.fit(plain, x, steps=3, progress=False).history["loss"].tolist()
-    pair = probae.pair.as_pair(thing)
+    pair = probae.adapter.as_pair(thing)
     assert not any(pair.has(name) for name in ("prior", "likelihood", "posterior", "marginal", "initialise"))
     assert pair.missing is None
     assert probae.log_evidence(thing, x, particles=50).bound == "lower"

@@ -36,7 +36,7 @@ def streams():
 
 
 def state(model):
-    return {name: value.clone() for name, value in probae.pair.as_pair(model).state_dict().items()}
+    return {name: value.clone() for name, value in probae.adapter.as_pair(model).state_dict().items()}
 
 
 def same(a, b):

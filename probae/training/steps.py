@@ -208,7 +208,7 @@ class Steps:
 
         def gradients(*inputs: Tensor) -> list[Tensor | None]:
             with torch.enable_grad():
-                loss = self.loss(rebuilt(rows, inputs[:-1]), inputs[-1])
+                loss = self.loss(rebuilt(rows, [tensor.detach() for tensor in inputs[:-1]]), inputs[-1])
                 found = torch.autograd.grad(loss, asking, allow_unused=True)
                 return [loss.detach(), *_accumulated(found, asking)]
 
@@ -264,7 +264,7 @@ class Steps:
         if foreign := [leaf for leaf in others if id(leaf) not in held]:
             # what a loss makes anew each time, to have a gradient at the data, is nothing to train
             before = State({"pair": self.pair, "objective": self.objective}, self.step.device)
-            again = {id(leaf) for leaf in _leaves(self.loss(rows, self.step))}
+            again = {id(leaf) for leaf in _leaves(self.loss(each(Tensor.detach, rows), self.step))}
             before.put_back()
             if lasting := [leaf for leaf in foreign if id(leaf) in again]:
                 raise ValueError(
