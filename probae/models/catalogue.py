@@ -207,7 +207,10 @@ def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **optio
         8
     """
     model = CATALOGUE[one_of("model", name, CATALOGUE)]
-    schema = features if isinstance(features, Schema) else Schema(event_shape("features", features), kind)
+    if isinstance(features, Schema):
+        schema = features
+    else:  # nothing is known of the data: features share a scale, as if one of them did not vary
+        schema = Schema(event_shape("features", features), kind, varies=False)
     return model.build(schema, latents, **options)
 
 
