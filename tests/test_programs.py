@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset
 
 import probae
+from probae.adapter import as_pair
 
 N = 40
 
@@ -956,7 +957,16 @@ def test_samples_have_the_form_of_the_observed_sites(name):
     for key, value in draws.items():
         assert model.nodes[key]["fn"].support.check(value).all()
     with pytest.raises(ValueError, match="like="):
+        probae.sample(make(name).pair(), 3)
+    if not (given := as_pair(pair).remembered.given):  # from here on the form of a batch is known
+        assert {len(value) for value in sites(probae.sample(pair, 3)).values()} == {3}
+        return
+    with pytest.raises(ValueError, match=f"conditions on '{given[0]}'"):
         probae.sample(pair, 3)
+
+
+def sites(drawn):
+    return drawn if isinstance(drawn, dict) else {"alone": drawn}
 
 
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])

@@ -24,10 +24,9 @@ def placeholder(pair: Any, n: int, given: Any = None, like: Any = None) -> Batch
     """
     if like is not None:
         rows = pair.as_batch(like)
-        batch = rows_at(rows, torch.arange(n) % length(rows))
+        batch, signature = rows_at(rows, torch.arange(n) % length(rows)), pair.signature(rows)
         if given is None:
             return batch
-        signature = pair.signature(rows)
     else:
         signature = pair.remembered or _declared(pair)
         batch = signature.batch(leaf.filled(n, pair.device) for leaf in signature.leaves)
