@@ -164,6 +164,7 @@ def test_a_trajectory_without_finite_numbers_is_rejected():
 
 
 @pytest.mark.parametrize(("kind", "latents"), [(probae.PPCA, 2), (probae.FactorAnalysis, 2), (probae.PPCA, 10)])
+@pytest.mark.sample(2)
 def test_estimates_of_p_are_unbiased_and_markovs_inequality_holds(kind, latents):
     model = linear_gaussian(kind, 12, latents)
     x = copies(probae.sample(model, 2, seed=3), 500)
@@ -182,6 +183,7 @@ def test_estimates_of_p_are_unbiased_and_markovs_inequality_holds(kind, latents)
 
 
 @pytest.mark.parametrize(("kind", "latents"), [(probae.PPCA, 2), (probae.FactorAnalysis, 10)])
+@pytest.mark.slow
 def test_ais_meets_the_exact_evidence(kind, latents):
     model = linear_gaussian(kind, 12, latents)
     x = probae.sample(model, 25, seed=3)
@@ -224,6 +226,7 @@ def test_a_start_at_another_guide_is_unbiased_too():
 
 
 @pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.sample(2)
 def test_every_schedule_is_unbiased(schedule):
     model = linear_gaussian()
     x = copies(probae.sample(model, 1, seed=3), 600)
@@ -232,6 +235,7 @@ def test_every_schedule_is_unbiased(schedule):
 
 
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
+@pytest.mark.sample(2)
 def test_a_schedule_rises_from_zero_to_one(kind):
     model = linear_gaussian()
     annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(schedule=kind, chains=4), 0, "flat")
@@ -364,6 +368,7 @@ def test_a_hierarchy_with_a_plate_inside():
     assert_near(probae.log_evidence(Plain(model), x, "ais", chains=4, **QUICK), truth)
 
 
+@pytest.mark.slow
 def test_latents_that_all_data_share_are_drawn_once_for_each_chain():
     outside = (
         lambda: pyro.sample("theta", dist.Normal(vector(0, ()), 1)),
@@ -456,6 +461,7 @@ def test_a_seed_gives_the_same_draws_and_leaves_the_callers():
     assert not torch.equal(a, c)
 
 
+@pytest.mark.slow
 def test_the_flat_graph_is_the_same_bits():
     model = linear_gaussian()
     x = probae.sample(model, 7)
@@ -480,6 +486,7 @@ def test_a_compiled_step_is_the_same_to_rounding():
         assert (a - b).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_blocks_of_data_give_what_all_at_once_give_in_law():
     model = linear_gaussian()
     x = copies(probae.sample(model, 3, seed=3), 100)
@@ -562,6 +569,7 @@ def test_estimates_of_one_over_p_are_unbiased():
         assert (truth - bounds.upper.values.numpy() > c).mean() <= math.exp(-c)
 
 
+@pytest.mark.slow
 def test_the_sandwich_brackets_the_evidence_and_closes():
     model = linear_gaussian(probae.FactorAnalysis)
     gaps = []
@@ -580,6 +588,7 @@ def test_the_sandwich_brackets_the_evidence_and_closes():
     assert "gap" in repr(bounds)
 
 
+@pytest.mark.slow
 def test_a_sandwich_of_plain_programs():
     pair, truth = spike_and_slab()
     with pytest.raises(ValueError, match="like="):
@@ -595,6 +604,7 @@ def test_a_sandwich_of_plain_programs():
 
 
 @pytest.mark.parametrize("largest", [1.0, 3.0])
+@pytest.mark.slow
 def test_the_rate_distortion_curve_of_a_linear_gaussian_model(largest):
     model = linear_gaussian()
     x = probae.sample(model, 60, seed=3)

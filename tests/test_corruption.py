@@ -263,6 +263,7 @@ def test_validation_watches_the_denoising_loss_and_evidence_the_guide_at_the_dat
     ],
     ids=["gaussian", "masking", "salt and pepper"],
 )
+@pytest.mark.sample(2)
 def test_traced_steps_have_the_bits_of_eager_ones(make):
     found = []
     for way in (False, "flat"):

@@ -651,6 +651,7 @@ class Tractable(MeanField):
 
 
 @pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.25, 1.0), (0.0, 0.6), (-0.3, 1.5)])
+@pytest.mark.sample(2)
 def test_the_gaps_are_the_known_ones(shift, stretch):
     model, x, _ = rotated(count=200)
     gaps = probae.diagnose(Tractable(model, shift, stretch), x, particles=500, gaps=True).gaps
@@ -856,6 +857,7 @@ def test_figures():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_a_diagnosis_leaves_heavy_packages_out():
     code = """
 import sys, torch, probae

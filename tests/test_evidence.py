@@ -288,6 +288,7 @@ def test_the_elbo_of_a_factorised_guide_lies_the_known_gap_below(widening):
     assert evidence.mc_stderr.max() < gap / 20
 
 
+@pytest.mark.slow
 def test_the_bounds_rise_with_the_particles_and_stay_below_log_p():
     pair, x, truth, gap = rotated(repeats=4_000)
     bounds = [probae.log_evidence(pair, x, method="iwae", particles=k, seed=k) for k in (1, 2, 4, 8, 32)]
@@ -785,6 +786,7 @@ def test_dropout_is_off_while_evaluating():
 
 
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
+@pytest.mark.sample(2)
 def test_chunks_change_the_draws_and_nothing_else(memory):
     model, x = linear_gaussian(probae.FactorAnalysis)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)

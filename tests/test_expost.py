@@ -122,6 +122,7 @@ def test_scales_by_feature_and_other_families_are_refitted():
 
 
 @pytest.mark.parametrize("kind", ["mixture", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_codes_in_clusters_get_more_than_a_normal(kind):
     centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]], **float64)
     z = centres[torch.arange(300) % 3] + 0.3 * normal(300, 2, seed=4)
@@ -212,6 +213,7 @@ def test_a_hurdle_refuses_negative_codes():
 
 
 @pytest.mark.parametrize("kind", ["normal", "mixture", "hurdle", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.mark.sample(2)
 def test_the_pair_is_one_like_others(kind, tmp_path):
     x = data(120)
     model = relu(x)

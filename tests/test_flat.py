@@ -106,6 +106,7 @@ def test_losses_and_gradients_have_the_bits_of_eager_pyro(name, objective):
 
 
 @pytest.mark.parametrize("name", names("real"))
+@pytest.mark.sample(3)
 def test_runs_have_the_same_bits(name):
     same_runs(lambda: make(name, D, L), data(dtype=torch.float32), clip=1.0, scheduler="cosine", batch_size=16)
 
@@ -183,6 +184,7 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize("program", [Networks, Flow, Gates, Shared])
+@pytest.mark.sample(2)
 def test_programs_of_a_user_have_the_same_bits(program):
     objective = ELBO(particles=1 if program in (Networks, Shared) else 3)
     same_runs(program, data(dtype=torch.float32), batch_size=16, objective=objective)
@@ -205,6 +207,7 @@ def agree(build, x, objective=None, **options):
     ("name", "options"),
     [("vae", {"clip": 1.0, "scheduler": "cosine"}), ("ppca", {}), ("sparse_autoencoder", {"optimizer": "adamw"})],
 )
+@pytest.mark.slow
 def test_compiled_runs_follow_eager_ones(name, options):
     agree(lambda: make(name, D, L), data(dtype=torch.float32), batch_size=16, steps=60, **options)
 
@@ -293,6 +296,7 @@ def test_a_captured_step_keeps_its_addresses_and_undoes_its_warm_up(monkeypatch)
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_takes_what_the_steps_are_worth(monkeypatch):
     build, x = lambda: make("vae", D, L), data(dtype=torch.float32)
     (short, _), *_ = histories(build, x, "auto", steps=20)
@@ -344,6 +348,7 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_densities_in_float32(way):
 
 
 @pytest.mark.parametrize("memory", [None, 2**15])
+@pytest.mark.slow
 def test_log_weights_have_the_same_bits(memory):
     model, x = make("vae", D, L).double(), data(45)
     eager = probae.log_weights(model, x, particles=70, compile=False, memory=memory)
@@ -352,6 +357,7 @@ def test_log_weights_have_the_same_bits(memory):
     assert eager.unique().numel() == eager.numel()  # no noise twice
 
 
+@pytest.mark.slow
 def test_log_weights_compiled():
     model, x = make("vae", D, L), data(45, torch.float32)
     eager = probae.log_weights(model, x, particles=70, compile=False)

@@ -369,6 +369,7 @@ def unchanged(kind, steps):
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.sample(2)
 def test_what_a_callback_changes_is_seen(name):
     flat = same_bits(changing(name))
     assert set(flat.ran[1:]) == {"flat"}, flat.warned
@@ -378,6 +379,7 @@ def test_what_a_callback_changes_is_seen(name):
 
 @pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.sample(2)
 def test_what_a_callback_changes_is_seen_by_whole_steps(name):
     close(changing(name))
 
@@ -604,6 +606,7 @@ MODIFYING = {
 
 
 @pytest.mark.parametrize("name", MODIFYING)
+@pytest.mark.sample(11)
 def test_programs_that_modify_something_while_they_run_are_refused_and_run_as_often_as_eager_ones(name):
     case, named = MODIFYING[name]
     flat = same_bits(case)
@@ -646,6 +649,7 @@ READING = {
 
 
 @pytest.mark.parametrize("name", READING)
+@pytest.mark.sample(6)
 def test_programs_that_read_values_are_refused(name):
     case, named = READING[name]
     flat = same_bits(case)
@@ -682,6 +686,7 @@ EITHER = {
 
 
 @pytest.mark.parametrize("case", cases(EITHER))
+@pytest.mark.sample(4)
 def test_other_programs_have_the_same_bits_traced_or_not(case):
     same_bits(case)
 
@@ -754,6 +759,7 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("case", cases(GRADIENTS))
+@pytest.mark.sample(4)
 def test_gradients_as_they_lie_in_memory(case):
     same_bits(case)
 
@@ -763,6 +769,7 @@ OF_WHOLE_STEPS = ["expanded", "expanded, clipped", "one for two, clipped", "tied
 
 @pytest.mark.parametrize("name", OF_WHOLE_STEPS)
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.sample(4)
 def test_gradients_of_whole_steps(name):
     close(GRADIENTS[name])
 
@@ -1121,6 +1128,7 @@ TRACED = {
 
 
 @pytest.mark.parametrize("case", cases(TRACED))
+@pytest.mark.sample(2)
 def test_programs_of_every_kind_are_traced(case):
     assert same_bits(case).ran[-1] == "flat"
 
@@ -1134,6 +1142,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", cases(ODD))
+@pytest.mark.sample(2)
 def test_programs_of_an_odd_kind_are_right(case):
     same_bits(case)
 
@@ -1246,12 +1255,14 @@ OPTIMIZING = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZING)
+@pytest.mark.sample(4)
 def test_optimizers_and_schedules(name):
     assert same_bits(OPTIMIZING[name]).ran[-1] == "flat"
 
 
 @pytest.mark.parametrize("case", cases(OPTIMIZING | {"ragged batches": ragged_batches}))
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.sample(3)
 def test_optimizers_and_schedules_of_whole_steps(case):
     close(case)
 
@@ -1330,6 +1341,7 @@ def test_an_error_in_a_callback_comes_through(way):
 
 @pytest.mark.parametrize("how", ["interrupted", "callback", "patience"])
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.sample(2)
 def test_runs_that_end_early_end_alike(how):
     def stop(run):
         if len(run.records) == 2 and how == "interrupted":
@@ -1378,6 +1390,7 @@ def test_programs_rest_once_they_are_traced(monkeypatch):
     assert len(runs) < 10
 
 
+@pytest.mark.slow
 def test_a_model_trained_again_otherwise():
     """With other batches, another dtype, other parts frozen, another objective."""
 
@@ -1413,6 +1426,7 @@ def compiled(case, rtol):
     return one
 
 
+@pytest.mark.slow
 def test_a_compiled_run_and_its_optimizer():
     def case():
         torch.manual_seed(1)
@@ -1478,6 +1492,7 @@ EVALUATED += ["float32"]
 
 
 @pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.sample(2)
 def test_log_weights_have_the_same_bits(name):
     said, _ = weights(TRACED[name])
     assert said == []
@@ -1493,11 +1508,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", cases(REFUSED | ODD))
+@pytest.mark.sample(3)
 def test_log_weights_of_programs_that_are_not_the_same_each_time(case):
     weights(case)
 
 
 @pytest.mark.parametrize(("particles", "memory"), [(1, 1), (3, 1), (7, 2000), (70, 2**14), (7, 2**26)])
+@pytest.mark.sample(2)
 def test_log_weights_in_chunks_of_every_size(particles, memory):
     weights(attention, particles=particles, memory=memory, x=X[:23])
 
@@ -1537,6 +1554,7 @@ def test_what_cannot_be_traced_is_said_once_in_a_run_with_validation():
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.__name__) for c in (a_hierarchy, convolutions)])
+@pytest.mark.slow
 def test_what_is_watched_has_the_same_bits(case):
     def watched():
         model, options = case()
@@ -1561,6 +1579,7 @@ def convolutions_in_bfloat16():
 
 
 @pytest.mark.parametrize("case", [in_bfloat16, convolutions_in_bfloat16])
+@pytest.mark.slow
 def test_bfloat16_has_the_same_bits(case):
     flat = same_bits(case)
     assert flat.ran[-1] == "flat"

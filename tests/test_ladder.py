@@ -92,6 +92,7 @@ def test_each_datum_has_its_own_rung():
     assert frame["reliable"].all()
 
 
+@pytest.mark.slow
 def test_a_posterior_that_no_gaussian_fits_is_annealed():
     """A thin ring in two dimensions; annealing follows it, refinement cannot."""
 
@@ -214,6 +215,7 @@ def test_choosing_biases_nothing():
 
 
 @pytest.mark.parametrize("method", ["iwae", "refined", "ais", "auto"])
+@pytest.mark.sample(2)
 def test_every_estimate_keeps_to_markovs_inequality(method):
     """1,000 seeds, as rows of one batch, under a guide too narrow by far."""
     model, x, truth = ppca(features=4, count=1)

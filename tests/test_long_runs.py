@@ -35,6 +35,7 @@ def resident():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 @pytest.mark.parametrize("way", [pytest.param(False, marks=pytest.mark.slow), "flat"])
+@pytest.mark.slow
 def test_8_000_steps_leak_neither_memory_nor_file_handles(tmp_path, way):
     seen = []
 
@@ -76,6 +77,7 @@ def test_what_a_data_set_draws_does_not_depend_on_who_reads_it():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["Dataset", "DataLoader"])
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_clear_error_and_the_checkpoint_loads(tmp_path, kind):
     def dying(dies_at):
         rows = Rows(data(), dies_at)

@@ -1205,6 +1205,7 @@ FUZZ = settings(
 
 @FUZZ
 @given(replaced())
+@pytest.mark.slow
 def test_what_is_malformed_is_refused_and_what_is_not_gives_the_right_result(example):
     name, chosen = example
     assert flaw(name, chosen) is None

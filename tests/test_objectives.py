@@ -124,6 +124,7 @@ def flat_gradient(scalar, parameters):
 
 @pytest.mark.parametrize("options", [{}, {"analytic_kl": False}, {"particles": 4}, {"gradient": "stl"}])
 @pytest.mark.parametrize(("kind", "noise"), [(Linear, 0.0), (Linear, 1.5), (RowsAlone, 1.5)])
+@pytest.mark.sample(2)
 def test_elbo_and_its_gradient_are_unbiased(options, kind, noise):
     program, x = kind(), data(30, 1)
     pair = as_pair(program)
@@ -181,6 +182,7 @@ def test_stl_vanishes_at_the_exact_posterior(particles):
 # -- the IWAE bound ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dreg_is_unbiased_and_quieter_for_the_guide():
     program, x = Linear(), data(30, 1)
     pair = as_pair(program)
@@ -211,6 +213,7 @@ def test_iwae_is_the_log_mean_weight():
 
 
 @pytest.mark.parametrize("kind", [Linear, RowsAlone])
+@pytest.mark.slow
 def test_iwae_at_corrupted_data_has_noise_of_its_own_for_each_particle(kind):
     """Against brute force, with noise for each particle, and, which it must not be, with one for all."""
     program, x, k, noise = kind(), data(5, 1), 4, 2.0
@@ -241,6 +244,7 @@ def test_iwae_refuses_latents_that_all_data_share():
 
 @pytest.mark.parametrize("data_dim", [-1, -2])
 @pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.sample(2)
 def test_dreg_with_a_feature_plate_beside_the_data_plate(data_dim, particles):
     """x_nd ~ N(z_nd, 1): in a plate of features on either side, the same as an event of them."""
     grid = (lambda x: x) if data_dim == -2 else (lambda x: x.mT)
@@ -344,6 +348,7 @@ def test_kl_of_two_latents_against_brute_force(order):
         (IWAE(3, corruption=Gaussian(1.0)), IWAE(3, "dreg", corruption=Gaussian(1.0))),
     ],
 )
+@pytest.mark.sample(2)
 def test_gradients_of_two_latents_that_depend_on_each_other_are_unbiased(order, plain, other):
     pair, x = as_pair(Chain(order)), f64([[0.5]]).expand(300, 1)
     assert unbiased(gradients(other, pair, x), gradients(plain, pair, x, seed=1))
@@ -413,6 +418,7 @@ class Binary(nn.Module):
     ],
     ids=str,
 )
+@pytest.mark.sample(2)
 def test_score_function_gradients_against_enumeration(objective, particles):
     program = Binary()
     bound = program.bound(f64(0.6), particles)
@@ -430,6 +436,7 @@ class Shift(Corruption):
 
 
 @pytest.mark.parametrize(("particles", "infer"), [(1, None), (3, None), (1, "parallel"), (3, "parallel")])
+@pytest.mark.sample(2)
 def test_discrete_latents_at_corrupted_data_against_enumeration(particles, infer):
     class Flat(Binary):
         """Without event axes, so that Pyro can sum the latents out."""
@@ -695,6 +702,7 @@ def playing():
     return ELBO() + 0.1 * Adversary() + 0.1 * Chains()
 
 
+@pytest.mark.slow
 def test_an_objective_with_state_of_its_own_has_the_same_bits_traced_and_resumed(tmp_path):
     run = both_ways(tanh_vae, playing, x=X, validation=X[:9], steps=8)
     assert run.records[-1]["ran"] == "flat"
@@ -946,6 +954,7 @@ PENALTIES = [
 
 
 @pytest.mark.parametrize(("make", "objective"), PENALTIES)
+@pytest.mark.sample(2)
 def test_losses_with_gradients_at_the_data_have_the_same_bits_traced(make, objective):
     run = both_ways(make, objective, x=X, validation=X[:9])
     assert run.records[-1]["ran"] == "flat"
@@ -960,6 +969,7 @@ def test_the_jacobian_penalty_is_the_same_however_it_is_written():
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.slow
 def test_score_matching_finds_the_covariance():
     """In the mean over slices it is tr ∇² log p + ‖∇ log p‖² / 2, least at the data's own covariance."""
     x = (X - X.mean(0)) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0]))

@@ -522,6 +522,7 @@ def value(model, x):
 
 @pytest.mark.filterwarnings("ignore:the programs use", "ignore:log weights are computed eagerly")
 @pytest.mark.parametrize(("name", "how", "way"), COPIES)
+@pytest.mark.sample(2)
 def test_a_copy_has_parameters_of_its_own(name, how, way):
     model, x, ran = COPIED[name](), data(), name != "closures"
     options = {"lr": 0.05, "batch_size": N, "compile": way, "progress": False}

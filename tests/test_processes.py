@@ -119,6 +119,7 @@ FIXED = ["eager", "flat", "clipped by group", "all data", "mapped", "Dataset", "
 
 
 @pytest.mark.parametrize("name", FIXED)
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_train_as_one_with_the_whole(outcomes, name):
     ((one,), (first, second)) = outcomes[1], outcomes[2]
     other = one["eager" if name == "all data" else "all data"]  # runs that differ do so in their parameters
@@ -342,6 +343,7 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
+@pytest.mark.slow
 def test_processes_that_differ_are_told_apart_before_the_first_step(told, name):
     first, second = (found[name] for found in told)
     assert first == second
@@ -388,6 +390,7 @@ def test_processes_can_go_on_after_errors(told):
         ("trained(DataLoader(TensorDataset(X), 33, shuffle=True))", "shuffles differently in each process"),
     ],
 )
+@pytest.mark.slow
 def test_what_processes_cannot_share_is_refused(tmp_path, call, message):
     path = script(tmp_path, f"{call}\n")
     done = launch(path, 2, tmp_path, check=False)

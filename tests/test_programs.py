@@ -765,6 +765,7 @@ class Rows(Dataset):
 
 @pytest.mark.parametrize("particles", [1, 3])
 @cases()
+@pytest.mark.sample(4)
 def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
     program = make(name)
     pair = program.pair()
@@ -778,6 +779,7 @@ def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
 
 # of a score-function gradient there are several: Pyro leaves out a term of mean zero that probae keeps
 @cases(without=["ss-vae unlabelled, sized, sampled"])
+@pytest.mark.sample(6)
 def test_training_takes_the_steps_of_svi(name):
     program = make(name)
     pair = program.pair()
@@ -797,6 +799,7 @@ def test_training_takes_the_steps_of_svi(name):
 
 
 @cases()
+@pytest.mark.sample(3)
 def test_fit_trains_the_programs_and_leaves_pyros_store_alone(name):
     program = make(name)
     pair = program.pair()
@@ -823,6 +826,7 @@ def test_fit_trains_the_programs_and_leaves_pyros_store_alone(name):
 
 
 @cases()
+@pytest.mark.sample(2)
 def test_a_flat_graph_takes_the_same_steps(name):
     found = []
     for way in (False, "flat"):
@@ -849,6 +853,7 @@ def test_a_flat_graph_takes_the_same_steps(name):
 
 
 @cases()
+@pytest.mark.sample(4)
 def test_two_fits_do_not_see_each_other(name):
     programs = make(name), make(name)
     first, second = pairs = [program.pair() for program in programs]
@@ -888,6 +893,7 @@ def weights_by_hand(program, pair, runs):
 
 
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])
+@pytest.mark.slow
 def test_evidence_follows_from_the_weights_of_pyros_traces(name):
     program, runs = make(name), 25
     pair = program.pair()
@@ -921,6 +927,7 @@ def test_evidence_follows_from_the_weights_of_pyros_traces(name):
 
 
 @cases(without=["mixture of parameters"])
+@pytest.mark.sample(16)
 def test_codes_are_the_centres_of_the_guide(name):
     program = make(name)
     pair = program.pair()
@@ -970,6 +977,7 @@ def sites(drawn):
 
 
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])
+@pytest.mark.sample(7)
 def test_validation_watches_a_bound(name):
     program = make(name)
     run = probae.fit(
@@ -1022,6 +1030,7 @@ def test_a_model_without_a_guide_is_trained_by_its_sum_over_states():
     assert found == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_an_autoguide_of_local_latents_finds_each_datums_own_posterior():
     """All is Gaussian, so the optimum's means are the exact ones: z and m given x, with each row kept at its place."""
     torch.manual_seed(0)
@@ -1039,6 +1048,7 @@ def test_an_autoguide_of_local_latents_finds_each_datums_own_posterior():
 
 
 @pytest.mark.parametrize("plate", [sizeless, sized])
+@pytest.mark.slow
 def test_labelled_and_unlabelled_digits_are_trained_together(plate):
     """The example's three losses of one module: unlabelled, labelled, and the classifier's, in one objective."""
     torch.manual_seed(0)
@@ -1104,6 +1114,7 @@ def test_a_program_that_subsamples_its_data_is_not_evaluated_datum_by_datum(eval
 
 
 @pytest.mark.parametrize("form", ["argument", "leaf"])
+@pytest.mark.slow
 def test_annealing_is_kept_in_training_and_refused_by_evidence(form):
     torch.manual_seed(0)
     program, factor = dmm(), 0.3
@@ -1160,6 +1171,7 @@ SAYS = (
 
 @cases()
 @pytest.mark.filterwarnings("ignore:log weights are computed eagerly", "ignore:.* is run eagerly")
+@pytest.mark.slow
 def test_every_evaluator_answers_or_says_what_is_missing(name):
     answered = []
     for evaluator, run in EVALUATORS.items():
