@@ -15,6 +15,7 @@ from probae.programs.parameters import Parameters, object_of
 from probae.programs.passes import Passes
 from probae.programs.placement import Placement
 from probae.programs.runs import Program, Runs
+from probae.recipe import is_ours, to_json
 from probae.tracing.leaves import positional
 from probae.tracing.missing import masked, require_numbers
 from probae.tracing.signature import Signature
@@ -146,6 +147,14 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
     def is_adapted(self) -> bool:
         """Whether the programs are a user's, around which the pair was made."""
         return self._programs is not None
+
+    @property
+    def takes_particles(self) -> bool:
+        """Whether all of it are classes of probae's, which run with a particle axis; else a trial tells."""
+        try:
+            return is_ours(to_json(self))
+        except TypeError:
+            return False
 
     @property
     def arguments(self) -> tuple[str, ...]:

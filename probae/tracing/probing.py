@@ -67,7 +67,8 @@ def signature_of(pair: Pair, batch: Batch, seed: int = 0) -> Signature:
         check_sites(guide, model, pair.has_guide)
         signature = described(pair, rows, guide, model, plates, trials is None)
         few = [rows] if signature.all_rows else [trial[0] for trial in trials or ()]
-        return replace(signature, vectorised=all(_vectorises(pair, some, signature) for some in few))
+        vectorised = pair.takes_particles or all(_vectorises(pair, some, signature) for some in few)
+        return replace(signature, vectorised=vectorised)
 
 
 def described(pair: Pair, rows: Batch, guide: Any, model: Any, plates: frozenset[str], whole: bool) -> Signature:

@@ -53,6 +53,10 @@ class Pair(Protocol):
     def is_adapted(self) -> bool:
         """Whether the programs are a user's, around which the pair was made."""
 
+    @property
+    def takes_particles(self) -> bool:
+        """Whether the programs are known to run with a particle axis, without a trial."""
+
     def modules(self) -> Iterator[nn.Module]:
         """The networks, itself among them."""
 
