@@ -339,6 +339,7 @@ def test_on_the_digits_independent_features_stand_above_every_gaussian_model(dig
     assert "0 or 16" in said
 
 
+@pytest.mark.slow
 def test_the_digits_line_up_and_figures_are_complete(digits):
     folder, out = digits
     wanted = {"ppca", "factor_analysis", "sparse_vae", "normal_vae", "binomial_vae", "autoencoder",

@@ -39,7 +39,7 @@ class Model:
         standard: for which of them it is in the line-up when none is named.
         fit: options of `probae.fit`; a model with ``maximum_likelihood`` is fitted by that instead.
         most: the largest count that it is for, or None.
-        varying: whether it needs features that all vary.
+        varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
         labels: whether it conditions on labels, which the data must have.
     """
 
@@ -58,7 +58,7 @@ class Model:
         return (
             schema.kind in self.kinds
             and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
-            and (schema.varies or not self.varying)
+            and (schema.kind != "real" or schema.varies or not self.varying)
             and (schema.classes is not None or not self.labels)
         )
 
