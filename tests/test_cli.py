@@ -249,6 +249,7 @@ def png_size(path):
     return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_images_only_where_rows_are_images(job):
     kind, _, folder, out = job
     figures = {p.name for p in folder.glob("*.png")}
@@ -258,6 +259,7 @@ def test_figures_are_drawn_of_images_only_where_rows_are_images(job):
         assert name in out
 
 
+@pytest.mark.slow
 def test_the_end_of_the_output_says_where_the_results_lie(job):
     _, _, folder, out = job
     said = "".join(out.split())
@@ -267,6 +269,7 @@ def test_the_end_of_the_output_says_where_the_results_lie(job):
         assert (folder / name).exists()
 
 
+@pytest.mark.slow
 def test_in_80_columns_every_name_and_number_of_the_table_is_whole(job):
     _, _, folder, out = job
     assert fits(out)
@@ -505,6 +508,7 @@ def test_a_single_feature_is_compared(kind, model, tmp_path):
     assert "full Gaussian" in runs(file, tmp_path, "--models", model).index
 
 
+@pytest.mark.slow
 def test_columns_that_never_vary_are_no_trouble_for_bits_and_counts(tmp_path):
     x = np.random.default_rng(0).integers(0, 2, (60, 4))
     x[:, 1], x[:, 2] = 0, 1

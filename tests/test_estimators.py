@@ -113,7 +113,7 @@ def test_a_value_that_is_no_lower_bound_is_shown_and_not_ranked(ppca, bound):
     assert math.isnan(table.loc["chain", "difference"])
     assert table.loc["ppca", "difference"] == 0
     assert any("chain: its value is an" in note and "not ranked" in note for note in comparison.notes)
-    with pytest.raises(ValueError, match="no lower bounds"):
+    with pytest.raises(ValueError, match="gives no lower bound"):
         probae.log_evidence(Chain(bound), X).lower()
 
 

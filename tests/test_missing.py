@@ -266,6 +266,7 @@ def test_at_the_end_the_gradient_vanishes(name, seed):
 
 
 @EXACT
+@pytest.mark.slow
 def test_the_likelihood_rises_from_step_to_step(name):
     x, values = with_gaps(complete(200)), []
     for steps in range(1, 30):
@@ -346,6 +347,7 @@ def by_scipy(x, latents, shared, start):
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.slow
 def test_an_independent_optimiser_finds_nothing_better(shared):
     x = with_gaps(complete(150, 6))
     found = expectation_maximisation(x, L, shared=shared, tolerance=1e-8)

@@ -627,8 +627,7 @@ def test_methods_of_other_purposes_are_not_taken_for_ours(kind):
     assert pair.missing is None
     assert probae.log_evidence(thing, x, particles=50).bound == "lower"
     assert probae.sample(thing, 3, like=x).shape == (3, D)
-    with pytest.raises(ValueError, match="likelihood"):
-        probae.decode(thing, torch.zeros(2, L))
+    assert torch.equal(probae.decode(thing, torch.zeros(2, L)), thing.dec(torch.zeros(2, L)).detach())
     assert len(pyro.get_param_store()) == 0
 
 

@@ -129,6 +129,7 @@ def test_two_processes_with_half_the_batch_train_as_one_with_the_whole(outcomes,
         torch.testing.assert_close(first[name][key].double(), value.double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_history_is_that_of_all_rows_in_every_process(outcomes):
     ((one,), (first, second)) = outcomes[1], outcomes[2]
     torch.testing.assert_close(first["history"], one["history"], rtol=1e-5, atol=1e-5)
@@ -141,6 +142,7 @@ def test_each_process_draws_noise_of_its_own(outcomes):
     assert all(torch.equal(first["noisy"][key], value) for key, value in second["noisy"].items())
 
 
+@pytest.mark.slow
 def test_a_callback_of_one_process_ends_all(outcomes):
     assert all(found["stopped by one"].tolist() == [10, 20] for found in outcomes[2])
 
@@ -352,6 +354,7 @@ def test_processes_that_differ_are_told_apart_before_the_first_step(told, name):
 
 
 @pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_all(told, name):
     first, second = (found[f"fails: {name}"] for found in told)
     assert first.startswith("ConnectionError: rank 1 of the 2 processes has stopped")

@@ -156,6 +156,7 @@ def test_a_diagonal_covariance_reaches_the_mean_field_gap(latents):
 
 
 @pytest.mark.parametrize("guide", ["none", "near", "far", "narrow", "point"])
+@pytest.mark.slow
 def test_wherever_it_starts_it_ends_at_the_posterior(guide):
     model, x = linear_gaussian(scale=0.2)
     guides = {
@@ -176,6 +177,7 @@ def test_wherever_it_starts_it_ends_at_the_posterior(guide):
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 @pytest.mark.parametrize("latents", [1, 2])
 @pytest.mark.parametrize("head", ["bernoulli", "binomial"])
+@pytest.mark.slow
 def test_counts_reach_the_integral(head, latents, covariance):
     heads = {"bernoulli": (likelihoods.Bernoulli(), {}), "binomial": (likelihoods.Binomial(6), {"total": 6})}
     module, options = heads[head]

@@ -278,7 +278,7 @@ def test_the_lower_bound_is_shown_where_the_error_is_not_reliable():
 
 def test_only_lower_bounds_have_a_lower_bound():
     bounds = probae.sandwich(probae.PPCA(3, 2).double(), n=3, chains=2, distributions=5, pilot=5, leapfrog=2)
-    with pytest.raises(ValueError, match="upper bounds"):
+    with pytest.raises(ValueError, match="gives no lower bound"):
         bounds.upper.lower()
     with pytest.raises(ValueError, match="confidence"):
         bounds.lower.lower(1.0)

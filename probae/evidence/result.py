@@ -131,7 +131,8 @@ class Evidence:
         """
         confidence = positive("confidence", confidence, below=1)
         if self.bound not in {"exact", "lower"}:
-            raise ValueError(f"these are no lower bounds but {BOUNDS[self.bound]}: they give none on log p(x)")
+            kind = BOUNDS[self.bound]
+            raise ValueError(f"each value is an {kind}: it gives no lower bound")
         if self.bound == "exact":
             return self.values
         parts = self.values[None] if self.parts is None else self.parts
