@@ -282,6 +282,7 @@ def test_in_80_columns_every_name_and_number_of_the_table_is_whole(job):
             assert f"{row['log_evidence']:.2f}" in drawn
 
 
+@pytest.mark.sample(1)
 def test_the_notes_are_printed(job):
     _, _, folder, out = job
     said = " ".join(out.split())
