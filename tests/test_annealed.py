@@ -322,6 +322,7 @@ def test_gates_are_summed_out_of_a_spike_and_slab():
     assert_near(probae.log_evidence(pair, x, "ais", chains=4, **QUICK), truth(x))
 
 
+@pytest.mark.slow
 def test_gates_that_the_guide_draws_are_summed_out_of_it():
     def guide(x):
         on = pyro.sample("on", dist.Bernoulli(vector(0.6, 2)).to_event(1))

@@ -165,6 +165,7 @@ def test_the_console_script_is_declared_and_is_this_function():
     assert scripts == {"probae": "probae.cli:main"}
 
 
+@pytest.mark.slow
 def test_python_m_probae_cli_ends_a_mistake_with_code_2_and_one_line():
     run = subprocess.run(
         [sys.executable, "-m", "probae.cli", "compare", "--data", "no-such-set"],
@@ -308,6 +309,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_pa
     assert tables[0]["log_evidence"]["ppca"] == read(folder)["log_evidence"]["ppca"]
 
 
+@pytest.mark.sample(2)
 def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, monkeypatch):
     _, file, _, _ = job
     monkeypatch.chdir(tmp_path)
@@ -317,6 +319,7 @@ def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, m
     assert f"probae-compare/{file.stem}" in "".join(out.split())
 
 
+@pytest.mark.sample(2)
 def test_test_rows_are_limited(job, tmp_path):
     _, file, _, _ = job
     code, _, _ = command(
@@ -498,12 +501,14 @@ def test_counts_whose_largest_is_in_the_test_rows_alone_are_compared(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["real", "binary", "counts"])
+@pytest.mark.sample(2)
 def test_a_dozen_rows_are_compared(kind, tmp_path):
     file = write(tmp_path, kind, n=14)
     assert "independent features" in runs(file, tmp_path, "--models", "ppca").index
 
 
 @pytest.mark.parametrize(("kind", "model"), [("real", "linear_vae"), ("counts", "binomial_vae")])
+@pytest.mark.slow
 def test_a_single_feature_is_compared(kind, model, tmp_path):
     file = write(tmp_path, kind, features=1)
     assert "full Gaussian" in runs(file, tmp_path, "--models", model).index
@@ -555,6 +560,7 @@ def test_fits_spread_over_processes_are_the_same(tmp_path):
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
     from probae.comparison import lineup
 
@@ -578,6 +584,7 @@ SIGNALS = [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (s
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.slow
 def test_a_signal_to_the_main_process_alone_ends_all_and_leaves_no_folder(tmp_path, number):
     (scratch := tmp_path / "scratch").mkdir()
     arguments = ["compare", "--data", write(tmp_path, "real"), *LONG, "--out", tmp_path / "out"]

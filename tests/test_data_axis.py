@@ -281,6 +281,7 @@ def test_every_estimator_gives_log_p_in_every_wording(name):
 
 
 @wordings()
+@pytest.mark.sample(14)
 def test_minibatches_average_to_the_full_loss_in_every_wording(name):
     x, (model, guide) = data(), WORDINGS[name]()
     pair, parts = probae.Pair(model, guide), x.split(3)

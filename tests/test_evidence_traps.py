@@ -61,6 +61,7 @@ def test_angles_have_one_turn(method, kappa):
 
 
 @pytest.mark.parametrize("method", ["refined", "ais", "auto", "iwae"])
+@pytest.mark.sample(3)
 def test_a_mixture_for_a_prior(method):
     def guide(x):
         with pyro.plate("data", len(x), dim=-1):

@@ -155,7 +155,6 @@ def test_every_parameter_has_a_gradient_and_moves(name):
 
 
 @EVERY
-@pytest.mark.sample(4)
 def test_the_loss_falls(name):
     instance = model(name)
     run = probae.fit(instance, data(name), steps=60, every=1, lr=0.03, progress=False)
@@ -164,7 +163,6 @@ def test_the_loss_falls(name):
 
 
 @EVERY
-@pytest.mark.sample(11)
 def test_two_instances_are_independent(name):
     one, two = model(name), model(name)
     assert same(state(one), state(two))
@@ -177,7 +175,6 @@ def test_two_instances_are_independent(name):
 
 
 @EVERY
-@pytest.mark.sample(6)
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_stream(name):
     one, two = model(name), model(name)
     torch.manual_seed(7)
@@ -192,7 +189,6 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_stream(name):
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.sample(10)
 def test_precision(name, dtype):
     instance = model(name, dtype)
     run = probae.fit(instance, data(name, dtype=torch.float64), steps=3, progress=False)
@@ -273,7 +269,6 @@ def test_arrays_of_every_kind_train_alike(name):
 
 @SOME
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.sample(10)
 def test_data_sets_and_loaders_train_and_start_alike(name, kind):
     """With steps of next to nothing what is left is the start, taken from the data, whatever their form."""
     x = lone(name)[:16]
@@ -298,7 +293,6 @@ def test_validation_may_be_a_loader_too(name):
 
 
 @EVERY
-@pytest.mark.sample(9)
 def test_there_is_evidence_exactly_where_prior_and_guide_have_densities(name):
     instance, x = fitted(name), data(name)
     signature = instance.remembered
@@ -329,7 +323,6 @@ def first_code(instance, x):
 
 
 @EVERY
-@pytest.mark.sample(2)
 def test_a_model_stands_in_a_comparison_and_is_diagnosed(name):
     instance, x = fitted(name), data(name)
     table = probae.compare({name: instance}, x, particles=50, refined={"steps": 20}, ais={"distributions": 20}).table

@@ -521,6 +521,7 @@ def test_the_encoder_sees_the_mask(name):
 
 
 @EVERY
+@pytest.mark.sample(2)
 def test_laws_hold_with_gaps(name, tmp_path):
     """Training moves every parameter and keeps it finite; the flat graph has the same bits; the option is saved."""
     states = []
@@ -672,6 +673,7 @@ def test_draws_of_exact_models_are_particles_of_their_own():
 
 
 @pytest.mark.parametrize("head", ["normal", "binomial", "ordered_categorical"])
+@pytest.mark.sample(2)
 def test_draws_by_resampling_have_the_posteriors_mean(head):
     """E[x_missing | x_observed] by quadrature; an encoder that was never trained is far from the posterior."""
     torch.manual_seed(0)
@@ -879,6 +881,7 @@ def test_data_with_gaps_stream_and_runs_on_them_resume(tmp_path):
 # -- comparison ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_what_is_observed():
     train, test = with_gaps(complete(200, 6, seed=0)), with_gaps(complete(100, 6, seed=0), seed=5)
     models = {name: cls(6, L, missing="mask").double().maximum_likelihood(train) for name, cls in LINEAR.items()}

@@ -617,6 +617,7 @@ class Ours(Thing):
 
 
 @pytest.mark.parametrize("kind", [Busy, Near])
+@pytest.mark.slow
 def test_methods_of_other_purposes_are_not_taken_for_ours(kind):
     thing, plain, x = kind(), Thing(), data()
     assert torch.equal(value(thing, x), value(plain, x))

@@ -11,6 +11,7 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"(?:<!-- ([\w ]+) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_first_steps_print_evidence_a_table_and_a_diagnosis(capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("xarray")

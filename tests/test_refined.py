@@ -122,6 +122,7 @@ def test_many_particles_come_in_one_pass_and_give_what_all_of_them_give():
 
 @pytest.mark.parametrize("kind", [probae.PPCA, probae.FactorAnalysis])
 @pytest.mark.parametrize("latents", [2, 10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.sample(2)
 def test_a_full_covariance_reaches_the_exact_posterior(kind, latents):
     model, x = linear_gaussian(kind, 2 * latents, latents)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)
@@ -437,6 +438,7 @@ def test_what_is_reported_does_not_depend_on_how_many_steps_drew_before():
     assert (a.values - b.values).abs().max() < 1e-8
 
 
+@pytest.mark.slow
 def test_flat_graphs_give_the_same_bits():
     model, _, _ = sparse("laplace")
     x = normal(7, 3)
@@ -456,6 +458,7 @@ def test_compiled_graphs_give_the_same_to_rounding(covariance):
     assert (a.values - b.values).abs().max() < 1e-8
 
 
+@pytest.mark.slow
 def test_blocks_of_data_change_the_draws_and_nothing_else():
     model, x = linear_gaussian(count=9)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)

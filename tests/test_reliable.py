@@ -83,6 +83,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("particles", [100, 1_000])
+@pytest.mark.sample(2)
 def test_intervals_of_the_reliable_cover(case, particles):
     """In 93 of 100 cases at least, to 4 standard errors; and where weights have no variance, hardly any are reliable."""
     found, x, truth = CASES[case]()
@@ -149,6 +150,7 @@ def test_skewness_comes_chunk_by_chunk_as_at_once():
         ("auto", {"particles": 1, "estimators": ("iwae", "refined"), "refined": {"steps": 2}}),
     ],
 )
+@pytest.mark.sample(4)
 def test_one_draw_tells_no_error(method, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -246,6 +248,7 @@ def test_a_refined_guide_in_one_of_two_modes_is_not_reliable(method):
         ("ais", {"chains": 8, "distributions": 10, "leapfrog": 2}),
     ],
 )
+@pytest.mark.sample(4)
 def test_the_lower_bound_holds_with_its_confidence(method, options):
     """A guide of tail index 0.9: the bound exceeds log p(x) in at most a share α of the runs, to 4 standard errors."""
     evidence = probae.log_evidence(gaussian(0.9), copies(0.5, 2_000), method, **options)
@@ -393,6 +396,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
+@pytest.mark.sample(2)
 def test_a_transformed_prior_has_the_coordinates_of_its_base(name):
     """log p(x) by quadrature over the base's quantiles."""
     start, parts = MOVED[name]
@@ -472,6 +476,7 @@ def test_a_prior_of_unknown_support_is_weighted_and_says_so():
             probae.log_evidence(found, x, method)
 
 
+@pytest.mark.slow
 def test_a_flow_for_a_prior_is_refined_and_annealed():
     validated = torch.distributions.Distribution._validate_args
     zuko = pytest.importorskip("zuko")  # which turns validation off

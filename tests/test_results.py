@@ -102,6 +102,7 @@ def test_a_result_that_the_user_has_changed_is_the_users(force, file, tmp_path):
         (["--data", "b/mine.npy"], "checksum of the data"),
     ],
 )
+@pytest.mark.sample(2)
 def test_results_of_another_run_are_refused_by_name_and_replaced_by_force(change, named, file, tmp_path):
     (tmp_path / "b").mkdir()
     np.save(tmp_path / "b" / "mine.npy", np.load(file) + 1e-3)

@@ -119,6 +119,7 @@ def rewritten(folder, change, tensors=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sample(2)
 def test_a_fitted_model_comes_back_to_the_bit(name, dtype, tmp_path):
     kind, make = MODELS[name]
     torch.manual_seed(1)
@@ -135,6 +136,7 @@ def test_a_fitted_model_comes_back_to_the_bit(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sample(2)
 def test_a_model_comes_back_before_it_was_fitted_and_can_be_fitted_on(name, tmp_path):
     kind, make = MODELS[name]
     torch.manual_seed(1)
@@ -521,6 +523,7 @@ def last_loss(model, x):
 
 
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.sample(4)
 def test_a_run_is_loaded_like_its_model_and_goes_on_alike(name, tmp_path):
     x = data("counts").astype("float32")
     torch.manual_seed(0)
@@ -568,6 +571,7 @@ def programs({names[0]}, {names[1]}):
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "run before"])
+@pytest.mark.slow
 def test_the_names_in_a_file_are_those_of_the_statements_not_of_variables(ran, tmp_path):
     def nets():
         return nn.Linear(D, D), nn.Linear(D, D)  # alike, so that nothing but names tells them apart
@@ -600,6 +604,7 @@ def test_what_is_left_over_after_the_first_run_is_named(tmp_path):
 
 @pytest.mark.parametrize("already_run", [False, True], ids=["fresh", "run before"])
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.slow
 def test_a_users_own_model_comes_back_into_another_one(name, already_run, tmp_path):
     x = data("counts").astype("float32")
     torch.manual_seed(0)
