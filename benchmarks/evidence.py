@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import probae
-from probae.evidence.annealed import Annealer, Annealing
+from probae.evidence.ais import AIS, Annealer
 from probae.evidence.weights import prepare
-from probae.flat.graph import unvalidated
-from probae.seeding import still
+from probae.graphs.graph import unvalidated
+from probae.runtime.seeding import evaluating
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -108,16 +108,16 @@ def with_probae(
     model: probae.VAE, x: Tensor, betas: Tensor, sizes: Tensor, compile: bool | str
 ) -> Callable[[int], None]:
     """The transitions of ``log_evidence(method="ais")``; the memory of a block is what it takes by default."""
-    options = Annealing(chains=CHAINS, distributions=DISTRIBUTIONS, leapfrog=LEAPFROG)
+    options = AIS(chains=CHAINS, distributions=DISTRIBUTIONS, leapfrog=LEAPFROG)
     annealer = Annealer(*prepare(model, x), options, 0, compile)
     rows = x.split(annealer.rows)
-    with still(model), unvalidated():
+    with evaluating(model), unvalidated():
         starts = [annealer.start("prior", part) for part in rows]
         points = [annealer.on("prior", u, part).at(u) for u, part in zip(starts, rows, strict=True)]
     log_w = [torch.zeros_like(point.base, dtype=torch.float64) for point in points]
 
     def run(n: int) -> None:
-        with still(model), unvalidated():
+        with evaluating(model), unvalidated():
             for i, part in enumerate(rows):
                 chains, place = annealer.on("prior", starts[i], part), slice(i * annealer.rows, (i + 1) * annealer.rows)
                 for t in range(DISTRIBUTIONS // 2, DISTRIBUTIONS // 2 + n):
@@ -235,7 +235,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, x = decoder()
-    annealer = Annealer(*prepare(model, x), Annealing(chains=CHAINS, distributions=DISTRIBUTIONS, pilot=20), 0, "flat")
+    annealer = Annealer(*prepare(model, x), AIS(chains=CHAINS, distributions=DISTRIBUTIONS, pilot=20), 0, "flat")
     path = [block.tuned for block in annealer]
     betas, sizes = (torch.cat([getattr(t, name) for t in path], 1)[:, :DATA] for name in ("betas", "sizes"))
     given = model, x, betas, sizes

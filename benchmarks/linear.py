@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA, FactorAnalysis
 
-from probae.models.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
 
 
 def mnist(folder):

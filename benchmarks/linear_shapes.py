@@ -17,8 +17,8 @@ import torch
 from sklearn.decomposition import PCA, FactorAnalysis
 
 import probae
-from probae.distributions import LowRankNormal
-from probae.models.maximum_likelihood import factor_analysis, ppca
+from probae.heads.distributions import LowRankNormal
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
 
 SHAPES = ("1797x64x10", "100000x100x5", "500x2000x10", "2000x1000x10", "500x20000x10", "100x50000x5", "1000000x10x2")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import probae
-from probae.likelihoods import DiscretisedNormal, OrderedCategorical
+from probae.heads.likelihoods import DiscretisedNormal, OrderedCategorical
 
 LATENTS = 5
 

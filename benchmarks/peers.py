@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import probae
-from probae.nn import MLP, Flattened
-from probae.seeding import seeded
+from probae.heads.nn import MLP, Flattened
+from probae.runtime.seeding import seeded
 
 LR, ROWS, WARM_UP = 1e-3, 20_000, 3
 GPU = torch.cuda.is_available()

@@ -87,8 +87,10 @@ def estimated(what: str, how: str, model: probae.Pair, x: Tensor, method: str, *
     begun = time.perf_counter()
     found = probae.log_evidence(model, x, method, seed=1, **options)
     seconds = f"{time.perf_counter() - begun:.1f}"
-    if found.rungs is not None:
-        how += ": " + ", ".join(f"{found.rungs.count(rung):,} by {rung}" for rung in sorted(set(found.rungs)))
+    if found.estimators is not None:
+        how += ": " + ", ".join(
+            f"{found.estimators.count(estimator):,} by {estimator}" for estimator in sorted(set(found.estimators))
+        )
     line(what, how, f"{found.mean:.2f}", f"{found.mean_mc_stderr:.3f}", f"{found.mean_stderr:.2f}", seconds)
     return found
 
@@ -261,7 +263,7 @@ def densities(options: argparse.Namespace) -> None:
             run = probae.fit(model, train, scheduler="cosine", callbacks=[best], **given)
             model.load_state_dict(best.state)
             what = f"{name}, {way}, {run.records[-1]['step']:,} steps in {run.seconds:.0f} s"
-            chosen = {"particles": options.particles, "rungs": tuple(options.rungs)}
+            chosen = {"particles": options.particles, "estimators": tuple(options.estimators)}
             estimated(what, "auto", model, test, "auto", **chosen)
         if name in PUBLISHED:
             what, value = PUBLISHED[name]
@@ -301,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     binary.add_argument("--k", type=int, default=20, help="particles of the IWAE objective")
     binary.add_argument("--rows", type=int, help="of the test set; all by default")
     binary.add_argument("--particles", type=int, default=1_000)
-    binary.add_argument("--rungs", nargs="+", default=["iwae", "refined", "ais"], help='what "auto" may choose from')
+    binary.add_argument(
+        "--estimators", nargs="+", default=["iwae", "refined", "ais"], help='what "auto" may choose from'
+    )
 
     options = parser.parse_args(arguments)
     options.run(options)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import probae
-from probae.seeding import seeded
+from probae.runtime.seeding import seeded
 
 CASE = peers.CASES["mnist"]
 

@@ -22,7 +22,7 @@ from evidence import clock, decoder
 from torch import Tensor
 
 import probae
-from probae.evidence.refined import _WEIGHTS, Refinement, Refiner
+from probae.evidence.refined import _WEIGHTS, Refined, Refiner
 from probae.evidence.weights import prepare
 
 STEPS, DRAWS, PARTICLES, CHUNK = 300, 8, 5000, 16
@@ -72,9 +72,9 @@ def with_probae(
     model: probae.VAE, x: Tensor, compile: bool | str, covariance: str, steps: int = STEPS
 ) -> Callable[[], Found]:
     """``log_evidence(method="refined")`` over graphs that are kept."""
-    pair, batch, layout = prepare(model, x)
-    options = Refinement(covariance=covariance, steps=steps, draws=DRAWS)
-    refiner = Refiner(pair, batch, layout, options, 1, compile, PARTICLES)
+    pair, batch, signature = prepare(model, x)
+    options = Refined(covariance=covariance, steps=steps, draws=DRAWS)
+    refiner = Refiner(pair, batch, signature, options, 1, compile, PARTICLES)
 
     def run() -> Found:
         found = refiner.weighed(batch, refiner.fitted(batch), PARTICLES, _WEIGHTS)

@@ -57,7 +57,7 @@ def cell(model: probae.Pair, x: torch.Tensor, method: str, options: dict[str, in
         found = probae.log_evidence(model, x, method, seed=1, **options)
     except ValueError:
         return "–"
-    chosen = f", {', '.join(sorted(set(found.rungs or ())))}" if method == "auto" and found.rungs else ""
+    chosen = f", {', '.join(sorted(set(found.estimators or ())))}" if method == "auto" and found.estimators else ""
     error = "" if found.bound == "exact" else f" ± {found.mean_mc_stderr:.2f}"
     return f"{found.mean:.2f}{error} ({time.perf_counter() - begun:.0f} s{chosen})"
 
@@ -65,7 +65,7 @@ def cell(model: probae.Pair, x: torch.Tensor, method: str, options: dict[str, in
 def main() -> None:
     """Fit and estimate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=names(), default=list(names()))
+    parser.add_argument("--models", nargs="+", choices=names("real"), default=list(names("real")))
     parser.add_argument("--rows", type=int, default=100, help="of the test images, by a seeded permutation")
     parser.add_argument("--steps", type=int, default=4000)
     options = parser.parse_args()

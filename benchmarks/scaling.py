@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 import probae
-from probae.pair import as_pair
-from probae.processes import ALONE, Processes, local_device, processes
-from probae.seeding import seeded
-from probae.streams import InMemory
+from probae.adapter import as_pair
+from probae.data.streams import InMemory
+from probae.runtime.processes import ALONE, Processes, local_device, processes
+from probae.runtime.seeding import seeded
 from probae.training.optimizers import OPTIMIZERS
 from probae.training.steps import Steps
 

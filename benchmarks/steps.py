@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from peers import CASES, DEVICE, GPU, LR, WARM_UP, WAYS, Case, Way, built, cold, evaluated, synchronise
 
-from probae.pair import as_pair
-from probae.processes import ALONE
-from probae.seeding import seeded
-from probae.streams import InMemory
+from probae.adapter import as_pair
+from probae.data.streams import InMemory
+from probae.runtime.processes import ALONE
+from probae.runtime.seeding import seeded
 from probae.training.optimizers import OPTIMIZERS
 from probae.training.steps import Steps
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# name -> the module that defines it; a room of its own has None
-_ROOMS: dict[str, str | None] = {
+# name -> the module that defines it
+_ROOMS = {
     "Pair": "pair",
     "PPCA": "models",
     "FactorAnalysis": "models",
@@ -29,17 +29,31 @@ _ROOMS: dict[str, str | None] = {
     "rate_distortion": "evidence",
     "diagnose": "diagnostics",
     "Diagnosis": "diagnostics",
-    "expost_prior": "expost",
+    "expost_prior": "transforms.expost",
     "compare": "comparison",
     "Comparison": "comparison",
-    "sample": "pair",
-    "encode": "pair",
-    "decode": "pair",
-    "reconstruct": "pair",
-    "impute": "pair",
-    "save": "storage",
-    "load": "storage",
-    **dict.fromkeys(("likelihoods", "priors", "posteriors", "nn", "objectives", "transforms", "models", "datasets")),
+    "sample": "adapter",
+    "encode": "adapter",
+    "decode": "adapter",
+    "reconstruct": "adapter",
+    "impute": "adapter",
+    "save": "storage.saving",
+    "load": "storage.saving",
+    "savable": "recipe",
+}
+
+# public modules
+_MODULES = {
+    "corruption",
+    "datasets",
+    "likelihoods",
+    "missing",
+    "models",
+    "nn",
+    "objectives",
+    "posteriors",
+    "priors",
+    "transforms",
 }
 
 __all__ = [
@@ -60,6 +74,7 @@ __all__ = [
     "Transformed",
     "__version__",
     "compare",
+    "corruption",
     "datasets",
     "decode",
     "diagnose",
@@ -71,6 +86,7 @@ __all__ = [
     "load",
     "log_evidence",
     "log_weights",
+    "missing",
     "models",
     "nn",
     "objectives",
@@ -80,16 +96,28 @@ __all__ = [
     "reconstruct",
     "sample",
     "sandwich",
+    "savable",
     "save",
     "transforms",
 ]
 
 if TYPE_CHECKING:
-    from probae import datasets, likelihoods, models, nn, objectives, posteriors, priors, transforms
+    from probae import (
+        corruption,
+        datasets,
+        likelihoods,
+        missing,
+        models,
+        nn,
+        objectives,
+        posteriors,
+        priors,
+        transforms,
+    )
+    from probae.adapter import decode, encode, impute, reconstruct, sample
     from probae.comparison import Comparison, compare
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
-    from probae.expost import expost_prior
     from probae.models import (
         PPCA,
         VAE,
@@ -100,18 +128,21 @@ if TYPE_CHECKING:
         SparseAutoencoder,
         StochasticAutoencoder,
     )
-    from probae.pair import Pair, decode, encode, impute, reconstruct, sample
-    from probae.storage import load, save
+    from probae.pair import Pair
+    from probae.recipe import savable
+    from probae.storage.saving import load, save
     from probae.training import Run, fit
     from probae.transforms import Dequantised, Transformed
+    from probae.transforms.expost import expost_prior
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name in _MODULES:
+        value = importlib.import_module(f"probae.{name}")
+    elif name in _ROOMS:
+        value = getattr(importlib.import_module(f"probae.{_ROOMS[name]}"), name)
+    else:
         raise AttributeError(f"module 'probae' has no attribute {name!r}")
-    room = _ROOMS[name]
-    module = importlib.import_module(f"probae.{room or name}")
-    value = module if room is None else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -19,7 +19,7 @@ from probae.arguments import as_path
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
-    from probae.datasets import Dataset
+    from probae.data.datasets import Dataset
     from probae.pair import Pair
 
 app = typer.Typer(
@@ -63,7 +63,12 @@ def compare(
         str, typer.Option(help="A named data set (see `probae list`), or a .npy, .npz or .csv file.")
     ] = "digits",
     models: Annotated[
-        str | None, typer.Option(help="Models, separated by commas.", show_default="those that suit the data")
+        str | None,
+        typer.Option(
+            help="Models, separated by commas: names of `probae list`, or FILE.py:NAME, which runs the file, and takes a "
+            "model that it registers, or a class.",
+            show_default="those that suit the data",
+        ),
     ] = None,
     latents: Annotated[int, typer.Option(min=1, help="Number of latents of each model.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each model that is trained by steps.")] = 4000,
@@ -88,17 +93,21 @@ def compare(
     The table, the figures and the fitted models are written to a folder, in which nothing is replaced but unchanged
     results of the same run. Without an option: scikit-learn's 1,797 handwritten digits, in a few minutes.
     """
-    from probae import comparison, datasets, lineup
-    from probae.results import KIND, Results, checksum_of
-    from probae.writing import preparing
+    from probae import comparison
+    from probae.comparison import lineup
+    from probae.data import datasets
+    from probae.storage.folders import preparing
+    from probae.storage.results import KIND, Results, checksum_of
 
     if compile not in COMPILE:
         raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
     console = Console(markup=False, highlight=False)
     loaded = datasets.load(data, seed=seed, missing=missing)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
-    chosen = lineup.choose(loaded, [name.strip() for name in models.split(",")] if models else None)
+    chosen, files = lineup.named(models)
+    chosen = lineup.choose(loaded, chosen)
     test = subset(loaded.test, test_rows, seed)
+    held = test if not lineup.conditions(chosen) else (test, subset(lineup.labels_of(loaded), test_rows, seed))
     settings: dict[str, Any] = {"latents": latents, "steps": steps, "test_rows": test_rows, "particles": particles}
     settings |= {"seed": seed, "compile": compile, "missing": missing}
     whole = checksum_of((loaded.train, loaded.validation, loaded.test))
@@ -111,12 +120,12 @@ def compare(
 
         fitted: dict[str, Pair] = {}
         seconds: dict[str, float] = {}
-        how = loaded, latents, steps, seed, COMPILE[compile], processes
+        how = loaded, latents, steps, seed, COMPILE[compile], processes, files
         for name, model, took in lineup.train_all(chosen, *how, progress=sys.stderr.isatty()):
             fitted[name], seconds[name] = model, took
             console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
         result = comparison.compare(
-            fitted, test, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
+            fitted, held, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
         )
         table = result.table.assign(fit_seconds=[seconds.get(name, math.nan) for name in result.table.index])
         console.print()
@@ -124,7 +133,7 @@ def compare(
         for note in result.notes:
             console.print(f"· {note}")
         made = place / "results"
-        written = write(made, result, table, loaded, test, settings)
+        written = write(made, result, table, loaded, held, settings)
         results.put(made)
     console.print()
     console.print(in_print(f"written to {folder}: {', '.join(written)}"))
@@ -134,12 +143,14 @@ def compare(
 @in_one_line
 def list_() -> None:
     """List the models and the data sets."""
-    from probae import datasets, lineup
+    from probae.data import datasets
+    from probae.models import CATALOGUE
 
     console = Console(markup=False, highlight=False)
     table = Table("model", "what it is", "for", title="models", title_justify="left", box=None, pad_edge=False)
-    for name, candidate in lineup.CANDIDATES.items():
-        table.add_row(name, candidate.title, ", ".join(candidate.kinds))
+    for name, model in CATALOGUE.items():
+        needs = " with labels" if model.labels else ""
+        table.add_row(name, f"{model.title} ({model.paper})", ", ".join(model.kinds) + needs)
     console.print(table)
     console.print()
     table = Table("data set", "values", "train / validation / test × features", "found", title="data sets",
@@ -212,12 +223,15 @@ def written_names(chosen: Sequence[str], images: bool) -> list[str]:
 
 
 def write(
-    folder: Path, result: Comparison, table: Any, data: Dataset, test: Any, settings: dict[str, Any]
+    folder: Path, result: Comparison, table: Any, data: Dataset, held: Any, settings: dict[str, Any]
 ) -> list[str]:
     """Write table, per-datum evidence, figures and models; returns the names of what was written."""
     import torch
 
-    from probae import figures, lineup, storage
+    from probae.comparison import lineup
+    from probae.comparison.entry import data_for
+    from probae.export import figures
+    from probae.storage import saving
 
     folder.mkdir()
     table.to_csv(folder / "table.csv")
@@ -233,20 +247,23 @@ def write(
     (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
     written = ["table.csv", "table.json", "evidence.csv"]
     for entry in result.entries:
-        storage.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
+        saving.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
     written.append("models/")
 
     result.plot().figure.savefig(folder / "evidence.png", dpi=150)
     written.append("evidence.png")
     if data.image_shape is not None:
-        x = torch.as_tensor(test[:12])
+        x = torch.as_tensor((held[0] if isinstance(held, tuple) else held)[:12])
         reconstructions, samples = {"test images": lineup.images(x, data)}, {"test images": lineup.images(x, data)}
         for entry in result.entries:
             pair = entry.models[0]
             if not entry.baseline:
-                reconstructions[entry.name] = lineup.images(pair.reconstruct(x), data)
+                rows = data_for(pair, held if isinstance(held, tuple) else x)
+                rows = tuple(part[:12] for part in rows) if isinstance(rows, tuple) else x
+                reconstructions[entry.name] = lineup.images(pair.reconstruct(rows), data)
             if entry.evidence:
-                samples[entry.name] = lineup.images(pair.sample(12, seed=settings["seed"]), data)
+                given = held[1][:12] if entry.given else None
+                samples[entry.name] = lineup.images(pair.sample(len(x), seed=settings["seed"], given=given), data)
         for name, grid in (("reconstructions", reconstructions), ("samples", samples)):
             figures.image_rows(grid).savefig(folder / f"{name}.png", dpi=150)
             written.append(f"{name}.png")

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import html
 from typing import Any
 
 import pyro
-import torch
-from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from probae.batches import Batch, as_batch, call, leaves, length
-from probae.guides import is_messenger
-from probae.isolation import one_at_a_time
-from probae.layout import PROGRAM_ERRORS, lay_out, run_at
-from probae.masks import Site
-from probae.missing import masked, require_numbers
-from probae.parameters import Parameters, object_of
-from probae.passes import Passes
-from probae.seeding import derived, still
-from probae.sites import Layout, rows_in_plate, samples
-from probae.traces import Traces
-
-Program = Callable[..., Any]
-_FIRST = 22  # a purpose of its own: what programs make at their first run shares no draws with what follows
-
-#: the plate of particles, to the left of all others
-PARTICLES = "probae.particles"
+from probae.batches import Batch, as_batch, call
+from probae.objectives import ELBO, Objective
+from probae.programs.callables import brought
+from probae.programs.parameters import Parameters, object_of
+from probae.programs.passes import Passes
+from probae.programs.placement import Placement
+from probae.programs.runs import Program, Runs
+from probae.recipe import is_ours, to_json
+from probae.tracing.leaves import positional
+from probae.tracing.missing import masked, require_numbers
+from probae.tracing.signature import Signature
 
 
-class Pair(Parameters, Passes, nn.Module):
+class Pair(Runs, Passes, Parameters, Placement, nn.Module):
     r"""A model p(x, z) and a guide q(z | x), both Pyro programs.
 
     Two ways to write one. Around two functions, which may use ``pyro.module`` and ``pyro.param`` (their parameters are
@@ -64,8 +54,6 @@ class Pair(Parameters, Passes, nn.Module):
             the one whose methods they are.
     """
 
-    #: the objective that `fit` takes when none is given
-    default_objective = "elbo"
     #: the rightmost dimensions of x that make one event
     event_dim = 1
     #: ``"mask"`` where NaN in the data is a value missing at random, whose density the programs leave out
@@ -85,8 +73,8 @@ class Pair(Parameters, Passes, nn.Module):
 
     def __init__(self, model: Program | None = None, guide: Program | None = None, owner: Any = None):
         super().__init__()
-        self._layout: Layout | None = None
-        self._form: tuple[Any, ...] = ()
+        self._signatures: dict[Any, Signature] = {}
+        self.remembered: Signature | None = None
         if model is None and type(self) is Pair:
             raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
         if model is not None:
@@ -102,8 +90,28 @@ class Pair(Parameters, Passes, nn.Module):
             if getattr(owner, "missing", None) == "mask":
                 self.missing = owner.missing
             self.keeps_precision = getattr(owner, "keeps_precision", None) is True
-            for name, method in _brought(self, owner):
+            for name, method in brought(self, owner):
                 object.__setattr__(self, name, method)
+
+    # -- in print ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        lines = [f"{self._title()}: {sum(p.numel() for p in self.trained()):,} parameters"]
+        if self.remembered is not None:
+            lines += [f"  {line}" for line in str(self.remembered).splitlines()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [] if self.remembered is None else self.remembered.described()
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        count = sum(p.numel() for p in self.trained())
+        return f"<p><b>{html.escape(self._title())}</b>: {count:,} parameters</p><table>{cells}</table>"
+
+    def _title(self) -> str:
+        given: dict[str, Any] = vars(self).get("_arguments", {})
+        plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | tuple)}
+        owner = self if self._owner is None else self._owner
+        return f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
 
     # -- the two programs --------------------------------------------------------------------------------------------
 
@@ -111,9 +119,12 @@ class Pair(Parameters, Passes, nn.Module):
         """The generative program; the standard one draws z from the prior and observes x under the likelihood."""
         if self._programs is not None:
             return self._programs["model"](*args, **kwargs)
-        (x,) = args
+        x, given = self._apart(args, kwargs)
         with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
-            likelihood = self.likelihood(pyro.sample("z", self.prior())) if self.has("likelihood") else self.marginal()
+            if self.has("likelihood"):
+                likelihood = self.likelihood(pyro.sample("z", self.prior()), *given)
+            else:
+                likelihood = self.marginal(*given)
             if self.missing is not None:
                 likelihood, x = masked(likelihood, x)
             pyro.sample("x", likelihood, obs=x)
@@ -122,10 +133,36 @@ class Pair(Parameters, Passes, nn.Module):
         """The recognition program; the standard one draws z from the posterior head."""
         if self._programs is not None:
             return self._programs["guide"](*args, **kwargs)
-        (x,) = args
+        x, given = self._apart(args, kwargs)
         if self.has("posterior"):
             with pyro.plate("data", x.shape[-1 - self.event_dim], dim=-1):
-                pyro.sample("z", self.posterior(x))
+                pyro.sample("z", self.posterior(x, *given))
+
+    def _apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """x, as numbers that networks take, and what is given beside it."""
+        x, *given = (*args, *(kwargs[name] for name in self.arguments if name in kwargs))
+        return (x if x.is_floating_point() else x.to(self.dtype)), given
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the programs are a user's, around which the pair was made."""
+        return self._programs is not None
+
+    @property
+    def takes_particles(self) -> bool:
+        """Whether all of it are classes of probae's, which run with a particle axis; else a trial tells."""
+        try:
+            return is_ours(to_json(self))
+        except TypeError:
+            return False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the arrays of a batch are called that is a tuple."""
+        own = self._programs["model"] if self._programs is not None else self.model
+        if getattr(own, "__func__", None) is not Pair.model:
+            return positional(own)
+        return ("x",) if getattr(self, "given", None) is None else ("x", "c")
 
     @property
     def has_guide(self) -> bool:
@@ -138,16 +175,22 @@ class Pair(Parameters, Passes, nn.Module):
         """Whether the pair has a callable of that name: prior, likelihood, posterior, marginal."""
         return callable(getattr(self, name, None))
 
+    def own(self, name: str) -> Any:
+        """A method of the model's class, ``estimate_log_prob`` or ``draw_data``, or None; see CONTRIBUTING."""
+        method = getattr(self if self._owner is None else self._owner, name, None)
+        return method if callable(method) else None
+
     @property
     def tractable(self) -> bool:
         """Whether log p(x) is known in closed form."""
         return self.has("marginal")
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """log p(x) (N,), by the marginal; of what is observed, where values are missing."""
         self.need("marginal")
+        x, given = self._apart(args, kwargs)
         with self.own_parameters():
-            marginal, shape = self.marginal(), x.shape[:1]
+            marginal, shape = self.marginal(*given), x.shape[:1]
         if self.missing is not None:
             marginal, x = masked(marginal, x)
         values = marginal.log_prob(x)
@@ -168,84 +211,14 @@ class Pair(Parameters, Passes, nn.Module):
                 "none: write the pair as a class with prior(), likelihood(z) and posterior(x)"
             )
 
-    # -- its runs ----------------------------------------------------------------------------------------------------
-
-    def layout(self, batch: Batch, seed: int = 0) -> Layout:
-        """Where the sites lie; found by runs on a few rows and kept. Parameters that those make follow from the seed."""
-        form = (isinstance(batch, dict), *(name for name, _ in leaves(batch)))
-        if self._layout is None or self._form != form:  # programs may observe less of another form
-            self._layout = None
-            with self.surveyed():
-                layout = lay_out(self, batch, derived(seed, _FIRST))
-            self._layout, self._form = layout, form
-        return self._layout
-
-    def keep_layout(self, layout: Layout | None) -> None:
-        """Take what is now known of the sites; None finds them anew at the next run."""
-        self._layout = layout
-
-    def traces(self, batch: Batch, particles: int = 1, through: Callable[[Site], Tensor] | None = None) -> Traces:
-        """Run guide, then model at its draws, for K particles at once.
-
-        Args:
-            batch: N data.
-            particles: K.
-            through: gives, for a site of the guide, the draw that the model and the densities see (equal in value).
-
-        Returns:
-            The `Traces`, with sums over the sites as ``local`` (K, N) and ``global_`` (K,).
-        """
-        layout = self.layout(batch)
-        if not self.has_guide and (latents := [n for n in layout.latents + layout.globals_ if n not in layout.summed]):
-            raise ValueError(f"the pair has no guide to draw {latents} from: a bound needs one")
-        together = layout.vectorised or particles == 1
-        each = particles if together else 1
-        runs = [self._run(batch, layout, each, through) for _ in range(1 if together else particles)]
-        return Traces(runs, layout, particles, rows_in_plate(runs[0][1], layout, batch))
-
-    def replay(self, batch: Batch, values: dict[str, Tensor], particles: int) -> Traces:
-        """Run the model alone, at given values (K, N, ...) of its latents."""
-        layout = self.layout(batch)
-        model = run_at(self, self.model, batch, particles, layout, values)
-        return Traces([(poutine.Trace(), model)], layout, particles, length(batch))
-
-    def _run(
-        self, batch: Batch, layout: Layout, particles: int, through: Callable[[Site], Tensor] | None
-    ) -> tuple[Any, Any]:
-        guide = self.run(self.guide, batch, particles, layout) if self.has_guide else poutine.Trace()
-        if through is not None:
-            for site in samples(guide):
-                if not site["is_observed"] and site["value"].requires_grad:
-                    site["value"] = through(site)
-        return guide, self.run(self.model, batch, particles, layout, poutine.replay, trace=guide)
-
-    def run(
-        self, program: Program, batch: Batch, particles: int, layout: Layout | None, handler: Any = None, **options: Any
-    ) -> Any:
-        """Trace one program under a particle plate to the left of its own plates; parameters come from this pair."""
-
-        def vectorised() -> None:
-            if particles == 1 or layout is None:
-                call(program, batch)
-            else:
-                with pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting):
-                    call(program, batch)
-
-        self._require_default_dtype()
-        handled = handler(vectorised, **options) if handler is not None else vectorised
-        with one_at_a_time(), self.own_parameters():
-            trace = poutine.trace(handled).get_trace()
-        if program == self.guide and is_messenger(
-            self
-        ):  # which runs the model: what that observes is none of the guide's
-            for name in [site["name"] for site in samples(trace) if site["is_observed"]]:
-                trace.remove_node(name)
-        return trace
+    def default_objective(self) -> Objective:
+        """What `fit` minimises where no objective is given: the ELBO, unless a class says otherwise."""
+        return ELBO()
 
     # -- its data ----------------------------------------------------------------------------------------------------
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
-        """Check a batch's shape against the number of features, where the pair has one.
+        """Check a batch's shape against the number of features, where the pair has one, and what is given beside it.
 
         Raises:
             ValueError: with the shape that was expected and the one that came.
@@ -253,10 +226,22 @@ class Pair(Parameters, Passes, nn.Module):
         features = getattr(self, "features", None)
         if features is None:
             return
-        if len(args) != 1 or kwargs:
-            raise ValueError(f"site 'x': expected one array (N, {features}), got a batch of {len(args) + len(kwargs)}")
-        if args[0].dim() != 2 or args[0].shape[1] != features:
-            raise ValueError(f"site 'x': expected data of shape (N, {features}), got {tuple(args[0].shape)}")
+        shape = tuple(getattr(self, "event_shape", (features,)))
+        width: int | None = getattr(self, "given", None)
+        if kwargs and set(kwargs) != set(self.arguments):
+            raise ValueError(f"site 'x': expected a batch with the keys {list(self.arguments)}, got {sorted(kwargs)}")
+        x, *given = (*args, *(kwargs[name] for name in self.arguments if name in kwargs))
+        if len(given) != (width is not None):
+            expected = f"one array (N, {', '.join(map(str, shape))})"
+            if width is not None:
+                expected = f"data and what the model conditions on, (x, c), with c (N,) classes or (N, {width}) numbers"
+            raise ValueError(f"site 'x': expected {expected}, got a batch of {1 + len(given)}")
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(
+                f"site 'x': expected data of shape (N, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
+            )
+        if width is not None:
+            _require_given(given[0], width)
 
     def as_batch(self, x: Any) -> Batch:
         """Data as tensors on the pair's device, in its dtype, or in float64 where that loses digits and the pair keeps them.
@@ -276,143 +261,14 @@ class Pair(Parameters, Passes, nn.Module):
         require_numbers(batch, "site 'x'", self.missing)
         return batch
 
-    # -- its parameters ----------------------------------------------------------------------------------------------
 
-    def require_values(self) -> None:
-        """Raise a ValueError if a parameter or buffer is on the meta device, where tensors have no values."""
-        if any(tensor.is_meta for tensor in self._tensors()):
-            raise ValueError("expected a model with parameters, and they are on the meta device, which keeps no values")
-
-    def require_trainable(self) -> None:
-        """Raise a ValueError if a parameter or buffer was made in inference mode, which lets nothing change it."""
-        self.require_values()
-        if any(tensor.is_inference() for tensor in self._tensors()):
+def _require_given(c: Tensor, width: int) -> None:
+    """Raise a ValueError unless what is given are classes (N,), whole numbers below ``width``, or numbers (N, width)."""
+    if c.dim() == 1:
+        good = (c == c.round()) & (c >= 0) & (c < width) if c.is_floating_point() else (c >= 0) & (c < width)
+        if not bool(good.all()):
             raise ValueError(
-                "expected a model that can be trained, and its parameters were made under torch.inference_mode(): make or "
-                "copy the model outside of it"
+                f"given: expected classes, whole numbers from 0 to {width - 1}, got {c[~good][0].item():g}"
             )
-
-    def _require_default_dtype(self) -> None:
-        default = torch.get_default_dtype()
-        if self._programs is None or default is torch.float32 or self.dtype in (None, default):
-            return
-        raise ValueError(
-            f"torch's default dtype is {default}, and the model's parameters are {self.dtype}: tensors that its programs make "
-            f"without a dtype would be {default}. Make both the same, by model.to({default}) or "
-            f"torch.set_default_dtype({self.dtype})"
-        )
-
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self.parameters()
-        yield from self.buffers()
-
-    def _reference(self) -> Tensor | None:
-        # what functions merely reach says less than what the pair's own programs and object have
-        reached = {id(t) for t in (*self._in_use.parameters(), *self._in_use.buffers())}
-        floating = [t for t in self._tensors() if t.is_floating_point()]
-        return next((t for t in floating if id(t) not in reached), next(iter(floating), None))
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The floating dtype of the parameters; None before there are any."""
-        reference = self._reference()
-        return None if reference is None else reference.dtype
-
-    @property
-    def device(self) -> torch.device | None:
-        """The device of the parameters; None before there are any.
-
-        Raises:
-            ValueError: if they lie on the meta device, where tensors have no values.
-        """
-        self.require_values()
-        reference = self._reference()
-        return None if reference is None else reference.device
-
-
-def _brought(pair: Pair, owner: Any) -> Iterator[tuple[str, Any]]:
-    """Of an object's ``prior()``, ``likelihood(z)``, ``posterior(x)`` and ``marginal()`` those that return distributions.
-
-    A class that is no `Pair` may have methods of these names for purposes of its own.
-    """
-
-    def made(name: str, *args: Any) -> Any:
-        if not callable(method := getattr(owner, name, None)):
-            return None
-        try:
-            fn = method(*args)
-        except PROGRAM_ERRORS:
-            return None
-        return fn if isinstance(fn, TorchDistributionMixin) else None
-
-    if any(tensor.is_meta for tensor in pair._tensors()):  # without values nothing can be tried
-        return
-    with still(pair), pair.own_parameters(), poutine.block():
-        prior = made("prior")
-        z = None if prior is None else _value(prior)
-        likelihood = None if z is None else made("likelihood", z)
-        marginal = made("marginal")
-        seen = likelihood or marginal
-        x = None if seen is None else _value(seen)
-        found = {"prior": prior, "likelihood": likelihood, "marginal": marginal}
-        found["posterior"] = None if x is None else made("posterior", x)
-    yield from ((name, getattr(owner, name)) for name, fn in found.items() if fn is not None)
-
-
-def _value(fn: Any) -> Tensor:
-    """A draw; of a flat prior, which has none, zero."""
-    try:
-        return fn.sample()
-    except NotImplementedError:
-        return torch.zeros(fn.shape())
-
-
-def as_pair(model: Any) -> Pair:
-    """Any object with ``model`` and ``guide`` programs, as a `Pair`.
-
-    Raises:
-        TypeError: if the object has no ``model``.
-    """
-    if isinstance(model, Pair):
-        return model
-    if hasattr(type(model), "history") and hasattr(model, "records"):
-        return as_pair(model.model)  # what fit returned
-    if isinstance(model, type):
-        raise TypeError(f"expected a model, got the class {model.__name__}: make an instance of it")
-    if callable(getattr(model, "model", None)):
-        # one pair per object: parameters that its programs declare as they run are kept in it
-        pair = getattr(model, "__dict__", {}).get("_probae_pair")
-        if pair is None:
-            pair = Pair(model.model, getattr(model, "guide", None), owner=model)
-            with contextlib.suppress(AttributeError):  # an object with slots gets a new one each time
-                object.__setattr__(model, "_probae_pair", pair)
-        return pair
-    raise TypeError(
-        f"expected a model of probae, probae.Pair(model, guide), or an object with `model` and `guide` programs; "
-        f"got {type(model).__name__}"
-    )
-
-
-def sample(model: Any, n: int, like: Any = None, seed: int = 0) -> Any:
-    """Draw n data from a model; see `Pair.sample`."""
-    return as_pair(model).sample(n, like=like, seed=seed)
-
-
-def impute(model: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
-    """Draw what is missing in data x given what was observed, (draws, N, D); see `Pair.impute`."""
-    return as_pair(model).impute(x, draws, particles=particles, seed=seed)
-
-
-def encode(model: Any, x: Any) -> Any:
-    """The posterior means of the latents at data x; see `Pair.encode`."""
-    return as_pair(model).encode(x)
-
-
-def decode(model: Any, z: Any) -> Tensor:
-    """The mean of x given latents z; see `Pair.decode`."""
-    return as_pair(model).decode(z)
-
-
-def reconstruct(model: Any, x: Any) -> Any:
-    """The mean of x given the posterior means of its latents; see `Pair.reconstruct`."""
-    return as_pair(model).reconstruct(x)
+    elif tuple(c.shape[1:]) != (width,):
+        raise ValueError(f"given: expected classes (N,) or covariates (N, {width}), got {tuple(c.shape)}")

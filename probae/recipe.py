@@ -10,24 +10,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from probae.seeding import seeded
+from probae.runtime.seeding import seeded
 
 # what torch says of tensors that do not fit, on one device or another
 _TOO_LARGE = re.compile("allocate|out of memory|(calculation|multiplication) overflow")
 
 T = TypeVar("T", bound=type)
 _BUILDERS: dict[str, type] = {}
+_NAMES: dict[type, str] = {}
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-def recorded(cls: T) -> T:
+def recorded(cls: T | None = None, *, role: str = "", name: str | None = None) -> Any:
     """Class decorator: its instances remember their constructor's arguments, and its name can be rebuilt from a recipe.
 
-    ``seed=`` of a constructor fixes what it draws, its initial weights; without it they are drawn from torch's own stream.
+    Where classes of several roles may share a name, ``role`` comes before it. ``seed=`` of a constructor fixes what it
+    draws, its initial weights; without it they are drawn from torch's own stream.
     A constructor whose tensors do not fit into memory raises a ValueError that says so.
     """
+    if cls is None:
+        return functools.partial(recorded, role=role, name=name)
     init = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
 
@@ -52,18 +56,66 @@ def recorded(cls: T) -> T:
     added = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
     __init__.__signature__ = signature.replace(parameters=[*options, added, *rest])  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[misc]
-    known = _BUILDERS.setdefault(_key(cls), cls)
+    known_as = name if name is not None else f"{role} {cls.__name__}".strip()
+    known = _BUILDERS.get(known_as, cls)
     if known.__module__ != cls.__module__:
-        raise RuntimeError(
-            f"two recorded classes have the name {_key(cls)!r}, in {known.__module__} and {cls.__module__}"
+        raise ValueError(
+            f"name: expected one that no other class has, and {known_as!r} is that of {known.__module__}.{known.__qualname__}: "
+            "give another, name=..."
         )
+    _BUILDERS[known_as], _NAMES[cls] = cls, known_as  # a cell of a notebook may define a class again
     return cls
 
 
-def _key(cls: type) -> str:
-    """The name in a recipe: the class's own, after its role where classes of several roles may share it."""
-    role = {"likelihoods": "likelihood ", "priors": "prior ", "posteriors": "posterior "}
-    return role.get(cls.__module__.rpartition(".")[2], "") + cls.__name__
+def savable(cls: T | None = None, *, name: str | None = None) -> Any:
+    """Make a class of one's own savable: `probae.load` then builds it again, without ``into=``.
+
+    A class decorator, or a call for a class that was written elsewhere. What a constructor was given is kept: numbers, strings,
+    arrays, lists of them, and objects of savable classes, as those of probae are. A file holds the class's name and these
+    arguments, never code: the class has to be known before a model of it is loaded.
+
+    Args:
+        cls: a torch module: with ``model`` and ``guide`` programs, or a network, head or prior for one.
+        name: in files; by default the class's own, wherever it is defined.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: if it is no torch module.
+        ValueError: if another class has the name.
+
+    Example:
+        >>> import tempfile, torch, probae
+        >>> @probae.savable
+        ... class Scaled(torch.nn.Module):
+        ...     def __init__(self, inputs, outputs):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(inputs, outputs)
+        ...
+        ...     def forward(self, x):
+        ...         return 2 * self.layer(x)
+        >>> model = probae.VAE(features=4, latents=2, encoder=Scaled(4, 4))
+        >>> type(probae.load(probae.save(model, tempfile.mkdtemp())).encoder).__name__
+        'Scaled'
+    """
+    if cls is None:
+        return functools.partial(savable, name=name)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"savable: expected a class of torch modules, got {cls!r:.100}")
+    return recorded(cls, name=name)
+
+
+def is_ours(recipe: Any) -> bool:
+    """Whether all that a recipe builds are classes of probae's."""
+    if isinstance(recipe, list):
+        return all(map(is_ours, recipe))
+    if not isinstance(recipe, dict) or "build" not in recipe:
+        return True
+    builder = _BUILDERS.get(recipe["build"])
+    return (builder is None or builder.__module__.startswith("probae.")) and all(
+        is_ours(value) for value in (recipe.get("arguments") or {}).values()
+    )
 
 
 def _frozen(value: Any) -> Any:
@@ -87,9 +139,9 @@ def to_json(value: Any) -> Any:
         return [to_json(v) for v in value]
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if _BUILDERS.get(_key(type(value))) is type(value):
+    if (name := _NAMES.get(type(value))) is not None:
         return {
-            "build": _key(type(value)),
+            "build": name,
             "arguments": {k: to_json(v) for k, v in vars(value)["_arguments"].items()},
         }
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be written as plain data")
@@ -110,7 +162,10 @@ def from_json(data: Any) -> Any:
     if set(data) != {"build", "arguments"} or not isinstance(data["arguments"], dict):
         raise ValueError(f"expected a recipe with the keys 'build' and 'arguments', got {sorted(map(str, data))}")
     if data["build"] not in _BUILDERS:
-        raise ValueError(f"{data['build']!r} is no class of probae that can be rebuilt; known: {sorted(_BUILDERS)}")
+        raise ValueError(
+            f"{data['build']!r} is no class that can be built here: import the module that makes it savable (probae.savable) "
+            f"before loading; known: {sorted(_BUILDERS)}"
+        )
     arguments = {str(k): from_json(v) for k, v in data["arguments"].items()}
     try:
         return _BUILDERS[data["build"]](**arguments)

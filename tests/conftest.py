@@ -37,3 +37,17 @@ def guard():
         torch.set_num_threads(before["torch's number of threads"])
         changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
         pytest.fail(f"the test left global state changed, (before, after): {changed}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests marked ``sample(n)`` n cases run by default, evenly spread; the others are among the slow ones."""
+    groups = {}
+    for item in items:
+        if (mark := item.get_closest_marker("sample")) is not None:
+            groups.setdefault((item.parent.nodeid, item.originalname), (mark.args[0], []))[1].append(item)
+    for count, cases in groups.values():
+        kept = {round(i * (len(cases) - 1) / max(count - 1, 1)) for i in range(count)}
+        for i, item in enumerate(cases):
+            if i not in kept:
+                item.add_marker(pytest.mark.slow)

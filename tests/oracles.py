@@ -271,7 +271,7 @@ def pyros_losses(model, guide, batch, particles=64, repeats=8, elbo=Trace_ELBO, 
 def our_losses(pair, batch, particles=64, repeats=8, size=None, analytic_kl=False):
     """The same of probae's: the batch may stand for ``size`` data."""
     objective = probae.objectives.ELBO(particles, analytic_kl=analytic_kl)
-    pair.layout(batch)
+    pair.signature(batch)
     torch.manual_seed(202)
     size = _rows(batch) if size is None else size
     return mean_and_error([float(objective(pair, batch, size, torch.tensor(0.0)).detach()) for _ in range(repeats)])

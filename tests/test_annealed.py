@@ -13,11 +13,12 @@ from scipy.special import gammaln, logsumexp
 from torch import nn
 
 import probae
-from probae import likelihoods
-from probae.evidence import annealed, hmc, schedules
-from probae.evidence.annealed import Annealer, Annealing
-from probae.evidence.judging import settled_chains
+from probae.evidence import ais as annealed
+from probae.evidence import hmc, schedules
+from probae.evidence.ais import AIS, Annealer
+from probae.evidence.reliability import reliable_chains
 from probae.evidence.weights import prepare
+from probae.heads import likelihoods
 
 EXACT = 1e-10
 QUICK = {"distributions": 30, "pilot": 20, "leapfrog": 5}
@@ -163,6 +164,7 @@ def test_a_trajectory_without_finite_numbers_is_rejected():
 
 
 @pytest.mark.parametrize(("kind", "latents"), [(probae.PPCA, 2), (probae.FactorAnalysis, 2), (probae.PPCA, 10)])
+@pytest.mark.sample(2)
 def test_estimates_of_p_are_unbiased_and_markovs_inequality_holds(kind, latents):
     model = linear_gaussian(kind, 12, latents)
     x = copies(probae.sample(model, 2, seed=3), 500)
@@ -181,6 +183,7 @@ def test_estimates_of_p_are_unbiased_and_markovs_inequality_holds(kind, latents)
 
 
 @pytest.mark.parametrize(("kind", "latents"), [(probae.PPCA, 2), (probae.FactorAnalysis, 10)])
+@pytest.mark.slow
 def test_ais_meets_the_exact_evidence(kind, latents):
     model = linear_gaussian(kind, 12, latents)
     x = probae.sample(model, 25, seed=3)
@@ -214,7 +217,7 @@ def test_an_exact_guide_gives_chains_of_one_weight():
 
 
 def test_a_start_at_another_guide_is_unbiased_too():
-    model = probae.VAE(3, 2, None, likelihood=likelihoods.Normal(scale=0.7)).double()
+    model = probae.VAE(3, 2, None, likelihood=likelihoods.Normal(scale=0.7), seed=0).double()
     x = copies(normal(1, 3), 800)
     linear = model.decoder.layers[0] if hasattr(model.decoder, "layers") else model.decoder
     weight, loc = linear.weight.detach(), linear.bias.detach()
@@ -223,6 +226,7 @@ def test_a_start_at_another_guide_is_unbiased_too():
 
 
 @pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.sample(2)
 def test_every_schedule_is_unbiased(schedule):
     model = linear_gaussian()
     x = copies(probae.sample(model, 1, seed=3), 600)
@@ -231,9 +235,10 @@ def test_every_schedule_is_unbiased(schedule):
 
 
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
+@pytest.mark.sample(2)
 def test_a_schedule_rises_from_zero_to_one(kind):
     model = linear_gaussian()
-    annealer = Annealer(*prepare(model, probae.sample(model, 3)), Annealing(schedule=kind, chains=4), 0, "flat")
+    annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(schedule=kind, chains=4), 0, "flat")
     for block in annealer:
         betas, sizes, _ = block.tuned
         assert betas.shape == sizes.shape == (1001, 3)
@@ -317,6 +322,7 @@ def test_gates_are_summed_out_of_a_spike_and_slab():
     assert_near(probae.log_evidence(pair, x, "ais", chains=4, **QUICK), truth(x))
 
 
+@pytest.mark.slow
 def test_gates_that_the_guide_draws_are_summed_out_of_it():
     def guide(x):
         on = pyro.sample("on", dist.Bernoulli(vector(0.6, 2)).to_event(1))
@@ -363,6 +369,7 @@ def test_a_hierarchy_with_a_plate_inside():
     assert_near(probae.log_evidence(Plain(model), x, "ais", chains=4, **QUICK), truth)
 
 
+@pytest.mark.slow
 def test_latents_that_all_data_share_are_drawn_once_for_each_chain():
     outside = (
         lambda: pyro.sample("theta", dist.Normal(vector(0, ()), 1)),
@@ -431,7 +438,7 @@ def test_options_are_checked(options, message):
 
 def test_the_reported_run_sees_tuning_that_is_frozen():
     model = linear_gaussian()
-    annealer = Annealer(*prepare(model, probae.sample(model, 3)), Annealing(chains=4, **QUICK), 0, False)
+    annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(chains=4, **QUICK), 0, False)
     starts = []
     drawn, annealer.start = annealer.start, lambda *args: starts.append(drawn(*args)) or starts[-1]
     for block in annealer:
@@ -455,6 +462,7 @@ def test_a_seed_gives_the_same_draws_and_leaves_the_callers():
     assert not torch.equal(a, c)
 
 
+@pytest.mark.slow
 def test_the_flat_graph_is_the_same_bits():
     model = linear_gaussian()
     x = probae.sample(model, 7)
@@ -470,7 +478,7 @@ def test_a_compiled_step_is_the_same_to_rounding():
     x = (normal(5, 6) > 0).double()
     points = {}
     for way in (False, True):
-        annealer = Annealer(*prepare(model, x), Annealing(chains=3, **QUICK), 0, way)
+        annealer = Annealer(*prepare(model, x), AIS(chains=3, **QUICK), 0, way)
         for block in annealer:
             u = annealer.start("prior", block.rows)
             moving = annealer.on("prior", u, block.rows)
@@ -479,12 +487,13 @@ def test_a_compiled_step_is_the_same_to_rounding():
         assert (a - b).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_blocks_of_data_give_what_all_at_once_give_in_law():
     model = linear_gaussian()
     x = copies(probae.sample(model, 3, seed=3), 100)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)
     evidence = probae.log_evidence(model, x, "ais", chains=2, memory=50_000, **QUICK)
-    annealer = Annealer(*prepare(model, x), Annealing(chains=2, memory=50_000, **QUICK), 0, False)
+    annealer = Annealer(*prepare(model, x), AIS(chains=2, memory=50_000, **QUICK), 0, False)
     assert annealer.blocks > 2
     assert_unbiased(evidence.values, truth)
 
@@ -496,7 +505,7 @@ def test_data_are_read_block_by_block_from_disk(tmp_path, monkeypatch):
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     at_once = probae.log_evidence(model, x, "ais", **TINY)
     assert torch.equal(probae.log_evidence(model, mapped, "ais", **TINY).values, at_once.values)
-    monkeypatch.setattr(probae.evidence, "_ROWS", 2)
+    monkeypatch.setattr(probae.evidence.evaluation, "_ROWS", 2)
     evidence = probae.log_evidence(model, mapped, "ais", **TINY)
     assert len(evidence.values) == len(evidence.reliable) == len(evidence.details["ess"]) == 5
 
@@ -534,12 +543,12 @@ def test_where_errors_are_believed_they_cover():
     for count, spread in ((8, 0.4), (16, 0.4), (16, 0.1)):
         log_w, judges = (torch.as_tensor(rng.standard_normal((2, count, 20_000)) * spread - spread**2 / 2)).unbind()
         found = annealed.evidence(log_w, log_w[0], "lower", "ais", "density")
-        believed = settled_chains(judges, 1.0)
+        believed = reliable_chains(judges, 1.0)
         assert believed.double().mean() > 0.5
         covered = (found.values.abs() < 2 * found.mc_stderr)[believed].double().mean()
         assert covered > 0.93
     heavy = torch.as_tensor(rng.standard_normal((16, 2_000)) * 2)
-    assert settled_chains(heavy, 1.0).double().mean() < 0.01
+    assert reliable_chains(heavy, 1.0).double().mean() < 0.01
 
 
 def test_errors_of_few_chains_are_widened_by_students_t():
@@ -561,6 +570,7 @@ def test_estimates_of_one_over_p_are_unbiased():
         assert (truth - bounds.upper.values.numpy() > c).mean() <= math.exp(-c)
 
 
+@pytest.mark.slow
 def test_the_sandwich_brackets_the_evidence_and_closes():
     model = linear_gaussian(probae.FactorAnalysis)
     gaps = []
@@ -579,6 +589,7 @@ def test_the_sandwich_brackets_the_evidence_and_closes():
     assert "gap" in repr(bounds)
 
 
+@pytest.mark.slow
 def test_a_sandwich_of_plain_programs():
     pair, truth = spike_and_slab()
     with pytest.raises(ValueError, match="like="):
@@ -594,6 +605,7 @@ def test_a_sandwich_of_plain_programs():
 
 
 @pytest.mark.parametrize("largest", [1.0, 3.0])
+@pytest.mark.slow
 def test_the_rate_distortion_curve_of_a_linear_gaussian_model(largest):
     model = linear_gaussian()
     x = probae.sample(model, 60, seed=3)
@@ -617,6 +629,7 @@ def test_the_rate_distortion_curve_of_a_linear_gaussian_model(largest):
         probae.rate_distortion(model, x, start="guide")
 
 
+@pytest.mark.slow
 def test_a_prior_of_uneven_scales_is_walked_in_its_own_units(monkeypatch):
     """One step size serves all directions: in coordinates as they come, chains hardly leave where they began."""
     scales = torch.tensor([100.0, 30.0, 10.0, 1.0, 0.3, 0.1], **float64)
@@ -644,4 +657,4 @@ def test_a_prior_of_uneven_scales_is_walked_in_its_own_units(monkeypatch):
 
 def test_an_even_prior_keeps_its_coordinates():
     model = linear_gaussian()
-    assert Annealer(*prepare(model, probae.sample(model, 3)), Annealing(chains=4), 0, "flat").units is None
+    assert Annealer(*prepare(model, probae.sample(model, 3)), AIS(chains=4), 0, "flat").units is None

@@ -88,13 +88,14 @@ SOURCES = {
 CUTS = [(source, way) for source in SOURCES for way in (False, "flat")]
 
 
-# compiled steps and proofs differ by rounding, and batches of several shapes are proved when each first comes
+# compiled steps differ from others by rounding, and batches of several shapes are first met eagerly after each start
 @pytest.mark.parametrize(("source", "way"), [*CUTS, pytest.param("in memory", True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_with_the_same_bits(tmp_path, source, way):
     options = {"steps": 60, "every": 10, "batch_size": 32, "compile": way, "validation": data(50), "progress": False}
     options |= {"scheduler": "cosine", "clip": 1.0, "optimizer": "adamw"}
     whole = build()
-    look = [lambda run: None]  # after a callback a step is proved, which takes it eagerly
+    look = [lambda run: None]  # after a callback what graphs take as constant is looked at
     run = probae.fit(whole, SOURCES[source](), **options, checkpoint=tmp_path / "whole", callbacks=look)
     for step in (20, 50):
         with pytest.raises(RuntimeError, match="killed"):
@@ -149,6 +150,7 @@ def folder_of(tmp_path, steps=30):
         lambda p: (p / "state.json").write_text("[]"),
     ],
 )
+@pytest.mark.sample(2)
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
     kept = folder_of(tmp_path)
     assert [p.name for p in kept] == ["step-00000020", "step-00000030"]
@@ -176,6 +178,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
         ({"scheduler": "cosine"}, "scheduler|steps"),
     ],
 )
+@pytest.mark.sample(2)
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, named):
     folder_of(tmp_path)
     options = {"steps": 30, "every": 10, "batch_size": 32, "progress": False} | change
@@ -260,6 +263,7 @@ def survives(tmp_path, kills, seed, way="flat"):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@pytest.mark.slow
 def test_three_kills(tmp_path):
     assert survives(tmp_path, 3, seed=0) == 3
 
@@ -344,6 +348,7 @@ MINE = {
 
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
 @pytest.mark.parametrize("mine", MINE.values(), ids=MINE)
+@pytest.mark.sample(3)
 def test_what_is_in_the_way_of_a_later_checkpoint_is_told_before_the_first_step(mine, tmp_path):
     run_to(tmp_path, 20)
     mine(tmp_path / "step-00000040")
@@ -376,8 +381,9 @@ HELD = """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not tell")
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_told_apart_and_a_killed_one_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("probae.writing._PATIENCE", 0.2)
+    monkeypatch.setattr("probae.storage.folders._PATIENCE", 0.2)
     command = [sys.executable, "-c", textwrap.dedent(HELD), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for _ in range(3):

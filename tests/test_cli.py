@@ -22,7 +22,7 @@ import torch
 
 import probae
 from probae.cli import main
-from probae.lineup import CANDIDATES
+from probae.models import CATALOGUE
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the fixtures for all
 
@@ -148,7 +148,7 @@ def test_list_names_every_model_and_data_set_in_80_columns():
     assert (code, err) == (0, "")
     assert fits(out)
     words = out.split()
-    for name in [*CANDIDATES, *probae.datasets.names()]:
+    for name in [*CATALOGUE, *probae.datasets.names()]:
         assert name in words
     assert "PROBAE_DATA" in out
 
@@ -165,6 +165,7 @@ def test_the_console_script_is_declared_and_is_this_function():
     assert scripts == {"probae": "probae.cli:main"}
 
 
+@pytest.mark.slow
 def test_python_m_probae_cli_ends_a_mistake_with_code_2_and_one_line():
     run = subprocess.run(
         [sys.executable, "-m", "probae.cli", "compare", "--data", "no-such-set"],
@@ -181,12 +182,11 @@ def read(folder):
     return pd.read_csv(folder / "table.csv", index_col="model")
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_line_up_and_the_baselines_best_first(job):
     kind, _, folder, _ = job
     table = read(folder)
-    suited = {n for n, c in CANDIDATES.items() if kind in c.kinds and c.standard} | (
-        {"vae"} if kind == "binary" else set()
-    )
+    suited = {name for name, model in CATALOGUE.items() if kind in model.standard}
     assert set(table.index) == suited | set(BASELINES)
     numbers = table["log_evidence"].dropna()
     assert numbers.is_monotonic_decreasing
@@ -197,6 +197,7 @@ def test_the_table_holds_the_line_up_and_the_baselines_best_first(job):
     )
 
 
+@pytest.mark.slow
 def test_json_and_csv_hold_the_same_table_and_the_settings(job):
     _, file, folder, _ = job
     content = json.loads((folder / "table.json").read_text())
@@ -214,6 +215,7 @@ def test_json_and_csv_hold_the_same_table_and_the_settings(job):
     assert content["notes"]
 
 
+@pytest.mark.slow
 def test_the_evidence_by_datum_belongs_to_the_table(job):
     _, _, folder, _ = job
     evidence, table = pd.read_csv(folder / "evidence.csv", index_col="datum"), read(folder)
@@ -224,6 +226,7 @@ def test_the_evidence_by_datum_belongs_to_the_table(job):
     np.testing.assert_allclose(errors[means.index], table["stderr"][means.index], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_every_row_has_its_fitted_model_which_gives_the_same_evidence(job):
     _, file, folder, _ = job
     table, evidence = read(folder), pd.read_csv(folder / "evidence.csv", index_col="datum")
@@ -247,6 +250,7 @@ def png_size(path):
     return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_images_only_where_rows_are_images(job):
     kind, _, folder, out = job
     figures = {p.name for p in folder.glob("*.png")}
@@ -256,6 +260,7 @@ def test_figures_are_drawn_of_images_only_where_rows_are_images(job):
         assert name in out
 
 
+@pytest.mark.slow
 def test_the_end_of_the_output_says_where_the_results_lie(job):
     _, _, folder, out = job
     said = "".join(out.split())
@@ -265,6 +270,7 @@ def test_the_end_of_the_output_says_where_the_results_lie(job):
         assert (folder / name).exists()
 
 
+@pytest.mark.slow
 def test_in_80_columns_every_name_and_number_of_the_table_is_whole(job):
     _, _, folder, out = job
     assert fits(out)
@@ -277,6 +283,7 @@ def test_in_80_columns_every_name_and_number_of_the_table_is_whole(job):
             assert f"{row['log_evidence']:.2f}" in drawn
 
 
+@pytest.mark.sample(1)
 def test_the_notes_are_printed(job):
     _, _, folder, out = job
     said = " ".join(out.split())
@@ -284,6 +291,7 @@ def test_the_notes_are_printed(job):
         assert note in said
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_path):
     kind, file, folder, _ = job
     names = "ppca,autoencoder," + {"real": "normal_vae", "binary": "vae", "counts": "binomial_vae"}[kind]
@@ -301,6 +309,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_pa
     assert tables[0]["log_evidence"]["ppca"] == read(folder)["log_evidence"]["ppca"]
 
 
+@pytest.mark.sample(2)
 def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, monkeypatch):
     _, file, _, _ = job
     monkeypatch.chdir(tmp_path)
@@ -310,6 +319,7 @@ def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, m
     assert f"probae-compare/{file.stem}" in "".join(out.split())
 
 
+@pytest.mark.sample(2)
 def test_test_rows_are_limited(job, tmp_path):
     _, file, _, _ = job
     code, _, _ = command(
@@ -322,6 +332,7 @@ def test_test_rows_are_limited(job, tmp_path):
 # -- the main job ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_the_digits_independent_features_stand_above_every_gaussian_model(digits):
     folder, out = digits
     rows = re.findall(r"^│\s*([\w ]*\w)\s*│", out, re.MULTILINE)
@@ -335,6 +346,7 @@ def test_on_the_digits_independent_features_stand_above_every_gaussian_model(dig
     assert "0 or 16" in said
 
 
+@pytest.mark.slow
 def test_the_digits_line_up_and_figures_are_complete(digits):
     folder, out = digits
     wanted = {"ppca", "factor_analysis", "sparse_vae", "normal_vae", "binomial_vae", "autoencoder",
@@ -345,6 +357,7 @@ def test_the_digits_line_up_and_figures_are_complete(digits):
         assert min(png_size(folder / f"{name}.png")) > 300
 
 
+@pytest.mark.slow
 def test_models_without_evidence_have_a_dash_and_a_reconstruction(digits):
     folder, out = digits
     for name in ("autoencoder", "stochastic_autoencoder"):
@@ -488,17 +501,20 @@ def test_counts_whose_largest_is_in_the_test_rows_alone_are_compared(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["real", "binary", "counts"])
+@pytest.mark.sample(2)
 def test_a_dozen_rows_are_compared(kind, tmp_path):
     file = write(tmp_path, kind, n=14)
     assert "independent features" in runs(file, tmp_path, "--models", "ppca").index
 
 
 @pytest.mark.parametrize(("kind", "model"), [("real", "linear_vae"), ("counts", "binomial_vae")])
+@pytest.mark.slow
 def test_a_single_feature_is_compared(kind, model, tmp_path):
     file = write(tmp_path, kind, features=1)
     assert "full Gaussian" in runs(file, tmp_path, "--models", model).index
 
 
+@pytest.mark.slow
 def test_columns_that_never_vary_are_no_trouble_for_bits_and_counts(tmp_path):
     x = np.random.default_rng(0).integers(0, 2, (60, 4))
     x[:, 1], x[:, 2] = 0, 1
@@ -511,6 +527,7 @@ def test_spaces_between_the_models_names_are_no_trouble(tmp_path):
     assert {"ppca", "factor_analysis"} <= set(table.index)
 
 
+@pytest.mark.slow
 def test_large_whole_numbers_are_compared_without_a_class_for_each(tmp_path):
     rng = np.random.default_rng(0)
     x = np.c_[rng.poisson(5, (60, 2)), rng.integers(200_000, 250_000, 60)]
@@ -531,6 +548,7 @@ def test_brackets_in_names_are_printed_as_they_are(tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fits_spread_over_processes_are_the_same(tmp_path):
     file = write(tmp_path, "counts")
     tables = []
@@ -542,8 +560,9 @@ def test_fits_spread_over_processes_are_the_same(tmp_path):
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
-    from probae import lineup
+    from probae.comparison import lineup
 
     monkeypatch.setattr(lineup, "_start", _dying)
     file = write(tmp_path, "real")
@@ -565,6 +584,7 @@ SIGNALS = [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (s
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.slow
 def test_a_signal_to_the_main_process_alone_ends_all_and_leaves_no_folder(tmp_path, number):
     (scratch := tmp_path / "scratch").mkdir()
     arguments = ["compare", "--data", write(tmp_path, "real"), *LONG, "--out", tmp_path / "out"]

@@ -188,6 +188,7 @@ def test_sampling_and_monte_carlo_errors_are_kept_apart(comparison, evidence):
     assert table["mc_stderr"]["ppca"] == 0 < table["mc_stderr"]["vae"] < table["stderr"]["vae"]
 
 
+@pytest.mark.slow
 def test_a_list_of_fits_is_averaged_and_gives_the_error_between_fits():
     fits = [vae(seed) for seed in range(3)]
     row = probae.compare({"vae": fits, "ppca": probae.PPCA(D, 2).maximum_likelihood(TRAIN)}, TEST, particles=20).table
@@ -242,17 +243,18 @@ def test_a_point_guide_under_a_proper_prior_has_no_evidence_by_its_own_weights()
     assert math.isnan(result.table["log_evidence"]["sparse"])
     assert "point" in result.notes[0]
     assert "–" in repr(result)
-    row = probae.compare({"sparse": model}, TEST, refined={"steps": 60}, rungs=("refined",), particles=100).table.loc[
-        "sparse"
-    ]
-    alone = probae.log_evidence(model, TEST, refined={"steps": 60}, rungs=("refined",), particles=100)
+    row = probae.compare(
+        {"sparse": model}, TEST, refined={"steps": 60}, estimators=("refined",), particles=100
+    ).table.loc["sparse"]
+    alone = probae.log_evidence(model, TEST, refined={"steps": 60}, estimators=("refined",), particles=100)
     assert row["log_evidence"] == alone.mean
     assert row["bound"] == "lower"
-    assert row["rungs"] == "refined"
+    assert row["estimators"] == "refined"
     assert math.isnan(row["pareto_k"])  # a point has no weights
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, x), lambda x: {"x": x, "y": x}])
+@pytest.mark.sample(2)
 def test_models_without_evidence_alone_are_listed_for_every_form_of_batch(wrap):
     class Copy:
         def model(self, x, y=None):
@@ -388,6 +390,7 @@ def test_notes_say_that_gaussians_fall_below_independent_features_where_counts_p
     assert note in repr(result)
 
 
+@pytest.mark.slow
 def test_notes_say_so_on_the_digits_with_few_particles():
     pytest.importorskip("sklearn")
     digits = probae.datasets.load("digits")
@@ -409,6 +412,7 @@ def test_notes_blame_nobody_where_latents_help(comparison):
     assert not any("ends of their range" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_notes_do_not_speak_of_the_ends_of_counts_that_lie_in_the_middle():
     x = torch.as_tensor(np.random.default_rng(0).binomial(40, 0.5, (300, 5)))
     untrained = probae.VAE(5, 2, likelihood=probae.likelihoods.Binomial(40))
@@ -428,6 +432,7 @@ def test_a_difference_within_its_error_is_no_reason_to_blame_a_likelihood():
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_density_is_not_ranked_against_a_mass_and_the_advice_works():
     x = COUNTS.float()
     binomial = probae.VAE(6, 2, likelihood=probae.likelihoods.Binomial(16))
@@ -520,6 +525,7 @@ def test_wrong_options_are_refused(options, error, models):
 # -- what is accepted, and what is left alone --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_users_class_and_plain_functions_stand_in_the_same_table(models):
     torch.manual_seed(0)
     own, pair = StudentVAE(), functions()
@@ -531,12 +537,14 @@ def test_a_users_class_and_plain_functions_stand_in_the_same_table(models):
     assert result.table["parameters"]["pair"] == D
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_for_its_model():
     run = probae.fit(probae.VAE(D, 2, hidden=(8,)), TRAIN, steps=5, progress=False)
     table = probae.compare({"run": run, "model": run.model, "list": [run]}, TEST, particles=5).table
     assert table["log_evidence"].nunique() == 1
 
 
+@pytest.mark.slow
 def test_a_run_of_a_class_that_is_no_module_is_taken_for_its_model():
     class Plain:
         def __init__(self):
@@ -571,6 +579,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(models, com
     assert other["log_evidence"]["vae"] != again["log_evidence"]["vae"]
 
 
+@pytest.mark.slow
 def test_the_callers_random_streams_and_the_models_modes_are_left_alone(models):
     model = probae.VAE(D, 2).train()
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
@@ -618,15 +627,15 @@ def test_the_table_says_how_far_its_values_can_be_trusted(models):
     alone = probae.log_evidence(models["vae"], TEST, **options)
     assert table["pareto_k"]["vae"] == float(alone.details["guide_pareto_k"].median())
     assert table["reliable"]["vae"] == float(alone.reliable.double().mean())
-    counts = pd.Series(alone.rungs).value_counts()
-    for rung, count in counts.items():
-        assert f"{rung} {count / len(TEST):.0%}" in table["rungs"]["vae"] or (
-            len(counts) == 1 and table["rungs"]["vae"] == rung
+    counts = pd.Series(alone.estimators).value_counts()
+    for estimator, count in counts.items():
+        assert f"{estimator} {count / len(TEST):.0%}" in table["estimators"]["vae"] or (
+            len(counts) == 1 and table["estimators"]["vae"] == estimator
         )
     assert table["active_units"]["vae"] == probae.diagnose(models["vae"], TEST, particles=100).active_count
-    assert table["rungs"]["ppca"] == "exact"
+    assert table["estimators"]["ppca"] == "exact"
     assert table["reliable"]["ppca"] == 1
-    assert table["rungs"]["autoencoder"] == "–"
+    assert table["estimators"]["autoencoder"] == "–"
 
 
 def test_values_whose_error_is_not_to_be_believed_are_noted():
@@ -637,6 +646,7 @@ def test_values_whose_error_is_not_to_be_believed_are_noted():
     assert any("Monte Carlo standard error is unreliable" in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_differences_have_a_monte_carlo_error_of_their_own(models):
     table = probae.compare({"vae": models["vae"], "ppca": models["ppca"]}, TEST, method="iwae", particles=20).table
     worst, best = table.index[-1], table.index[0]
@@ -718,6 +728,7 @@ def ppca(latents):
     return lambda x: probae.PPCA(D, latents).maximum_likelihood(x)
 
 
+@pytest.mark.slow
 def test_each_datum_is_held_out_once_from_the_fit_to_the_others():
     result = probae.compare({"one": ppca(1), "two": ppca(2)}, TEST, folds=7, seed=4)
     held = parts(len(TEST), 7, 4)

@@ -84,6 +84,7 @@ def test_a_constant_factor_in_a_guide_counts_as_pyro_counts_it(constant, has_rsa
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("constant", [3.0, -3.0])
+@pytest.mark.sample(3)
 def test_a_constant_factor_in_a_guide_lifts_no_bound_above_log_p(constant, method):
     guide = partial(guide_with_factor, constant, True)
     right_or_refused(lambda: evidence(normal, guide, X, method), LOG_P, one_sided=True)
@@ -180,7 +181,7 @@ def test_the_gradient_of_a_classification_loss_is_pyros():
         it, total = Classifying(True), []
         if own:
             pair, objective = probae.Pair(it.model, it.guide), probae.objectives.ELBO(300, analytic_kl=False)
-            pair.layout(batch)
+            pair.signature(batch)
         torch.manual_seed(own)
         for _ in range(12):
             it.zero_grad()
@@ -197,6 +198,7 @@ def test_the_gradient_of_a_classification_loss_is_pyros():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sample(2)
 def test_a_classification_loss_lifts_no_bound_above_log_p(method):
     it, batch = Classifying(True), labelled()
     weight, bias = it.dec.weight, it.dec.bias
@@ -226,6 +228,7 @@ def test_a_model_that_observes_nothing_has_no_evidence(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("constant", [2.0, -2.0])
+@pytest.mark.sample(4)
 def test_a_factor_beside_what_is_observed_is_counted(constant, method):
     def model(x):
         normal(x, lambda: pyro.factor("more", constant + 0 * x))
@@ -321,6 +324,7 @@ def test_a_latent_masked_in_model_and_guide_is_absent(how):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("method", ["refined", "auto", "ais"])
+@pytest.mark.slow
 def test_an_estimator_with_a_guide_of_its_own_leaves_masked_latents_out(how, method):
     batch, truth = lacking()
     model, guide = partial(some_rows_lack_a_latent, how), partial(its_posterior, how)
@@ -340,6 +344,7 @@ def test_masks_may_be_written_one_way_in_the_model_and_another_in_the_guide(firs
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.sample(2)
 def test_a_latent_masked_in_the_model_alone(how):
     """Pyro counts the guide's entropy at the absent latents, ½ log(2πe 1.3²) each; evidence may not."""
     batch, truth = lacking()
@@ -352,6 +357,7 @@ def test_a_latent_masked_in_the_model_alone(how):
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.sample(2)
 def test_a_latent_masked_in_the_guide_alone(how):
     """Its prior counts and its guide's density does not: E log N(b; 0, 1) = −½ log 2π − ½ 1.3²."""
     batch, truth = lacking()
@@ -388,6 +394,7 @@ def vectors_guide(guide_masks_each, x, on):
 
 @pytest.mark.parametrize("model_each", [True, False])
 @pytest.mark.parametrize("guide_each", [True, False])
+@pytest.mark.sample(2)
 def test_masks_of_different_shapes_in_model_and_guide(model_each, guide_each):
     torch.manual_seed(1)
     x, on = torch.randn(8, 3), torch.arange(8) % 4 != 1
@@ -399,6 +406,7 @@ def test_masks_of_different_shapes_in_model_and_guide(model_each, guide_each):
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.sample(2)
 def test_a_mask_far_beyond_the_first_rows_counts_too(how):
     count, row = 6000, 5000
     x = torch.linspace(-4.0, 5.0, count)
@@ -412,6 +420,7 @@ def test_a_mask_far_beyond_the_first_rows_counts_too(how):
 
 
 @pytest.mark.parametrize(("method", "options"), [("refined", {"steps": 10}), ("auto", {"refined": {"steps": 10}})])
+@pytest.mark.slow
 def test_a_mask_of_the_model_alone_far_beyond_the_first_rows_lifts_no_bound(method, options):
     count, row = 6000, 5000
     x = torch.linspace(-4.0, 5.0, count)
@@ -500,6 +509,7 @@ def padded_sequences(count=6, steps=5):
 
 
 @pytest.mark.parametrize("how", ["handler", "distribution"])
+@pytest.mark.slow
 def test_padded_state_space_sequences_have_the_density_of_what_is_observed(how):
     x, there = padded_sequences()
     truth = oracles.kalman_filter(x, STEP, PROCESS, NOISE, there)
@@ -628,6 +638,7 @@ def hidden_markov(history, x, there=None):
         pytest.param(2, 50, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(2)
 def test_chains_of_any_length_are_summed_out(history, steps):
     torch.manual_seed(3)
     x, model = torch.randn(2, steps), partial(hidden_markov, history)
@@ -716,6 +727,7 @@ def allocation_guide(x):
         pyro.sample("theta", dist.Dirichlet(1.0 + 0.7 * counts[:, None]))
 
 
+@pytest.mark.slow
 def test_topics_of_words_within_documents_are_summed_out():
     torch.manual_seed(5)
     x = torch.randint(0, 5, (7, WORDS))
@@ -833,6 +845,7 @@ def test_a_state_marked_sequential_trains_by_its_sum_or_not_at_all():
 
 @pytest.mark.parametrize("how", ["parallel", "sequential"])
 @pytest.mark.parametrize("method", ["elbo", "iwae", "refined", "auto"])
+@pytest.mark.sample(4)
 def test_states_are_summed_however_they_are_marked(how, method):
     truth = np.log(0.7 * stats.norm.pdf(X, 0, math.sqrt(2)) + 0.3 * stats.norm.pdf(X, 3, math.sqrt(2)))
     node, weight = oracles.panels(np.linspace(-12, 12, 49))

@@ -149,6 +149,7 @@ DAMAGE = {
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 @pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(name, kept, tmp_path):
     folder, whole = kept
     shutil.copytree(folder, tmp_path / "run")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_datasets import GRID, ROWS, lines, write_csv, write_npz
 
-from probae.datasets import load
-from probae.datasets.formats import idx_images
+from probae.data.datasets import load
+from probae.data.datasets.formats import idx_images
 
 
 def npy(shape, descr="<f8", content=b"", version=1):

@@ -256,6 +256,7 @@ def wordings(without=()):
 
 
 @wordings()
+@pytest.mark.sample(15)
 def test_the_loss_is_the_same_in_every_wording(name):
     x, (model, guide) = data(), WORDINGS[name]()
     same_loss(model, guide, x, -truth_of(name, x).mean(), particles=1, nesting=2)
@@ -263,6 +264,7 @@ def test_the_loss_is_the_same_in_every_wording(name):
 
 @wordings()
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 12])
+@pytest.mark.sample(36)
 def test_the_weights_are_log_p_in_every_wording(name, count):
     """Two features, and numbers of rows that a trial run may take for another axis."""
     x, (model, guide) = data(count), WORDINGS[name]()
@@ -270,6 +272,7 @@ def test_the_weights_are_log_p_in_every_wording(name, count):
 
 
 @wordings()
+@pytest.mark.slow
 def test_every_estimator_gives_log_p_in_every_wording(name):
     x, (model, guide) = data(), WORDINGS[name]()
     for method in ("iwae", "auto", "refined"):
@@ -278,6 +281,7 @@ def test_every_estimator_gives_log_p_in_every_wording(name):
 
 
 @wordings()
+@pytest.mark.sample(14)
 def test_minibatches_average_to_the_full_loss_in_every_wording(name):
     x, (model, guide) = data(), WORDINGS[name]()
     pair, parts = probae.Pair(model, guide), x.split(3)
@@ -357,7 +361,7 @@ def test_a_second_observed_site_in_a_plate_of_its_own_has_its_full_gradient():
     for plates in (("data", "labels"), ("labels", "data"), ("rows", "labels")):
         pair = probae.Pair(partial(model, plates), lambda x, y, plates=plates: own_plate(plates[0])(x))
         batch = x[:4], y[:4]
-        pair.layout(batch)
+        pair.signature(batch)
         loss = probae.objectives.ELBO(1, analytic_kl=False)(pair, batch, 12, torch.tensor(0.0))
         assert float(loss.detach()) == pytest.approx(
             -log_p(x[:4]).mean() - stats.norm.logpdf(y[:4].numpy()).mean(), abs=1e-9
@@ -532,12 +536,14 @@ def has_pyros_loss(model, guide, batch, analytic_kl=True, size=None):
 
 
 @autoguides
+@pytest.mark.sample(8)
 def test_an_autoguide_over_latents_of_each_datum_has_pyros_loss(kind):
     torch.manual_seed(0)
     has_pyros_loss(scalar_story, AUTOGUIDES[kind](scalar_story), data(15, 1)[:, 0])
 
 
 @autoguides
+@pytest.mark.slow
 def test_an_autoguide_over_latents_of_each_datum_trains_and_is_evaluated(kind):
     """Down to the best of its family, the exact posterior; then evidence is right, or refused."""
     x = data(15, 1)[:, 0]
@@ -569,6 +575,7 @@ def test_an_autoguide_of_other_rows_is_no_guide_of_these(kind, rows):
     right_or_refused(lambda: probae.log_evidence(pair, other, "elbo"), scalar_truth(other), one_sided=True)
 
 
+@pytest.mark.slow
 def test_a_point_autoguide_over_latents_of_each_datum():
     """Its own weights are none; estimators that do not use it find log p(x)."""
     x = data(12, 1)[:, 0]
@@ -664,6 +671,7 @@ def made(kind, batch):
 
 
 @global_guides
+@pytest.mark.sample(2)
 def test_an_autoguide_over_shared_latents_has_pyros_loss(kind):
     batch = measurements()
     for analytic_kl in (True, False):
@@ -671,6 +679,7 @@ def test_an_autoguide_over_shared_latents_has_pyros_loss(kind):
 
 
 @global_guides
+@pytest.mark.slow
 def test_minibatches_under_shared_latents_average_to_the_full_loss(kind):
     batch = measurements()
     guide = made(kind, batch)
@@ -682,6 +691,7 @@ def test_minibatches_under_shared_latents_average_to_the_full_loss(kind):
 
 
 @global_guides
+@pytest.mark.sample(2)
 def test_evidence_under_shared_latents_averages_over_the_guides_draws(kind):
     """log E_q p(y_n | w, noise), from 4,000 draws of the guide by Pyro itself; or refused."""
     batch = measurements()
@@ -712,6 +722,7 @@ def positive(x):
     "kind",
     [auto.AutoNormalMessenger, auto.AutoHierarchicalNormalMessenger, auto.AutoRegressiveMessenger, auto.AutoNormal],
 )
+@pytest.mark.sample(2)
 def test_positive_latents_train_under_every_guide(kind):
     x = data(15, 1)[:, 0]
     torch.manual_seed(0)

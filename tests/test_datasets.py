@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probae.datasets import Dataset, correlation_matrix, describe, load, named, names
-from probae.datasets.dataset import split
-from probae.datasets.formats import idx_images
+from probae.data.datasets import Dataset, correlation_matrix, describe, load, named, names
+from probae.data.datasets.dataset import split
+from probae.data.datasets.formats import idx_images
 
 real_files = pytest.mark.skipif(not os.environ.get("PROBAE_DATA"), reason="PROBAE_DATA is not set")
 DEBD = {"nltcs": (16_181, 2_157, 3_236, 16), "plants": (17_412, 2_321, 3_482, 69)}
@@ -113,7 +113,7 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["probae.datasets", "probae.datasets.dataset"])
+@pytest.mark.parametrize("module", ["probae.data.datasets.loading", "probae.data.datasets.dataset"])
 def test_examples_run(module, monkeypatch):
     monkeypatch.delenv("PROBAE_DATA", raising=False)
     results = doctest.testmod(importlib.import_module(module))
@@ -153,8 +153,8 @@ def test_missing_file_says_what_to_put_where(name, variable, tmp_path, monkeypat
     assert entry.files
     assert entry.origin
     assert entry.origin in message
-    assert entry.layout
-    assert entry.layout in message
+    assert entry.signature
+    assert entry.signature in message
     assert (str(tmp_path) if variable else "PROBAE_DATA is not set") in message
 
 

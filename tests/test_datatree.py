@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import probae
-from probae import datatree
+from probae.export import datatree
 
 pytestmark = pytest.mark.xdist_group("datatree")  # one process makes the fixtures for all
 
@@ -106,7 +106,7 @@ def test_diagnosis(diagnosis):
     }.items():
         assert np.array_equal(tree[path], values), path
     assert all(tree[name].coords[dim].to_numpy()[0] == 0 for name in groups for dim in tree[name].dims)
-    assert tree.attrs["verdict"] == diagnosis.verdict
+    assert tree.attrs["advice"] == diagnosis.advice
     assert "guide" in tree["posterior"].attrs["what"]
 
 
@@ -260,9 +260,7 @@ def test_what_is_missing_is_named(diagnosis, monkeypatch):
 
 
 def test_importing_the_room_leaves_arviz_out():
-    code = (
-        "import sys, probae.datatree; print([m for m in sys.modules if m.split('.')[0] in ('xarray', 'arviz_stats')])"
-    )
+    code = "import sys, probae.export.datatree; print([m for m in sys.modules if m.split('.')[0] in ('xarray', 'arviz_stats')])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

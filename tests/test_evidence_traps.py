@@ -49,6 +49,7 @@ AIS = {"chains": 4, "distributions": 60, "pilot": 30, "leapfrog": 5}
 
 @pytest.mark.parametrize("method", ["refined", "ais", "auto"])
 @pytest.mark.parametrize("kappa", [0.1, 3.0])
+@pytest.mark.slow
 def test_angles_have_one_turn(method, kappa):
     """torch gives the support of angles as all real numbers, over which their density does not integrate to one."""
     truth, _ = integrate.quad(
@@ -60,6 +61,7 @@ def test_angles_have_one_turn(method, kappa):
 
 
 @pytest.mark.parametrize("method", ["refined", "ais", "auto", "iwae"])
+@pytest.mark.sample(3)
 def test_a_mixture_for_a_prior(method):
     def guide(x):
         with pyro.plate("data", len(x), dim=-1):
@@ -117,6 +119,7 @@ def test_a_prior_at_the_edge_of_its_support_is_refused(prior, dtype, method):
         (lambda: dist.Gamma(number(0.3), number(1.0)), stats.gamma(0.3).pdf, (0, 30)),
     ],
 )
+@pytest.mark.slow
 def test_a_prior_that_only_leans_to_its_edge_is_not(method, prior, density, ends):
     truth, _ = integrate.quad(
         lambda z: density(z) * stats.norm.pdf(0.4, z, 0.5), *ends, points=[1e-6, 1e-3, 0.5], limit=500
@@ -240,6 +243,7 @@ def test_a_decoder_that_reads_the_data_draws_none():
         probae.sandwich(probae.Pair(model), n=20, like=torch.randn(20, 2, **float64), **AIS)
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_model_that_takes_gaps():
     torch.manual_seed(0)
     model = probae.PPCA(5, 2, missing="mask").double()
@@ -253,6 +257,7 @@ def test_both_sides_of_a_model_that_takes_gaps():
         probae.sandwich(probae.Dequantised(probae.PPCA(5, 2)), n=3)
 
 
+@pytest.mark.slow
 def test_an_ex_post_prior_of_a_model_that_takes_gaps():
     torch.manual_seed(0)
     weight = torch.randn(1, 5, **float64)
@@ -275,11 +280,12 @@ def test_a_loader_has_the_order_of_its_data_and_leaves_the_callers_stream():
         probae.log_evidence(model, DataLoader(TensorDataset(x), batch_size=8, shuffle=True))
 
 
+@pytest.mark.slow
 def test_bounds_among_exact_values_make_a_bound():
     x = torch.randn(20, 4)
     fits = [probae.PPCA(4, 2), probae.VAE(4, 2, hidden=(4,))]
     for order in (fits, fits[::-1]):
-        table = probae.compare({"m": order}, x, particles=60, rungs=("iwae",)).table
+        table = probae.compare({"m": order}, x, particles=60, estimators=("iwae",)).table
         assert table["bound"].tolist() == ["lower"]
     both = probae.sandwich(fits[0], n=5, **AIS)
     assert len(probae.compare({"below": both.lower, "exact": fits[0]}, both.x).table) == 2
@@ -296,10 +302,10 @@ def test_bounds_among_exact_values_make_a_bound():
     ("options", "message"),
     [
         ({"method": "refined", "particles": 30, "defensive": 0.99}, "leaves one for the guide, got 0.99"),
-        ({"refined": 3}, "refined: expected a dictionary of its options, got 3"),
+        ({"refined": 3}, "refined: expected a Refined or a dictionary of its options, got 3"),
         ({"ais": {"chains": "x"}}, "chains: expected a whole number"),
-        ({"rungs": 3}, "rungs: expected some of"),
-        ({"rungs": [1]}, "rungs: expected some of"),
+        ({"estimators": 3}, "estimators: expected some of"),
+        ({"estimators": [1]}, "estimators: expected some of"),
     ],
 )
 def test_options_are_refused_by_name(options, message):

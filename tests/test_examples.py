@@ -17,6 +17,7 @@ def test_there_are_examples_to_run():
 
 
 @pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.sample(4)
 def test_the_examples_of_a_room_run(room):
     pytest.importorskip("sklearn")
     assert doctest.testmod(importlib.import_module(room)).failed == 0

@@ -11,7 +11,8 @@ from scipy import optimize, stats
 from torch.distributions import Distribution
 
 import probae
-from probae import codes, likelihoods
+from probae.heads import code_priors as codes
+from probae.heads import likelihoods
 
 float64 = {"dtype": torch.float64}
 
@@ -55,6 +56,7 @@ def relu(x, latents=3):
 # -- a Normal ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_linear_autoencoder_becomes_the_gaussian_with_its_codes_covariance():
     x = data()
     model, axes, loc = linear(x, scale=0.4)
@@ -87,6 +89,7 @@ def gaussian_scale(x, axes, loc):
 
 
 @pytest.mark.parametrize("start", [1.0, 0.05])
+@pytest.mark.slow
 def test_the_scale_has_the_largest_evidence(start):
     x = data()
     model, axes, loc = linear(x, scale=start)
@@ -119,6 +122,7 @@ def test_scales_by_feature_and_other_families_are_refitted():
 
 
 @pytest.mark.parametrize("kind", ["mixture", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_codes_in_clusters_get_more_than_a_normal(kind):
     centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]], **float64)
     z = centres[torch.arange(300) % 3] + 0.3 * normal(300, 2, seed=4)
@@ -175,6 +179,7 @@ def test_a_hurdle_has_the_zeros_and_the_law_that_it_says():
 
 
 @pytest.mark.parametrize("latents", [1, 2])
+@pytest.mark.slow
 def test_the_evidence_under_a_hurdle_is_the_sum_over_gates(latents):
     """Against gates summed out and slabs integrated: the base measure of z is mixed, p(x) is not."""
     x = data(60, latents=latents)
@@ -208,6 +213,7 @@ def test_a_hurdle_refuses_negative_codes():
 
 
 @pytest.mark.parametrize("kind", ["normal", "mixture", "hurdle", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.mark.sample(2)
 def test_the_pair_is_one_like_others(kind, tmp_path):
     x = data(120)
     model = relu(x)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import probae
 
 D, L, N = 4, 2, 24
-CATALOGUE = probae.models.names()
+CATALOGUE = probae.models.names("real")
 EXACT = ("ppca", "factor_analysis")
 WITHOUT = ("linear_autoencoder", "autoencoder", "stochastic_autoencoder", "sparse_autoencoder")  # no weights
 BOUNDED = tuple(name for name in CATALOGUE if name not in WITHOUT)
@@ -174,6 +174,7 @@ words = st.one_of(
 @programs
 @few
 @given(names=st.lists(words, min_size=5, max_size=5, unique=True))
+@pytest.mark.sample(2)
 def test_names_of_plates_and_sites_do_not_matter(kind, names):
     x, usual, other = data(), PROGRAMS[kind](), PROGRAMS[kind](tuple(names))
     assert torch.equal(probae.log_weights(usual, x, 3), probae.log_weights(other, x, 3))
@@ -187,6 +188,7 @@ def test_names_of_plates_and_sites_do_not_matter(kind, names):
 @all_models
 @few
 @given(order=orders)
+@pytest.mark.sample(10)
 def test_codes_and_reconstructions_follow_their_rows(name, order):
     x, model = data(), made(name)
     same(probae.encode(model, x[order]), probae.encode(model, x)[order])
@@ -196,6 +198,7 @@ def test_codes_and_reconstructions_follow_their_rows(name, order):
 @subjects
 @few
 @given(order=orders)
+@pytest.mark.sample(3)
 def test_evidence_follows_its_rows(name, order):
     x, model = data(), subject(name)
     for method in ("auto",) if is_exact(name) else ("iwae",):
@@ -276,6 +279,7 @@ def usual(name):
 
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "sparse_autoencoder"])
 @pytest.mark.parametrize("scale", [-6, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.sample(2)
 def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale):
     """One unit for all features, and a zero of each one's own; a loss is a density, with or without evidence."""
     x, scale = data(), 10.0**scale
@@ -286,6 +290,7 @@ def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, s
 
 @pytest.mark.parametrize("name", ["factor_analysis", "linear_vae", "vae", "sparse_vae"])
 @pytest.mark.parametrize("scale", [(-6, -1, 2, 6), (0, 3, -3, 0)])
+@pytest.mark.sample(2)
 def test_training_in_mixed_units_changes_the_loss_by_the_log_determinant(name, scale):
     """Each feature has a scale of its own: one scale for all would be in no one's unit."""
     x, scale = data(), 10.0 ** torch.tensor(scale, dtype=torch.float64)
@@ -358,6 +363,7 @@ def test_exact_evidence_in_float32_is_that_of_float64(name, noise, seed):
 
 
 @pytest.mark.parametrize("name", [*(n for n in BOUNDED if n not in EXACT), *PROGRAMS])
+@pytest.mark.sample(7)
 def test_bounds_in_float32_are_those_of_float64(name):
     x, model = data(), subject(name)
     double, single = model.double(), copy.deepcopy(model).float()
@@ -375,6 +381,7 @@ def test_bounds_in_float32_are_those_of_float64(name):
 
 @subjects
 @pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.sample(4)
 def test_rows_are_evaluated_alike_in_batches_of_any_size(name, size):
     x, model = data(8), subject(name)
     options = {} if is_exact(name) else {"method": "iwae", "particles": 300}
@@ -388,6 +395,7 @@ def test_rows_are_evaluated_alike_in_batches_of_any_size(name, size):
 @all_models
 @few
 @given(size=st.integers(1, N))
+@pytest.mark.sample(10)
 def test_codes_are_alike_in_batches_of_any_size(name, size):
     x, model = data(), made(name)
     same(torch.cat([probae.encode(model, rows) for rows in x.split(size)]), probae.encode(model, x))
@@ -396,6 +404,7 @@ def test_codes_are_alike_in_batches_of_any_size(name, size):
 
 @subjects
 @pytest.mark.parametrize("memory", [400, 9000])
+@pytest.mark.sample(2)
 def test_particles_in_chunks_are_as_good_as_at_once(name, memory):
     x, model, particles = data(), subject(name), 40
     at_once, chunked = probae.log_weights(model, x, particles), probae.log_weights(model, x, particles, memory=memory)
@@ -408,6 +417,7 @@ def test_particles_in_chunks_are_as_good_as_at_once(name, memory):
 
 
 @subjects
+@pytest.mark.sample(5)
 def test_the_compiled_ways_give_the_same_weights(name):
     x, model = data(), subject(name)
     a, b = (probae.log_weights(model, x, 5, compile=way) for way in (False, "flat"))
@@ -444,6 +454,7 @@ def containers(x, folder):
 
 
 @pytest.mark.parametrize("name", [*BOUNDED, "linear", "mixture"])
+@pytest.mark.sample(2)
 def test_evidence_is_the_same_from_every_container(name, tmp_path):
     x, model = data(), subject(name)
     options = {} if is_exact(name) else {"method": "elbo", "particles": 200}
@@ -462,6 +473,7 @@ def test_evidence_is_the_same_from_every_container(name, tmp_path):
 
 
 @all_models
+@pytest.mark.sample(4)
 def test_training_is_the_same_from_every_array(name, tmp_path):
     x, found = data(), {}
     for kind, rows in {"tensor": x, **containers(x, tmp_path)}.items():

@@ -170,6 +170,7 @@ def require_the_same(calls, alone, around):
 
 
 @pytest.mark.parametrize("around", AROUND)
+@pytest.mark.sample(2)
 def test_what_surrounds_a_call_changes_no_bit_or_is_refused(models, alone, around):
     require_the_same(calls(models), alone, around)
 
@@ -188,6 +189,7 @@ def test_a_handler_around_is_there_again_afterwards(models):
     assert not any(name in around.trace.nodes for name in ("z", "x"))
 
 
+@pytest.mark.slow
 def test_calls_of_several_threads_give_what_each_gives_alone(models, alone):
     torch.manual_seed(4)
     before, found, errors = torch.get_rng_state(), {}, []
@@ -209,6 +211,7 @@ def test_calls_of_several_threads_give_what_each_gives_alone(models, alone):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_joblib_threads_and_asyncio_give_what_a_call_gives_alone(models, alone):
     names = ["fit", "fit of programs", "iwae", "diagnose"]
     found = joblib.Parallel(4, backend="threading")(joblib.delayed(calls(models)[name])() for name in names)
@@ -322,6 +325,7 @@ QUICK = {("draws", name) for name in ("fit", "fit, flat", "fit with dropout", "e
         for name in DRAWN
     ],
 )
+@pytest.mark.sample(2)
 def test_what_another_thread_draws_changes_no_bit(models, action, name):
     expected = DRAWN[name](models)
     with beside(BESIDE[action]):

@@ -9,8 +9,8 @@ import torch
 from scipy import integrate, stats
 
 import probae
-from probae import likelihoods, posteriors, priors
-from probae.distributions import DiscretisedNormal
+from probae.heads import likelihoods, posteriors, priors
+from probae.heads.distributions import DiscretisedNormal
 
 EXACT = 1e-10
 float64 = {"dtype": torch.float64}

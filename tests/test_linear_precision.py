@@ -14,12 +14,12 @@ from sklearn import datasets
 from sklearn.decomposition import FactorAnalysis as Peer
 
 import probae
-from probae.distributions import LowRankNormal
-from probae.models.dependence import dependent_sets
-from probae.models.maximum_likelihood import factor_analysis, ppca
-from probae.models.profile_likelihood import newton
-from probae.models.quasi_newton import quasi_newton
-from probae.models.second_moments import leading_eigenpairs, second_moments
+from probae.heads.distributions import LowRankNormal
+from probae.linear_gaussian.dependence import dependent_sets
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.profile_likelihood import newton
+from probae.linear_gaussian.quasi_newton import quasi_newton
+from probae.linear_gaussian.second_moments import leading_eigenpairs, second_moments
 
 BOTH = pytest.mark.parametrize("kind", [probae.PPCA, probae.FactorAnalysis])
 EPS = 2.0**-24  # half the distance of 1 and the next float32
@@ -76,6 +76,7 @@ def by_least_squares(model, x):
 @BOTH
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("latents", [2, 5, 20])
+@pytest.mark.sample(17)
 def test_the_evidence_of_float32_models_is_exact_on_real_data(kind, name, latents):
     x = real(name).float()
     if latents >= x.shape[1]:
@@ -93,6 +94,7 @@ def test_the_evidence_of_float32_models_is_exact_on_real_data(kind, name, latent
 
 @BOTH
 @pytest.mark.parametrize("name", ["wine", "breast_cancer", "iris"])
+@pytest.mark.sample(2)
 def test_log_weights_are_constant_on_real_data(kind, name):
     x = real(name)
     model = kind(x.shape[1], 3).double().maximum_likelihood(x)
@@ -164,6 +166,7 @@ OFFSETS = [1e6, 3e7, 1e8, 1.7e9]
 @BOTH
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("missing", [None, "mask"])
+@pytest.mark.sample(3)
 def test_an_offset_changes_nothing(kind, offset, missing):
     x = base(200) if missing is None else with_gaps(base(200))
     near, far = (kind(6, 2, missing=missing).maximum_likelihood(data.numpy()) for data in (x, x + offset))
@@ -217,6 +220,7 @@ FACTORS = {"2^-20": 2.0**-20, "1e-6": 1e-6, "1e-13": 1e-13, "1e-25": 1e-25, "1e6
 
 @BOTH
 @pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+@pytest.mark.sample(3)
 def test_training_knows_no_units(kind, factor):
     """The path of the optimizer is the same; the loss moves by the log-determinant."""
     losses, fitted = [], []

@@ -36,11 +36,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import probae
-from probae import likelihoods, objectives, posteriors, priors, transforms
-from probae.datasets import correlation_matrix, describe
-from probae.datasets import load as load_data
-from probae.models import make, maximum_likelihood
-from probae.models.rotation import rotate
+from probae import objectives, transforms
+from probae.data.datasets import correlation_matrix, describe
+from probae.data.datasets import load as load_data
+from probae.heads import likelihoods, posteriors, priors
+from probae.linear_gaussian import maximum_likelihood
+from probae.linear_gaussian.rotation import rotate
+from probae.models import make
 
 PACKAGE = str(Path(probae.__file__).parent)
 SECONDS = 30  # after which a call counts as one that hangs
@@ -165,10 +167,10 @@ class Case:
 
     label: str
     make: Callable[[], Any]
-    verdict: str = BAD
+    advice: str = BAD
 
     def __repr__(self):
-        return f"{self.label} ({self.verdict})"
+        return f"{self.label} ({self.advice})"
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,8 @@ class Argument:
     generated: bool = False
 
 
-def cases(verdict, **makers):
-    return tuple(Case(label, make if callable(make) else (lambda make=make: make), verdict) for label, make in makers.items())
+def cases(advice, **makers):
+    return tuple(Case(label, make if callable(make) else (lambda make=make: make), advice) for label, make in makers.items())
 
 
 class Blank:
@@ -238,7 +240,7 @@ def without_extremes(argument):
 def per_feature(argument):
     """A number, or one for each feature."""
     several = {"listed", "array_of_two", "tensor_of_two"}
-    return replace(argument, cases=tuple(replace(c, verdict=EITHER) if c.label in several else c for c in argument.cases))
+    return replace(argument, cases=tuple(replace(c, advice=EITHER) if c.label in several else c for c in argument.cases))
 
 
 def unused(argument):
@@ -253,7 +255,7 @@ def choice(value, also=(), drop=()):
 
 
 def flag(value):
-    odd = tuple(replace(case, verdict=EITHER) if case.label == "none" else case for case in ODD)
+    odd = tuple(replace(case, advice=EITHER) if case.label == "none" else case for case in ODD)
     return Argument(lambda: value, odd + cases(BAD, no="no", two=2) + cases(SAME, numpy=lambda: np.bool_(value)))
 
 
@@ -341,7 +343,7 @@ def data(x=X, verdicts=None, also=()):
         expanded=lambda: torch.zeros(1, columns).expand(rows, columns), object_scalar=lambda: np.array(None),
     )
     changed = verdicts or {}
-    every = tuple(replace(c, verdict=changed.get(c.label, c.verdict)) for c in same + bad + either + also)
+    every = tuple(replace(c, advice=changed.get(c.label, c.advice)) for c in same + bad + either + also)
     return Argument(lambda: torch.tensor(x), every, generated=True)
 
 
@@ -431,7 +433,7 @@ def models(right=vae, verdicts=None):
     )
     changed = verdicts or {}
     every = without("a_class", "empty_dict", "empty_list", "a_set", "ellipsis") + bad + either
-    return Argument(right, tuple(replace(c, verdict=changed.get(c.label, c.verdict)) for c in every))
+    return Argument(right, tuple(replace(c, advice=changed.get(c.label, c.advice)) for c in every))
 
 
 def _mixed(model):
@@ -664,7 +666,7 @@ CALLS = {
             clip=optional(number(1e6)), precision=choice("float32"), seed=seed(), device=device(), compile=modes(),
             every=optional(whole(1, huge=False)),
             patience=optional(
-                replace(whole(1), right=lambda: None, cases=tuple(c for c in whole(1, huge=False).cases if c.verdict == BAD))
+                replace(whole(1), right=lambda: None, cases=tuple(c for c in whole(1, huge=False).cases if c.advice == BAD))
             ),
             checkpoint=optional(
                 paths(
@@ -757,7 +759,7 @@ CALLS = {
             ),
             x=data(),
             train=optional(
-                replace(data(), right=lambda: None, cases=tuple(c for c in data(verdicts=GAPS).cases if c.verdict != SAME))
+                replace(data(), right=lambda: None, cases=tuple(c for c in data(verdicts=GAPS).cases if c.advice != SAME))
             ),
             method=choice("iwae", cases(BAD, exact="exact")), particles=optional(whole(3, huge=False)), seed=seed(),
         ),
@@ -1143,7 +1145,7 @@ CALLS |= {
 def flaw(name, chosen):
     """What is wrong with what comes of a call in which some arguments are replaced; None if nothing is."""
     call, expected = CALLS[name], right_of(name)
-    verdicts = {case.verdict for case in chosen.values()}
+    verdicts = {case.advice for case in chosen.values()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its prototypes
         replacing = {argument: case.make() for argument, case in chosen.items()}
@@ -1203,6 +1205,7 @@ FUZZ = settings(
 
 @FUZZ
 @given(replaced())
+@pytest.mark.slow
 def test_what_is_malformed_is_refused_and_what_is_not_gives_the_right_result(example):
     name, chosen = example
     assert flaw(name, chosen) is None

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.decomposition import FactorAnalysis as Peer
 from threadpoolctl import threadpool_limits
 
-from probae.models.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a fit that has not converged must not pass
 
@@ -242,6 +242,7 @@ def test_factor_analysis_of_fewer_data_than_features():
     assert fit.scale.square().min() > 0
 
 
+@pytest.mark.slow
 def test_over_factored_problems_converge():
     """Latents up to one fewer than the features, where Heywood cases abound; a fit that has not converged warns."""
     generator = rng()

@@ -17,19 +17,20 @@ from scipy.special import expit
 from torch import nn
 
 import probae
-from probae import likelihoods, missing
-from probae.datasets import load
-from probae.models import REGISTRY, make, names
-from probae.models.expectation_maximisation import expectation_maximisation
-from probae.models.gaussian_gaps import fit_mixture
-from probae.models.maximum_likelihood import factor_analysis, ppca
-from probae.models.observed_likelihood import standardised, step_from
+from probae.data.datasets import load
+from probae.heads import likelihoods
+from probae.linear_gaussian.expectation_maximisation import expectation_maximisation
+from probae.linear_gaussian.gaussian_gaps import fit_mixture
+from probae.linear_gaussian.maximum_likelihood import factor_analysis, ppca
+from probae.linear_gaussian.observed_likelihood import standardised, step_from
+from probae.models import CATALOGUE, make, names
 from probae.objectives import ELBO
+from probae.tracing import missing
 
 D, L = 5, 2
 LINEAR = {"ppca": probae.PPCA, "factor_analysis": probae.FactorAnalysis}
 EXACT = pytest.mark.parametrize("name", LINEAR)
-EVERY = pytest.mark.parametrize("name", names())
+EVERY = pytest.mark.parametrize("name", names("real"))
 # under a flat prior, or with a point for a guide, there is no log p(x)
 WITHOUT = {"linear_autoencoder", "autoencoder", "stochastic_autoencoder", "sparse_autoencoder"}
 
@@ -265,6 +266,7 @@ def test_at_the_end_the_gradient_vanishes(name, seed):
 
 
 @EXACT
+@pytest.mark.slow
 def test_the_likelihood_rises_from_step_to_step(name):
     x, values = with_gaps(complete(200)), []
     for steps in range(1, 30):
@@ -345,6 +347,7 @@ def by_scipy(x, latents, shared, start):
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.slow
 def test_an_independent_optimiser_finds_nothing_better(shared):
     x = with_gaps(complete(150, 6))
     found = expectation_maximisation(x, L, shared=shared, tolerance=1e-8)
@@ -518,6 +521,7 @@ def test_the_encoder_sees_the_mask(name):
 
 
 @EVERY
+@pytest.mark.sample(2)
 def test_laws_hold_with_gaps(name, tmp_path):
     """Training moves every parameter and keeps it finite; the flat graph has the same bits; the option is saved."""
     states = []
@@ -669,6 +673,7 @@ def test_draws_of_exact_models_are_particles_of_their_own():
 
 
 @pytest.mark.parametrize("head", ["normal", "binomial", "ordered_categorical"])
+@pytest.mark.sample(2)
 def test_draws_by_resampling_have_the_posteriors_mean(head):
     """E[x_missing | x_observed] by quadrature; an encoder that was never trained is far from the posterior."""
     torch.manual_seed(0)
@@ -876,6 +881,7 @@ def test_data_with_gaps_stream_and_runs_on_them_resume(tmp_path):
 # -- comparison ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_what_is_observed():
     train, test = with_gaps(complete(200, 6, seed=0)), with_gaps(complete(100, 6, seed=0), seed=5)
     models = {name: cls(6, L, missing="mask").double().maximum_likelihood(train) for name, cls in LINEAR.items()}
@@ -949,7 +955,7 @@ def test_a_column_of_which_nothing_is_observed_is_named(name):
 @EVERY
 @pytest.mark.parametrize("way", ["drop", "Mask", True, 1, math.nan])
 def test_ways_are_listed(name, way):
-    assert name in REGISTRY
+    assert name in CATALOGUE
     with pytest.raises(ValueError, match=r"missing: expected one of \[None, 'mask'\]"):
         make(name, D, L, missing=way)
 

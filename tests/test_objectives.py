@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import probae
+from probae.adapter import as_pair
+from probae.heads.corruption import Corruption, Gaussian
 from probae.objectives import ELBO, IWAE, Objective, Reconstruction, Warmup, named
-from probae.pair import as_pair
 
 START = torch.tensor(0.0)
 REPEATS = 100
@@ -33,7 +34,7 @@ def value(objective, pair, x, seed=0, step=START):
 def gradients(objective, pair, x, parameters=None, repeats=REPEATS, seed=0):
     """The gradient (repeats, P) of independent evaluations."""
     parameters = list(pair.parameters()) if parameters is None else parameters
-    pair.layout(x)
+    pair.signature(x)
     torch.manual_seed(seed)
     rows = []
     for _ in range(repeats):
@@ -81,10 +82,37 @@ class Linear(nn.Module):
     def model_parameters(self):
         return [self.w, self.log_s]
 
-    def elbo(self, x):
+    def elbo(self, x, noise=0.0):
+        """With Gaussian noise on what the guide sees: the bound of Im et al. (2017)."""
         loc, t2, s2 = self.a * x + self.b, (2 * self.log_t).exp(), (2 * self.log_s).exp()
-        likelihood = -((x - self.w * loc) ** 2 + self.w**2 * t2) / (2 * s2) - self.log_s - math.log(2 * math.pi) / 2
-        return (likelihood - (loc**2 + t2 - 1 - 2 * self.log_t) / 2).mean()
+        wide = t2 + self.a**2 * noise**2
+        likelihood = -((x - self.w * loc) ** 2 + self.w**2 * wide) / (2 * s2) - self.log_s - math.log(2 * math.pi) / 2
+        return (likelihood - (loc**2 + wide - 1 - 2 * self.log_t) / 2).mean()
+
+
+class RowsAlone(Linear):
+    """The same, with a guide that has no room for a batch of each particle."""
+
+    def guide(self, x):
+        _, _ = x.shape
+        super().guide(x)
+
+
+def quick(model, x=None, **options):
+    x = torch.randn(40, model.features, generator=torch.Generator().manual_seed(0)) if x is None else x
+    return probae.fit(model, x, **{"steps": 6, "every": 2, "batch_size": 20, "progress": False} | options)
+
+
+def both_ways(make, objective, **options):
+    """The losses, the values watched and the parameters of a run whose steps are eager, and of one whose are traced."""
+    found = []
+    for way in (False, "flat"):
+        model, loss = make(), objective()
+        run = quick(model, objective=loss, compile=way, **options)
+        tensors = [*model.state_dict().values(), *loss.state_dict().values()]
+        found.append([run.history[["loss", "validation"]].to_numpy().tolist(), *(t.tolist() for t in tensors)])
+    assert str(found[0]) == str(found[1])  # NaN where nothing is watched
+    return run
 
 
 def flat_gradient(scalar, parameters):
@@ -95,18 +123,23 @@ def flat_gradient(scalar, parameters):
 
 
 @pytest.mark.parametrize("options", [{}, {"analytic_kl": False}, {"particles": 4}, {"gradient": "stl"}])
-def test_elbo_and_its_gradient_are_unbiased(options):
-    program, x = Linear(), data(30, 1)
+@pytest.mark.parametrize(("kind", "noise"), [(Linear, 0.0), (Linear, 1.5), (RowsAlone, 1.5)])
+@pytest.mark.sample(2)
+def test_elbo_and_its_gradient_are_unbiased(options, kind, noise):
+    program, x = kind(), data(30, 1)
     pair = as_pair(program)
-    losses = torch.stack([value(ELBO(**options), pair, x, seed) for seed in range(REPEATS)]).unsqueeze(-1)
-    assert unbiased(losses, -program.elbo(x).detach().unsqueeze(-1))
-    exact = flat_gradient(-program.elbo(x), list(pair.parameters()))
-    assert unbiased(gradients(ELBO(**options), pair, x), exact)
+    objective = ELBO(**options, corruption=Gaussian(noise) if noise else None)
+    losses = torch.stack([value(objective, pair, x, seed) for seed in range(REPEATS)]).unsqueeze(-1)
+    assert unbiased(losses, -program.elbo(x, noise).detach().unsqueeze(-1))
+    if noise:  # so that the test could tell
+        assert not unbiased(losses, -program.elbo(x).detach().unsqueeze(-1))
+    exact = flat_gradient(-program.elbo(x, noise), list(pair.parameters()))
+    assert unbiased(gradients(objective, pair, x), exact)
 
 
 def test_analytic_kl_has_the_sampled_value_and_a_lower_variance():
     pair, x = probae.VAE(4, 2, hidden=(8,)).double(), data(20, 4)
-    losses = [torch.stack([value(ELBO(analytic_kl=a), pair, x, s) for s in range(300)])[:, None] for a in (True, False)]
+    losses = [torch.stack([value(ELBO(analytic_kl=a), pair, x, s) for s in range(200)])[:, None] for a in (True, False)]
     assert unbiased(*losses)
     assert losses[0].var() < losses[1].var()
     terms = pair.traces(x, 2000)
@@ -149,6 +182,7 @@ def test_stl_vanishes_at_the_exact_posterior(particles):
 # -- the IWAE bound ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dreg_is_unbiased_and_quieter_for_the_guide():
     program, x = Linear(), data(30, 1)
     pair = as_pair(program)
@@ -178,6 +212,25 @@ def test_iwae_is_the_log_mean_weight():
     assert value(IWAE(6), pair, x) == pytest.approx(-float(log_w.exp().mean(0).log().mean().detach()), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [Linear, RowsAlone])
+@pytest.mark.slow
+def test_iwae_at_corrupted_data_has_noise_of_its_own_for_each_particle(kind):
+    """Against brute force, with noise for each particle, and, which it must not be, with one for all."""
+    program, x, k, noise = kind(), data(5, 1), 4, 2.0
+    generator = torch.Generator().manual_seed(1)
+    losses = torch.stack([value(IWAE(k, corruption=Gaussian(noise)), as_pair(program), x, s) for s in range(200)])
+    brute = []
+    for fresh in (k, 1):
+        seen = x[:, 0] + noise * torch.randn(20_000, fresh, 5, generator=generator, dtype=torch.float64)
+        loc, e = program.a * seen + program.b, torch.randn(20_000, k, 5, generator=generator, dtype=torch.float64)
+        z = loc + program.log_t.exp() * e
+        p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(program.w * z, program.log_s.exp()).log_prob(x[:, 0])
+        log_w = p - dist.Normal(loc, program.log_t.exp()).log_prob(z)
+        brute.append(-(torch.logsumexp(log_w, 1) - math.log(k)).mean(1, keepdim=True).detach())
+    assert unbiased(losses[:, None], brute[0])
+    assert not unbiased(losses[:, None], brute[1])
+
+
 def test_iwae_refuses_latents_that_all_data_share():
     def model(x):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
@@ -191,6 +244,7 @@ def test_iwae_refuses_latents_that_all_data_share():
 
 @pytest.mark.parametrize("data_dim", [-1, -2])
 @pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.sample(2)
 def test_dreg_with_a_feature_plate_beside_the_data_plate(data_dim, particles):
     """x_nd ~ N(z_nd, 1): in a plate of features on either side, the same as an event of them."""
     grid = (lambda x: x) if data_dim == -2 else (lambda x: x.mT)
@@ -211,7 +265,7 @@ def test_dreg_with_a_feature_plate_beside_the_data_plate(data_dim, particles):
 
     x = data(8, 3)
     pair = probae.Pair(model, guide)
-    pair.layout(x)
+    pair.signature(x)
     plain, double = (gradients(IWAE(particles, g), pair, x, repeats=300) for g in ("standard", "dreg"))
     assert unbiased(double, plain)
 
@@ -286,8 +340,15 @@ def test_kl_of_two_latents_against_brute_force(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("plain", "other"), [(ELBO(3, analytic_kl=False), ELBO(3, gradient="stl")), (IWAE(3), IWAE(3, "dreg"))]
+    ("plain", "other"),
+    [
+        (ELBO(3, analytic_kl=False), ELBO(3, gradient="stl")),
+        (IWAE(3), IWAE(3, "dreg")),
+        (ELBO(3, analytic_kl=False, corruption=Gaussian(1.0)), ELBO(3, gradient="stl", corruption=Gaussian(1.0))),
+        (IWAE(3, corruption=Gaussian(1.0)), IWAE(3, "dreg", corruption=Gaussian(1.0))),
+    ],
 )
+@pytest.mark.sample(2)
 def test_gradients_of_two_latents_that_depend_on_each_other_are_unbiased(order, plain, other):
     pair, x = as_pair(Chain(order)), f64([[0.5]]).expand(300, 1)
     assert unbiased(gradients(other, pair, x), gradients(plain, pair, x, seed=1))
@@ -306,9 +367,10 @@ def test_path_gradients_vanish_at_the_exact_posterior_of_two_latents(order, obje
 class Binary(nn.Module):
     """Two Bernoulli latents, the second of which depends on the first in the guide; x (N, 1)."""
 
-    def __init__(self):
+    def __init__(self, infer=None):
         super().__init__()
         self.p, self.m, self.q = (nn.Parameter(f64(v)) for v in ([0.2, -0.3], [0.8, -0.9, 0.3], [0.3, -0.2, 0.7]))
+        self.infer = infer or {}
 
     def model(self, x):
         with pyro.plate("data", x.shape[-2], dim=-1):
@@ -319,10 +381,11 @@ class Binary(nn.Module):
     def guide(self, x):
         with pyro.plate("data", x.shape[-2], dim=-1):
             z1 = pyro.sample("z1", dist.Bernoulli(logits=self.q[0] * x).to_event(1))
-            pyro.sample("z2", dist.Bernoulli(logits=self.q[1] * x + self.q[2] * z1).to_event(1))
+            pyro.sample("z2", dist.Bernoulli(logits=self.q[1] * x + self.q[2] * z1).to_event(1), infer=self.infer)
 
-    def tables(self, x):
-        """log p(x, z) and log q(z | x) of the four states, for one number x."""
+    def tables(self, x, seen=None):
+        """log p(x, z) and log q(z | seen) of the four states, for one number x."""
+        seen = x if seen is None else seen
         z1, z2 = f64([0, 0, 1, 1]), f64([0, 1, 0, 1])
 
         def log_bernoulli(z, logits):
@@ -331,7 +394,7 @@ class Binary(nn.Module):
         loc = self.m[0] * z1 + self.m[1] * z2 + self.m[2]
         log_p = -((x - loc) ** 2) / 0.5 - math.log(0.5) - math.log(2 * math.pi) / 2
         log_p = log_p + log_bernoulli(z1, self.p[0]) + log_bernoulli(z2, self.p[1])
-        return log_p, log_bernoulli(z1, self.q[0] * x) + log_bernoulli(z2, self.q[1] * x + self.q[2] * z1)
+        return log_p, log_bernoulli(z1, self.q[0] * seen) + log_bernoulli(z2, self.q[1] * seen + self.q[2] * z1)
 
     def bound(self, x, particles):
         """E log (1/K) Σ w, summed over every state of every particle."""
@@ -355,6 +418,7 @@ class Binary(nn.Module):
     ],
     ids=str,
 )
+@pytest.mark.sample(2)
 def test_score_function_gradients_against_enumeration(objective, particles):
     program = Binary()
     bound = program.bound(f64(0.6), particles)
@@ -362,6 +426,39 @@ def test_score_function_gradients_against_enumeration(objective, particles):
     assert unbiased(draws, flat_gradient(-bound, list(program.parameters())))
     losses = torch.stack([value(objective, as_pair(program), f64([[0.6]]).expand(200, 1), s) for s in range(REPEATS)])
     assert unbiased(losses[:, None], -bound.detach()[None])
+
+
+class Shift(Corruption):
+    """Up or down by 2, half of the time each."""
+
+    def corrupt(self, x):
+        return x + 4 * torch.bernoulli(torch.full_like(x, 0.5)) - 2
+
+
+@pytest.mark.parametrize(("particles", "infer"), [(1, None), (3, None), (1, "parallel"), (3, "parallel")])
+@pytest.mark.sample(2)
+def test_discrete_latents_at_corrupted_data_against_enumeration(particles, infer):
+    class Flat(Binary):
+        """Without event axes, so that Pyro can sum the latents out."""
+
+        def model(self, x):
+            with pyro.plate("data", x.shape[-1], dim=-1):
+                z1 = pyro.sample("z1", dist.Bernoulli(logits=self.p[0]))
+                z2 = pyro.sample("z2", dist.Bernoulli(logits=self.p[1]))
+                pyro.sample("x", dist.Normal(self.m[0] * z1 + self.m[1] * z2 + self.m[2], 0.5), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", x.shape[-1], dim=-1):
+                z1 = pyro.sample("z1", dist.Bernoulli(logits=self.q[0] * x), infer=self.infer)
+                pyro.sample("z2", dist.Bernoulli(logits=self.q[1] * x + self.q[2] * z1), infer=self.infer)
+
+    program, x = Flat({} if infer is None else {"enumerate": infer}), f64(0.6)
+    tables = [program.tables(x, x + shift) for shift in (-2.0, 2.0)]
+    exact = torch.stack([(q.exp() * (p - q)).sum() for p, q in tables]).mean()
+    objective, rows, parameters = ELBO(particles, corruption=Shift()), x.expand(100), list(program.parameters())
+    losses = torch.stack([value(objective, as_pair(program), rows, s) for s in range(REPEATS)])
+    assert unbiased(losses[:, None], -exact.detach()[None])
+    assert unbiased(gradients(objective, as_pair(program), rows, parameters, 30), flat_gradient(-exact, parameters))
 
 
 def test_dreg_of_discrete_latents_is_refused_or_unbiased():
@@ -406,7 +503,7 @@ def test_a_discrete_latent_that_all_data_share():
     log_p = nn.functional.logsigmoid(f64([0.4, -0.4]))
     exact = (log_q.exp() * (fits + (log_p - log_q) / size)).sum()
     pair = probae.Pair(model, guide)
-    pair.layout(x)
+    pair.signature(x)
     for particles in (1, 4):
         torch.manual_seed(0)
         draws = [torch.autograd.grad(ELBO(particles)(pair, x, size, START), [q])[0] for _ in range(300)]
@@ -527,8 +624,379 @@ def test_objectives_by_name():
     for name, kind in (("elbo", ELBO), ("iwae", IWAE), ("reconstruction", Reconstruction), (None, ELBO)):
         assert type(named(name, model)) is kind
     assert type(named(None, probae.StochasticAutoencoder(3, 2))) is Reconstruction
-    with pytest.raises(TypeError, match="Objective"):
-        named(ELBO, model)
+    for wrong in (ELBO, 3, nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=r"Objective.*'elbo', 'iwae', 'reconstruction'"):
+            named(wrong, model)
+    with pytest.raises(ValueError, match="'elbo', 'iwae', 'reconstruction'"):
+        named("nelbo", model)
+
+
+def test_the_default_objective_is_a_method_of_the_pair():
+    class Sparse(probae.VAE):
+        def default_objective(self):
+            return IWAE(7)
+
+    inner = Sparse(3, 2)
+    for pair in (inner, probae.Transformed(inner, probae.transforms.Affine(0.0, 2.0)), probae.Dequantised(inner)):
+        assert named(None, pair).particles == 7
+    run = quick(inner)
+    assert isinstance(run.objective, IWAE)
+
+    class Text(probae.VAE):
+        default_objective = "iwae"
+
+    class Number(probae.VAE):
+        def default_objective(self):
+            return 3
+
+    for kind in (Text, Number):
+        with pytest.raises(TypeError, match="default"):
+            quick(kind(3, 2))
+
+
+# -- networks and buffers of an objective's own ------------------------------------------------------------------------
+
+
+def tanh_vae():
+    return probae.VAE(4, 2, hidden=(8,), activation="tanh", seed=0)
+
+
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Adversary(Objective):
+    """A discriminator of codes against draws of the prior, made for the pair; the codes climb its gradient reversed."""
+
+    lr, clip = 0.05, 1.0
+
+    def bind(self, pair, batch):
+        self.bound = getattr(self, "bound", 0) + 1
+        self.judge = nn.Sequential(nn.Linear(pair.latents, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, pair, batch, size, step):
+        codes = pair.posterior(batch).mean
+        reversed_ = 2 * codes.detach() - codes
+        fooled, real = self.judge(reversed_), self.judge(pair.prior().sample((len(batch),)))
+        return nn.functional.softplus(fooled).mean() + nn.functional.softplus(-real).mean()
+
+
+class Chains(Objective):
+    """Persistent chains, begun at the data, that move at every second step; the loss compares codes of both."""
+
+    def bind(self, pair, batch):
+        self.register_buffer("chains", batch[:10].clone())
+
+    def after_step(self, pair, batch, step):
+        if (
+            torch.is_grad_enabled() or len(batch) != 20
+        ):  # no assert: of what pytest makes of one, a trace would see a lot
+            raise RuntimeError("expected the rows of the step, and no gradient")
+        if step % 2 == 0:
+            self.chains.copy_(0.9 * self.chains + 0.1 * torch.randn_like(self.chains))
+
+    def forward(self, pair, batch, size, step):
+        return pair.posterior(batch).mean.square().mean() - pair.posterior(self.chains).mean.square().mean()
+
+
+def playing():
+    return ELBO() + 0.1 * Adversary() + 0.1 * Chains()
+
+
+@pytest.mark.slow
+def test_an_objective_with_state_of_its_own_has_the_same_bits_traced_and_resumed(tmp_path):
+    run = both_ways(tanh_vae, playing, x=X, validation=X[:9], steps=8)
+    assert run.records[-1]["ran"] == "flat"
+    options = {"x": X, "validation": X[:9], "compile": False, "checkpoint": tmp_path}
+    quick(tanh_vae(), objective=playing(), **options, steps=4)
+    again = quick(tanh_vae(), objective=playing(), **options, steps=8)
+    for a, b in zip((run.model, run.objective), (again.model, again.objective), strict=True):
+        assert str(a.state_dict()) == str(b.state_dict())
+    assert again.history["loss"].tolist() == run.history["loss"].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda: tanh_vae(), lambda: playing() + IWAE(3, corruption=Gaussian(0.5))),
+        (lambda: ppca(), lambda: ELBO() + 0.1 * Contractive() + ScoreMatching()),
+    ],
+    ids=["adversary, chains and corruption", "gradients at the data"],
+)
+def test_compiled_steps_are_the_same_to_rounding(make, loss):
+    eager, whole = (quick(make(), X, objective=loss(), compile=way, steps=12) for way in (False, True))
+    assert whole.records[-1]["ran"] in {"compiled", "captured"}
+    torch.testing.assert_close(*(f64(run.history["loss"].tolist()) for run in (eager, whole)), rtol=1e-3, atol=1e-4)
+
+
+def test_what_an_objective_makes_for_the_pair_is_made_once_and_trains():
+    started = []
+
+    class Noted(Adversary):
+        def bind(self, pair, batch):
+            super().bind(pair, batch)
+            started.extend(p.detach().clone() for p in self.judge.parameters())
+
+    adversary = Noted()
+    quick(tanh_vae(), X, objective=ELBO() + 0.1 * adversary)
+    now = list(adversary.judge.parameters())
+    assert adversary.bound == 1
+    assert len(now) == len(started) > 0
+    assert all(not torch.equal(a, b) for a, b in zip(started, now, strict=True))
+
+
+class Slope(Objective):
+    """A loss whose gradient at its own number is 1, or what it is told."""
+
+    def __init__(self, steep=1.0, **declared):
+        super().__init__()
+        self.height, self.steep = nn.Parameter(torch.zeros(())), steep
+        for name, given in declared.items():
+            setattr(self, name, given)
+
+    def forward(self, pair, batch, size, step):
+        return self.steep * self.height
+
+
+@pytest.mark.parametrize(
+    ("declared", "options", "moved"),
+    [
+        ({}, {"lr": 0.1}, 0.1),
+        ({"lr": 0.5}, {"lr": 0.1}, 0.5),
+        ({"lr": 0.5}, {"lr": {"model": 0.1}}, 0.5),
+        ({"lr": 0.5}, {"lr": {"model": 0.1, "objective": 0.2}}, 0.2),
+        ({"clip": 0.25}, {"lr": 1.0}, 0.25),
+        ({"clip": 0.25}, {"lr": 1.0, "clip": 10.0}, 0.25),
+        ({"clip": 0.25}, {"lr": 1.0, "clip": {"model": 1.0}}, 0.25),
+        ({"clip": 0.25}, {"lr": 1.0, "clip": {"objective": 0.5}}, 0.5),
+        ({"lr": 2.0, "clip": 0.25}, {"lr": 1.0}, 0.5),
+    ],
+)
+@pytest.mark.parametrize("around", [lambda loss: ELBO() + loss, lambda loss: ELBO() + 1.0 * (loss + Reconstruction())])
+def test_rates_and_clips_that_an_objective_declares(around, declared, options, moved):
+    loss = Slope(**declared)
+    quick(tanh_vae(), X, objective=around(loss), optimizer="sgd", steps=1, **options)
+    assert float(-loss.height.detach()) == pytest.approx(moved, rel=1e-4)
+
+
+def test_terms_with_rates_of_their_own_are_groups_of_their_own():
+    losses = Slope(lr=0.5), Slope(lr=0.25, clip=0.1), Slope()
+    quick(tanh_vae(), X, objective=losses[0] + losses[1] + losses[2] + ELBO(), optimizer="sgd", steps=1, lr=0.125)
+    assert [float(-loss.height.detach()) for loss in losses] == pytest.approx([0.5, 0.025, 0.125], rel=1e-4)
+    with pytest.raises(ValueError, match="lr of the objective"):
+        quick(tanh_vae(), X, objective=ELBO() + Slope(lr=-1.0))
+
+
+def test_parameters_that_pair_and_objective_both_have_are_the_pairs():
+    class Holding(Objective):
+        def bind(self, pair, batch):
+            self.encoder = pair.encoder
+
+        def forward(self, pair, batch, size, step):
+            return self.encoder(batch).square().mean()
+
+    both_ways(tanh_vae, lambda: ELBO() + Holding(), x=X)
+
+
+def test_what_after_step_replaces_is_followed_eagerly_with_a_reason():
+    class Replacing(Chains):
+        def after_step(self, pair, batch, step):
+            self.chains = self.chains * 0.5
+
+    class Counting(Slope):
+        def after_step(self, pair, batch, step):
+            self.steep = float(step)
+
+    for make in (Replacing, Counting):
+        with pytest.warns(RuntimeWarning, match=r"eager.*after_step changes objective\.\S*(chains|steep)"):
+            run = both_ways(tanh_vae, lambda make=make: ELBO() + make(), x=X, steps=8)
+        assert run.records[-1]["ran"] == "eager"
+
+
+# -- what early stopping watches ---------------------------------------------------------------------------------------
+
+
+class Watched(Objective):
+    """A loss of no matter, watched by what it is told."""
+
+    def __init__(self, watched):
+        super().__init__()
+        self.watched = watched
+        self.register_buffer("calls", torch.zeros(()))
+
+    def monitor(self, pair):
+        return self.watched
+
+    def forward(self, pair, batch, size, step):
+        self.calls.add_(1)
+        return pair.posterior(batch).mean.square().mean()
+
+
+def spread(pair, batch):
+    return -pair.posterior(batch).mean.std()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Watched("elbo"), "elbo"),
+        (lambda: Watched("iwae"), "iwae"),
+        (lambda: Watched("objective"), "objective"),
+        (lambda: Watched(spread), "spread"),
+        (lambda: ELBO() + 0.5 * Watched(spread), "spread"),
+        (lambda: ELBO() + 0.5 * Watched("objective"), "objective"),
+        (lambda: ELBO() + 0.5 * IWAE(3), "iwae"),
+        (lambda: ELBO() + ELBO(corruption=Gaussian(1.0)), "objective"),
+    ],
+)
+def test_an_objective_says_what_is_watched(make, kind):
+    run = quick(tanh_vae(), X, validation=X[:9], objective=make())
+    assert run.monitor == kind
+    assert run.history["validation"].notna().all()
+    if kind == "spread":
+        expected = float(spread(run.model, X[:9]).detach())
+        assert max(run.history["validation"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_watching_leaves_the_objective_as_it_was():
+    loss = Watched("objective")
+    quick(tanh_vae(), X, validation=X[:9], objective=loss, steps=6, every=1)
+    # the best record is the last one, and six steps were taken
+    assert float(loss.calls) == 6
+
+
+@pytest.mark.parametrize(("watched", "error"), [("likelihood", ValueError), (lambda pair, batch: "much", ValueError)])
+def test_what_cannot_be_watched_is_refused(watched, error):
+    with pytest.raises(error, match="expected"):
+        quick(tanh_vae(), X, validation=X[:9], objective=Watched(watched))
+
+
+def test_the_objectives_own_parameters_and_buffers_are_those_of_the_best_record(tmp_path):
+    """What is watched falls from the third record on; the run goes on from a checkpoint in the middle."""
+
+    class Rising(Slope):
+        def __init__(self):
+            super().__init__(lr=1.0)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def after_step(self, pair, batch, step):
+            self.seen.fill_(step)
+
+        def monitor(self, pair):
+            return lambda pair, batch: -((self.seen - 6) ** 2)
+
+    for steps in (8, 12):
+        loss = ELBO() + Rising()
+        run = quick(tanh_vae(), X, objective=loss, validation=X[:9], optimizer="sgd", steps=steps, checkpoint=tmp_path)
+        assert run.best_step == 6
+        assert float(loss.terms[1].seen) == 6
+        assert float(loss.terms[1].height.detach()) == -6
+
+
+# -- gradients at the data ---------------------------------------------------------------------------------------------
+
+
+class Contractive(Objective):
+    """The squared Jacobian of the encoder's mean, Rifai et al. (2011), row by row by autograd."""
+
+    def forward(self, pair, batch, size, step):
+        x = batch.detach().requires_grad_()
+        codes = pair.posterior(x).mean
+        rows = [torch.autograd.grad(codes[:, i].sum(), x, create_graph=True)[0] for i in range(codes.shape[1])]
+        return sum(row.square().sum(-1) for row in rows).mean()
+
+
+class ContractiveInPlace(Contractive):
+    """The same, asking the batch itself for its gradient."""
+
+    def forward(self, pair, batch, size, step):
+        loss = super().forward(pair, batch.requires_grad_(), size, step)
+        (slope,) = torch.autograd.grad(pair.posterior(batch).mean.sum(), batch, create_graph=True)
+        return loss + 0.0 * slope.square().mean()
+
+
+class ContractiveByFunctions(Objective):
+    """The same by `torch.func`."""
+
+    def forward(self, pair, batch, size, step):
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda row: pair.posterior(row).mean))(batch)
+        return jacobian.square().sum((-1, -2)).mean()
+
+
+class ScoreMatching(Objective):
+    """Sliced score matching, Song et al. (2019): vᵀ ∇² log p v + (vᵀ ∇ log p)² / 2."""
+
+    def __init__(self, watched="objective"):
+        super().__init__()
+        self.watched = watched
+
+    def monitor(self, pair):
+        return self.watched
+
+    def forward(self, pair, batch, size, step):
+        x, v = batch.detach().requires_grad_(), torch.randn_like(batch)
+        (score,) = torch.autograd.grad(pair.log_marginal(x).sum(), x, create_graph=True)
+        (bend,) = torch.autograd.grad((score * v).sum(), x, create_graph=True)
+        return ((bend * v).sum(-1) + (score * v).sum(-1).square() / 2).mean()
+
+
+def ppca():
+    return probae.PPCA(4, 2, seed=0)
+
+
+PENALTIES = [
+    (tanh_vae, lambda: ELBO() + 0.1 * Contractive()),
+    (tanh_vae, lambda: ELBO() + 0.1 * ContractiveInPlace()),
+    (tanh_vae, lambda: ELBO() + 0.1 * ContractiveByFunctions()),
+    (ppca, ScoreMatching),
+    (ppca, lambda: ScoreMatching("elbo")),
+]
+
+
+@pytest.mark.parametrize(("make", "objective"), PENALTIES)
+@pytest.mark.sample(2)
+def test_losses_with_gradients_at_the_data_have_the_same_bits_traced(make, objective):
+    run = both_ways(make, objective, x=X, validation=X[:9])
+    assert run.records[-1]["ran"] == "flat"
+
+
+def test_the_jacobian_penalty_is_the_same_however_it_is_written():
+    model = tanh_vae()
+    found = [value(kind(), model, X) for kind in (Contractive, ContractiveInPlace, ContractiveByFunctions)]
+    jacobian = torch.autograd.functional.jacobian(lambda x: model.posterior(x).mean.sum(0), X)
+    expected = jacobian.square().sum((0, 2)).mean()
+    for loss in found:
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.slow
+def test_score_matching_finds_the_covariance():
+    """In the mean over slices it is tr ∇² log p + ‖∇ log p‖² / 2, least at the data's own covariance."""
+    x = (X - X.mean(0)) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0]))
+    model = ppca()
+    quick(model, x, objective=ScoreMatching(), steps=400, batch_size=40, lr=0.05, scheduler="cosine", every=400)
+    ours = -probae.log_evidence(model, x).mean
+    best = -probae.log_evidence(ppca().maximum_likelihood(x), x).mean
+    assert 0 < ours - best < 0.1
+
+
+def test_a_tensor_that_lasts_and_that_the_pair_does_not_hold_is_still_refused():
+    lasting = torch.ones(4, requires_grad=True)
+
+    class Foreign(Contractive):
+        def forward(self, pair, batch, size, step):
+            return super().forward(pair, batch * lasting, size, step) + (batch * lasting).sum()
+
+    with pytest.raises(ValueError, match=r"shape \(4,\) that asks for a gradient"):
+        quick(tanh_vae(), X, objective=ELBO() + Foreign())
+
+
+def test_sums_and_multiples_read_as_they_are_written():
+    loss = Reconstruction() + 0.1 * ELBO(2) + 2 * (IWAE(3) + Penalty())
+    assert repr(loss) == (
+        "Reconstruction(particles=1) + 0.1 * ELBO(particles=2, analytic_kl=True, gradient='standard') + "
+        "2 * (IWAE(particles=3, gradient='standard') + Penalty())"
+    )
 
 
 # -- penalised reconstruction ------------------------------------------------------------------------------------------

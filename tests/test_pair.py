@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributions import Categorical, Normal, constraints
 
 import probae
-from probae.checks import check
-from probae.pair import as_pair
+from probae.adapter import as_pair
+from probae.tracing.checks import check
 
 N, D, L = 7, 3, 2
 WEIGHT = torch.tensor([[0.8, -0.3, 0.5], [0.1, 0.9, -0.6]], dtype=torch.float64)
@@ -114,8 +114,8 @@ def test_other_plates_are_summed_out_whether_inside_or_outside_the_data_plate(da
     x = data()
     pair = gridded(data_dim)
     traces = pair.traces(x, particles)
-    assert pair.layout(x).globals_ == ("m",)
-    assert pair.layout(x).vectorised
+    assert pair.signature(x).globals_ == ("m",)
+    assert pair.signature(x).vectorised
     z, m, u = (draws(traces, name) for name in "zmu")
     z, m = z.reshape(particles, N), m.reshape(particles, D)
     u = u if data_dim == -2 else u.mT
@@ -143,7 +143,7 @@ def test_a_plate_before_the_data_plate_and_at_its_dimension_is_outside_it(partic
     pair = pair64(topics, topics_guide)
     traces = pair.traces(x, particles)
     m = draws(traces, "m").reshape(particles, 4)
-    assert pair.layout(x).globals_ == ("m",)
+    assert pair.signature(x).globals_ == ("m",)
     equal(traces.prior(), zeros(particles, N), log_normal(m).sum(-1))
     equal(traces.likelihood(), log_normal(x, m.sum(-1)[:, None, None], 1.0).sum(-1))
 
@@ -228,7 +228,7 @@ def test_the_sum_per_datum_is_pyros_elbo_over_size(size):
     batch = data(N, D), data(N, 1, seed=1).squeeze(-1)
     programs = [lambda x, y, p=p: p(x, y, size) for p in (regression, regression_guide)]
     pair = probae.Pair(*programs)
-    pair.layout(batch)
+    pair.signature(batch)
     torch.manual_seed(3)
     traces = pair.traces(batch)
     terms = traces.likelihood() + traces.prior() - traces.posterior()
@@ -253,7 +253,7 @@ def test_a_subsampled_feature_plate_keeps_its_scale():
 
     programs = (lambda x: program(x, prior), lambda x: program(x, lambda x: dist.Normal(x[:, :1], 0.5)))
     x, pair = data(), probae.Pair(*programs)
-    pair.layout(x)
+    pair.signature(x)
     torch.manual_seed(3)
     traces = pair.traces(x)
     terms = traces.likelihood() + traces.prior() - traces.posterior()
@@ -264,8 +264,8 @@ def test_a_subsampled_feature_plate_keeps_its_scale():
 def test_global_latents_are_terms_of_their_own():
     batch = data(N, D), data(N, 1, seed=1).squeeze(-1)
     pair = pair64(regression, regression_guide)
-    layout = pair.layout(batch)
-    assert (layout.latents, layout.globals_, layout.observed) == (("z",), ("w", "scale"), ("y",))
+    signature = pair.signature(batch)
+    assert (signature.latents, signature.globals_, signature.observed) == (("z",), ("w", "scale"), ("y",))
     traces = pair.traces(batch, 4)
     w, scale, z = draws(traces, "w").reshape(4, D), draws(traces, "scale").reshape(4), draws(traces, "z")
     shared = log_normal(w).sum(-1) + log_normal(scale.log(), 0.0, 0.3) - scale.log()
@@ -302,7 +302,7 @@ def test_tuples_and_dicts(form):
     logits = torch.cat([z, zeros(3, N, 1)], -1)
     likelihood = log_normal(x, z @ WEIGHT, 0.7).sum(-1) + Categorical(logits=logits).log_prob(y)
     equal(traces.likelihood(), likelihood)
-    assert pair.layout(ready).measure == "mixed"
+    assert pair.signature(ready).measure == "mixed"
     assert probae.log_weights(pair, batch, 5).shape == (5, N)
 
 
@@ -336,7 +336,7 @@ def parameters(pair):
 def test_parameters_of_plain_programs_are_kept_by_the_pair_and_trained():
     pair = probae.Pair(*programs())
     x = data(50).float()
-    pair.layout(x)
+    pair.signature(x)
     before = parameters(pair)
     assert len(before) == 6
     run = probae.fit(pair, x, steps=5, progress=False)
@@ -349,7 +349,7 @@ def test_parameters_of_plain_programs_are_kept_by_the_pair_and_trained():
 def test_constrained_parameters_start_at_their_value_and_stay_inside():
     pair = probae.Pair(*programs())
     x = data(50).float()
-    pair.layout(x)
+    pair.signature(x)
     torch.testing.assert_close(pair.parameter("scale").detach(), torch.tensor(0.8))
     torch.testing.assert_close(pair.parameter("q.scale").detach(), torch.full((L,), 0.3))
     probae.fit(pair, x, steps=30, lr=0.5, progress=False)
@@ -360,7 +360,7 @@ def test_constrained_parameters_start_at_their_value_and_stay_inside():
 def test_two_pairs_do_not_share_parameters():
     x = data(50).float()
     first, second, alone = (probae.Pair(*programs()) for _ in range(3))
-    second.layout(x)
+    second.signature(x)
     untouched = parameters(second)
     probae.fit(first, x, steps=20, progress=False)
     assert all(torch.equal(untouched[name], p) for name, p in parameters(second).items())
@@ -377,7 +377,7 @@ def test_two_pairs_around_the_same_param_statements_are_independent():
 
     x = data(50).float() + 3
     first, second = probae.Pair(model), probae.Pair(model)
-    second.layout(x)
+    second.signature(x)
     probae.fit(first, x, steps=300, lr=0.1, progress=False)
     assert float(second.parameter("loc").detach().abs().max()) == 0
     probae.fit(second, x, steps=300, lr=0.1, progress=False)
@@ -463,6 +463,7 @@ class Module(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Plain, PlainParameter, PlainParam, Module])
+@pytest.mark.sample(2)
 def test_any_object_with_model_and_guide_is_trained_and_stays_so(kind):
     thing, x = kind(), data(100).float()
     before = probae.log_evidence(thing, x, "elbo").mean
@@ -482,6 +483,7 @@ def test_a_bare_parameter_of_a_plain_class_moves():
 
 
 @pytest.mark.parametrize("auto", [AutoNormal, AutoDelta, AutoMultivariateNormal])
+@pytest.mark.sample(2)
 def test_autoguides_of_global_latents(auto):
     """Bayesian linear regression with known noise: the posterior mean is known."""
 
@@ -515,7 +517,7 @@ def unaware_model(x):
 def test_a_pair_without_a_particle_axis_runs_one_particle_after_another():
     x, particles = data(), 400
     aware, unaware = pair64(model, guide), pair64(unaware_model, guide)
-    assert (aware.layout(x).vectorised, unaware.layout(x).vectorised) == (True, False)
+    assert (aware.signature(x).vectorised, unaware.signature(x).vectorised) == (True, False)
     torch.manual_seed(0)
     traces = unaware.traces(x, particles)
     z = draws(traces, "z")
@@ -568,7 +570,7 @@ def test_batch_norm_in_a_decoder_falls_back_whatever_its_width(width):
     net = nn.Sequential(nn.Linear(L, width), nn.BatchNorm1d(width), nn.Linear(width, D))
     model = probae.VAE(D, L, decoder=net)
     probae.fit(model, data(60).float(), objective="iwae", steps=2, batch_size=20, progress=False)
-    assert not model.layout(data(60).float()).vectorised
+    assert not model.signature(data(60).float()).vectorised
 
 
 # -- odds and ends -----------------------------------------------------------------------------------------------------
@@ -611,4 +613,4 @@ def test_a_model_with_a_marginal_needs_no_guide():
 
 def test_checking_twice_finds_the_same_layout():
     pair, x = pair64(model, guide), data()
-    assert check(pair, x) == check(pair, x) == pair.layout(x)
+    assert check(pair, x) == check(pair, x) == pair.signature(x)

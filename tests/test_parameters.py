@@ -522,6 +522,7 @@ def value(model, x):
 
 @pytest.mark.filterwarnings("ignore:the programs use", "ignore:log weights are computed eagerly")
 @pytest.mark.parametrize(("name", "how", "way"), COPIES)
+@pytest.mark.sample(2)
 def test_a_copy_has_parameters_of_its_own(name, how, way):
     model, x, ran = COPIED[name](), data(), name != "closures"
     options = {"lr": 0.05, "batch_size": N, "compile": way, "progress": False}
@@ -616,18 +617,18 @@ class Ours(Thing):
 
 
 @pytest.mark.parametrize("kind", [Busy, Near])
+@pytest.mark.slow
 def test_methods_of_other_purposes_are_not_taken_for_ours(kind):
     thing, plain, x = kind(), Thing(), data()
     assert torch.equal(value(thing, x), value(plain, x))
     run = probae.fit(thing, x, steps=3, progress=False)
     assert run.history["loss"].tolist() == probae.fit(plain, x, steps=3, progress=False).history["loss"].tolist()
-    pair = probae.pair.as_pair(thing)
+    pair = probae.adapter.as_pair(thing)
     assert not any(pair.has(name) for name in ("prior", "likelihood", "posterior", "marginal", "initialise"))
     assert pair.missing is None
     assert probae.log_evidence(thing, x, particles=50).bound == "lower"
     assert probae.sample(thing, 3, like=x).shape == (3, D)
-    with pytest.raises(ValueError, match="likelihood"):
-        probae.decode(thing, torch.zeros(2, L))
+    assert torch.equal(probae.decode(thing, torch.zeros(2, L)), thing.dec(torch.zeros(2, L)).detach())
     assert len(pyro.get_param_store()) == 0
 
 

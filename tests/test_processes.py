@@ -119,6 +119,7 @@ FIXED = ["eager", "flat", "clipped by group", "all data", "mapped", "Dataset", "
 
 
 @pytest.mark.parametrize("name", FIXED)
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_train_as_one_with_the_whole(outcomes, name):
     ((one,), (first, second)) = outcomes[1], outcomes[2]
     other = one["eager" if name == "all data" else "all data"]  # runs that differ do so in their parameters
@@ -128,6 +129,7 @@ def test_two_processes_with_half_the_batch_train_as_one_with_the_whole(outcomes,
         torch.testing.assert_close(first[name][key].double(), value.double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_history_is_that_of_all_rows_in_every_process(outcomes):
     ((one,), (first, second)) = outcomes[1], outcomes[2]
     torch.testing.assert_close(first["history"], one["history"], rtol=1e-5, atol=1e-5)
@@ -140,6 +142,7 @@ def test_each_process_draws_noise_of_its_own(outcomes):
     assert all(torch.equal(first["noisy"][key], value) for key, value in second["noisy"].items())
 
 
+@pytest.mark.slow
 def test_a_callback_of_one_process_ends_all(outcomes):
     assert all(found["stopped by one"].tolist() == [10, 20] for found in outcomes[2])
 
@@ -342,6 +345,7 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
+@pytest.mark.slow
 def test_processes_that_differ_are_told_apart_before_the_first_step(told, name):
     first, second = (found[name] for found in told)
     assert first == second
@@ -350,6 +354,7 @@ def test_processes_that_differ_are_told_apart_before_the_first_step(told, name):
 
 
 @pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_all(told, name):
     first, second = (found[f"fails: {name}"] for found in told)
     assert first.startswith("ConnectionError: rank 1 of the 2 processes has stopped")
@@ -360,7 +365,7 @@ def test_what_fails_in_one_process_ends_all(told, name):
 def test_a_loss_that_is_no_number_in_one_process_is_told_by_all_with_its_rows(told):
     first, second = (found["no number"] for found in told)
     assert first.startswith(
-        "FloatingPointError: the loss is nan at step 7: site 'x' has no finite density at rows of the data"
+        "FloatingPointError: the loss became nan at step 7: site 'x' has no finite density at rows of the data"
     )
     assert first == f"{second} (rank 1)"
 
@@ -388,6 +393,7 @@ def test_processes_can_go_on_after_errors(told):
         ("trained(DataLoader(TensorDataset(X), 33, shuffle=True))", "shuffles differently in each process"),
     ],
 )
+@pytest.mark.slow
 def test_what_processes_cannot_share_is_refused(tmp_path, call, message):
     path = script(tmp_path, f"{call}\n")
     done = launch(path, 2, tmp_path, check=False)

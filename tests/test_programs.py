@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset
 
 import probae
+from probae.adapter import as_pair
 
 N = 40
 
@@ -718,7 +719,7 @@ def theirs(program, pair, elbo, seed=3):
 
 
 def ours(program, pair, particles=1, seed=3, size=N):
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     torch.manual_seed(seed)
     loss = probae.objectives.ELBO(particles, analytic_kl=False)
     return float(loss(pair, program.batch, size, torch.tensor(0.0)).detach())
@@ -764,10 +765,11 @@ class Rows(Dataset):
 
 @pytest.mark.parametrize("particles", [1, 3])
 @cases()
+@pytest.mark.sample(4)
 def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
     program = make(name)
     pair = program.pair()
-    together = pair.layout(program.batch).vectorised and particles > 1
+    together = pair.signature(program.batch).vectorised and particles > 1
     elbo = program.elbo(num_particles=particles, vectorize_particles=together, max_plate_nesting=1)
     for _ in range(2):
         assert ours(program, pair, particles) == pytest.approx(theirs(program, pair, elbo), rel=1e-10)
@@ -777,10 +779,11 @@ def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
 
 # of a score-function gradient there are several: Pyro leaves out a term of mean zero that probae keeps
 @cases(without=["ss-vae unlabelled, sized, sampled"])
+@pytest.mark.sample(6)
 def test_training_takes_the_steps_of_svi(name):
     program = make(name)
     pair = program.pair()
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     start, steps, lr = state(pair), 6, 0.02
     args, kwargs = program.arguments
     with pyros(program, pair):
@@ -796,10 +799,11 @@ def test_training_takes_the_steps_of_svi(name):
 
 
 @cases()
+@pytest.mark.sample(3)
 def test_fit_trains_the_programs_and_leaves_pyros_store_alone(name):
     program = make(name)
     pair = program.pair()
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     before = {key: p.detach().clone() for key, p in pair.named_parameters()}
     store = pyro.get_param_store()
     with store.scope():
@@ -822,6 +826,7 @@ def test_fit_trains_the_programs_and_leaves_pyros_store_alone(name):
 
 
 @cases()
+@pytest.mark.sample(2)
 def test_a_flat_graph_takes_the_same_steps(name):
     found = []
     for way in (False, "flat"):
@@ -848,11 +853,12 @@ def test_a_flat_graph_takes_the_same_steps(name):
 
 
 @cases()
+@pytest.mark.sample(4)
 def test_two_fits_do_not_see_each_other(name):
     programs = make(name), make(name)
     first, second = pairs = [program.pair() for program in programs]
     for pair, program in zip(pairs, programs, strict=True):
-        pair.layout(program.batch)
+        pair.signature(program.batch)
     start = state(second)
     assert same(state(first), start)
     probae.fit(first, programs[0].batch, steps=5, batch_size=N, progress=False)
@@ -887,6 +893,7 @@ def weights_by_hand(program, pair, runs):
 
 
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])
+@pytest.mark.slow
 def test_evidence_follows_from_the_weights_of_pyros_traces(name):
     program, runs = make(name), 25
     pair = program.pair()
@@ -911,7 +918,7 @@ def test_evidence_follows_from_the_weights_of_pyros_traces(name):
         many = probae.log_evidence(pair, program.batch, "iwae", particles=2000, seed=1)
         bias = float((auto.mc_stderr.square() + many.mc_stderr.square()).mean()) / 2
         assert auto.bound == "lower"
-        assert set(auto.rungs) <= {"iwae", "refined", "ais"}
+        assert set(auto.estimators) <= {"iwae", "refined", "ais"}
         assert abs(auto.mean - many.mean) <= 4 * math.hypot(auto.mean_mc_stderr, many.mean_mc_stderr) + bias
         with pytest.raises(ValueError, match="method='enumerate'"):
             probae.log_evidence(pair, program.batch, "enumerate")
@@ -920,6 +927,7 @@ def test_evidence_follows_from_the_weights_of_pyros_traces(name):
 
 
 @cases(without=["mixture of parameters"])
+@pytest.mark.sample(16)
 def test_codes_are_the_centres_of_the_guide(name):
     program = make(name)
     pair = program.pair()
@@ -956,16 +964,26 @@ def test_samples_have_the_form_of_the_observed_sites(name):
     for key, value in draws.items():
         assert model.nodes[key]["fn"].support.check(value).all()
     with pytest.raises(ValueError, match="like="):
+        probae.sample(make(name).pair(), 3)
+    if not (given := as_pair(pair).remembered.given):  # from here on the form of a batch is known
+        assert {len(value) for value in sites(probae.sample(pair, 3)).values()} == {3}
+        return
+    with pytest.raises(ValueError, match=f"conditions on '{given[0]}'"):
         probae.sample(pair, 3)
 
 
+def sites(drawn):
+    return drawn if isinstance(drawn, dict) else {"alone": drawn}
+
+
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])
+@pytest.mark.sample(7)
 def test_validation_watches_a_bound(name):
     program = make(name)
     run = probae.fit(
         program.pair(), program.batch, validation=program.batch, steps=4, batch_size=N, every=2, progress=False
     )
-    assert run.watched in {"elbo", "log p(x)"}
+    assert run.monitor in {"elbo", "log p(x)"}
     assert run.history["validation"].notna().all()
 
 
@@ -993,7 +1011,7 @@ def test_minibatches_weigh_global_latents_by_the_full_size(auto):
 def test_minibatches_weigh_the_sum_over_assignments_by_the_full_size():
     program = gmm(AutoDelta)
     pair = program.pair()
-    pair.layout(program.batch)
+    pair.signature(program.batch)
     with pyros(program, pair):
         at = program.guide.median()
     prior = dist.Dirichlet(0.5 * torch.ones(K)).log_prob(at["weights"])
@@ -1012,6 +1030,7 @@ def test_a_model_without_a_guide_is_trained_by_its_sum_over_states():
     assert found == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_an_autoguide_of_local_latents_finds_each_datums_own_posterior():
     """All is Gaussian, so the optimum's means are the exact ones: z and m given x, with each row kept at its place."""
     torch.manual_seed(0)
@@ -1029,6 +1048,7 @@ def test_an_autoguide_of_local_latents_finds_each_datums_own_posterior():
 
 
 @pytest.mark.parametrize("plate", [sizeless, sized])
+@pytest.mark.slow
 def test_labelled_and_unlabelled_digits_are_trained_together(plate):
     """The example's three losses of one module: unlabelled, labelled, and the classifier's, in one objective."""
     torch.manual_seed(0)
@@ -1094,6 +1114,7 @@ def test_a_program_that_subsamples_its_data_is_not_evaluated_datum_by_datum(eval
 
 
 @pytest.mark.parametrize("form", ["argument", "leaf"])
+@pytest.mark.slow
 def test_annealing_is_kept_in_training_and_refused_by_evidence(form):
     torch.manual_seed(0)
     program, factor = dmm(), 0.3
@@ -1150,6 +1171,7 @@ SAYS = (
 
 @cases()
 @pytest.mark.filterwarnings("ignore:log weights are computed eagerly", "ignore:.* is run eagerly")
+@pytest.mark.slow
 def test_every_evaluator_answers_or_says_what_is_missing(name):
     answered = []
     for evaluator, run in EVALUATORS.items():

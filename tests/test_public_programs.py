@@ -213,6 +213,7 @@ SLOW = ("factorial", "coupled")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in HMMS])
+@pytest.mark.slow
 def test_hidden_markov_models_are_evaluated_by_their_forward_algorithm(kind):
     notes, lengths = songs()
     model = partial(HMMS[kind], True)
@@ -225,6 +226,7 @@ def test_hidden_markov_models_are_evaluated_by_their_forward_algorithm(kind):
 
 
 @pytest.mark.parametrize("kind", HMMS)
+@pytest.mark.sample(2)
 def test_hidden_markov_models_train_in_minibatches(kind):
     """Whose sequences may all be shorter than those that were seen first."""
     notes, lengths = songs()
@@ -325,6 +327,7 @@ def melodies(count=6, steps=3):
 
 
 @pytest.mark.parametrize("flows", [0, 1])
+@pytest.mark.slow
 def test_a_deep_markov_model_with_flows(flows):
     x, mask = batch = melodies()
     net = FlowMarkov(flows)
@@ -337,6 +340,7 @@ def test_a_deep_markov_model_with_flows(flows):
 
 
 @pytest.mark.parametrize("flows", [0, 1])
+@pytest.mark.slow
 def test_padded_steps_of_a_deep_markov_model_lift_no_estimate(flows):
     x, mask = melodies()
     net = FlowMarkov(flows)
@@ -419,6 +423,7 @@ def test_labelled_cells_train_with_their_classification_loss(scale):
 
 
 @pytest.mark.parametrize("enumerated", [True, False])
+@pytest.mark.slow
 def test_unlabelled_cells_train(enumerated):
     net, (x, _) = Annotation(), cells()
     if enumerated:
@@ -430,6 +435,7 @@ def test_unlabelled_cells_train(enumerated):
     trains(net.model, guide, x, size=6)
 
 
+@pytest.mark.slow
 def test_unlabelled_cells_are_evaluated():
     net, (x, _) = Annotation(), cells()
     truth, error = net.truth(x)
@@ -438,6 +444,7 @@ def test_unlabelled_cells_are_evaluated():
         near(probae.log_evidence(net, x, method, particles=2000), truth, error)
 
 
+@pytest.mark.slow
 def test_labelled_cells_are_evaluated_or_refused():
     net, batch = Annotation(), cells()
     truth, error = net.truth(*batch)
@@ -499,6 +506,7 @@ def counts(count=8):
 
 
 @pytest.mark.parametrize("guide", ["by hand", "easy"])
+@pytest.mark.slow
 def test_a_deep_exponential_family_trains_on_all_rows(guide):
     x = counts()
     made = gammas_guide if guide == "by hand" else GammasEasyGuide(gammas)
@@ -576,6 +584,7 @@ def documents():
 
 
 @pytest.mark.parametrize("point", [True, False])
+@pytest.mark.slow
 def test_allocation_trains_on_all_documents(point):
     docs, net = documents(), Amortised(point)
     batch = (docs,)
@@ -583,6 +592,7 @@ def test_allocation_trains_on_all_documents(point):
     trains(corpus, net.guide, batch, size=DOCUMENTS, steps=20, falls=point)
 
 
+@pytest.mark.slow
 def test_allocation_at_point_topics_is_evaluated_by_quadrature():
     docs, net = documents(), Amortised(True)
     values = 1 + chances(2, VOCABULARY)
@@ -719,6 +729,7 @@ def test_a_dirichlet_process_trains_on_all_points():
 
 
 @pytest.mark.parametrize("method", ["elbo", "iwae", "auto"])
+@pytest.mark.slow
 def test_a_dirichlet_process_is_evaluated_or_refused(method):
     """log E_q p(x_n | sticks, means), the states summed: by draws of the guide's own laws."""
     x, draws = points(), 50_000
@@ -774,6 +785,7 @@ def test_causal_effects_train_by_pyros_loss():
 
 
 @pytest.mark.parametrize("method", ["elbo", "iwae", "refined", "auto"])
+@pytest.mark.sample(2)
 def test_causal_effects_are_evaluated_or_refused(method):
     """log p(x, t, y) by draws of the two confounders' prior."""
     model, guide = effects()

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from probae.models.catalogue import markdown
+
 README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"(?:<!-- (.*?) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+BLOCKS = re.findall(r"(?:<!-- ([\w ]+) -->\n)?```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_first_steps_print_evidence_a_table_and_a_diagnosis(capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("xarray")
@@ -34,3 +37,7 @@ def test_a_class_and_two_functions_of_ones_own_are_fitted_and_compared(capsys):
     out = capsys.readouterr().out
     for name in ("Student-t", "Normal", "full Gaussian"):
         assert name in out
+
+
+def test_the_table_of_the_family_is_the_catalogue():
+    assert f"<!-- catalogue -->\n{markdown()}\n<!-- /catalogue -->" in README.read_text()

@@ -15,11 +15,11 @@ from scipy.special import gammaln
 from torch import nn
 
 import probae
-from probae import likelihoods, posteriors, priors
-from probae.evidence.judging import settled
+from probae.evidence.accumulators import Accumulator
 from probae.evidence.pareto import effective_sample_size, pareto_k
+from probae.evidence.reliability import reliable_weights
 from probae.evidence.result import Evidence
-from probae.evidence.running import Running
+from probae.heads import likelihoods, posteriors, priors
 
 EXACT = 1e-10
 float64 = {"dtype": torch.float64}
@@ -77,7 +77,7 @@ def test_one_pass_over_chunks_is_all_at_once(logarithms):
     log_w = 3 * normal(1000, 4) + torch.tensor([-700.0, 0.0, 5.0, 700.0])
     log_w[:300, 0] = -torch.inf
     log_w = log_w[:, 1:] if logarithms else log_w
-    running = Running(1000, logarithms, shared=True)
+    running = Accumulator(1000, logarithms, shared=True)
     for chunk in log_w.split(77):
         running.add(chunk)
     mean = log_w.mean(0) if logarithms else log_w.logsumexp(0) - math.log(1000)
@@ -92,7 +92,7 @@ def test_one_pass_over_chunks_is_all_at_once(logarithms):
 
 
 def test_one_pass_keeps_the_digits_of_weights_that_do_not_vary():
-    running = Running(90)
+    running = Accumulator(90)
     for chunk in (torch.full((30, 2), -1234.5, **float64) + 1e-13 * normal(30, 2, seed=s) for s in range(3)):
         running.add(chunk)
     assert (running.value + 1234.5).abs().max() < EXACT
@@ -100,7 +100,7 @@ def test_one_pass_keeps_the_digits_of_weights_that_do_not_vary():
 
 
 def test_one_pass_of_weights_that_are_all_zero_is_minus_infinity():
-    running = Running(30)
+    running = Accumulator(30)
     running.add(torch.full((30, 1), -torch.inf))
     assert running.value.item() == -math.inf
     assert running.ess.item() == 0
@@ -122,6 +122,7 @@ def test_many_particles_come_in_one_pass_and_give_what_all_of_them_give():
 
 @pytest.mark.parametrize("kind", [probae.PPCA, probae.FactorAnalysis])
 @pytest.mark.parametrize("latents", [2, 10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.sample(2)
 def test_a_full_covariance_reaches_the_exact_posterior(kind, latents):
     model, x = linear_gaussian(kind, 2 * latents, latents)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)
@@ -156,6 +157,7 @@ def test_a_diagonal_covariance_reaches_the_mean_field_gap(latents):
 
 
 @pytest.mark.parametrize("guide", ["none", "near", "far", "narrow", "point"])
+@pytest.mark.slow
 def test_wherever_it_starts_it_ends_at_the_posterior(guide):
     model, x = linear_gaussian(scale=0.2)
     guides = {
@@ -176,6 +178,7 @@ def test_wherever_it_starts_it_ends_at_the_posterior(guide):
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 @pytest.mark.parametrize("latents", [1, 2])
 @pytest.mark.parametrize("head", ["bernoulli", "binomial"])
+@pytest.mark.slow
 def test_counts_reach_the_integral(head, latents, covariance):
     heads = {"bernoulli": (likelihoods.Bernoulli(), {}), "binomial": (likelihoods.Binomial(6), {"total": 6})}
     module, options = heads[head]
@@ -397,19 +400,21 @@ def believed(judges):
     """What draws say of others by the thousand."""
     details = {name: getattr(judges, name) for name in ("ess", "pareto_k", "skewness")}
     errors = judges.variance.sqrt()
-    return settled(Evidence(judges.value, errors, "lower", "iwae", "density", judges.count, details=details), 1_000)
+    return reliable_weights(
+        Evidence(judges.value, errors, "lower", "iwae", "density", judges.count, details=details), 1_000
+    )
 
 
 def test_heavy_weights_are_flagged():
     """Log-normal weights with sd 2: 95% intervals cover some 86%, and hardly any are said to be reliable."""
     log_w = 2 * normal(1_000, 1_000) - 2
-    running = Running(1_000)
+    running = Accumulator(1_000)
     running.add(log_w)
     error = running.variance.sqrt()
     covered = (running.value.abs() < 1.96 * error).double().mean()
     assert covered < 0.9
     assert believed(running).double().mean() < 0.02
-    light = Running(1_000)
+    light = Accumulator(1_000)
     light.add(0.5 * normal(1_000, 1_000, seed=1) - 0.125)
     assert believed(light).double().mean() > 0.85
 
@@ -433,6 +438,7 @@ def test_what_is_reported_does_not_depend_on_how_many_steps_drew_before():
     assert (a.values - b.values).abs().max() < 1e-8
 
 
+@pytest.mark.slow
 def test_flat_graphs_give_the_same_bits():
     model, _, _ = sparse("laplace")
     x = normal(7, 3)
@@ -452,6 +458,7 @@ def test_compiled_graphs_give_the_same_to_rounding(covariance):
     assert (a.values - b.values).abs().max() < 1e-8
 
 
+@pytest.mark.slow
 def test_blocks_of_data_change_the_draws_and_nothing_else():
     model, x = linear_gaussian(count=9)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)

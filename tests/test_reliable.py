@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributions import transforms as maps
 
 import probae
-from probae.evidence.importance import iwae, judged
-from probae.evidence.judging import JUDGES, settled
-from probae.evidence.running import Running
+from probae.evidence.accumulators import Accumulator
+from probae.evidence.importance import iwae, with_reliability
+from probae.evidence.reliability import JUDGES, reliable_weights
 from probae.evidence.weights import Weights, prepare
 
 float64 = {"dtype": torch.float64}
@@ -83,6 +83,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("particles", [100, 1_000])
+@pytest.mark.sample(2)
 def test_intervals_of_the_reliable_cover(case, particles):
     """In 93 of 100 cases at least, to 4 standard errors; and where weights have no variance, hardly any are reliable."""
     found, x, truth = CASES[case]()
@@ -108,7 +109,7 @@ def test_other_draws_judge_than_are_reported():
 
 
 def test_the_judges_are_a_stream_of_their_own():
-    model, batch, layout = prepare(gaussian(0.3), copies(0.5, 50))
+    model, batch, signature = prepare(gaussian(0.3), copies(0.5, 50))
     seen = []
 
     class Spied(Weights):
@@ -116,17 +117,17 @@ def test_the_judges_are_a_stream_of_their_own():
             seen.append((particles, seed))
             return super().by_chunks(batch, particles, seed, memory)
 
-    weights = Spied(model, layout, False)
-    found = judged(iwae(weights, batch, 200, 7), weights, batch, 7)
+    weights = Spied(model, signature, False)
+    found = with_reliability(iwae(weights, batch, 200, 7), weights, batch, 7)
     (reported, seed), (judges, other) = seen
     assert (reported, judges) == (200, JUDGES)
     assert seed != other
-    assert torch.equal(found.reliable, settled(iwae(weights, batch, JUDGES, other), 200))
+    assert torch.equal(found.reliable, reliable_weights(iwae(weights, batch, JUDGES, other), 200))
 
 
 def test_skewness_comes_chunk_by_chunk_as_at_once():
     log_w = torch.randn(301, 4, generator=torch.Generator().manual_seed(0), **float64) * number([0.1, 1.0, 3.0, 0.0])
-    running = Running(301)
+    running = Accumulator(301)
     for chunk in log_w.split(37):
         running.add(chunk)
     expected = stats.skew(log_w[:, :3].exp().numpy())
@@ -146,9 +147,10 @@ def test_skewness_comes_chunk_by_chunk_as_at_once():
         ("iwae", {"particles": 1}),
         ("refined", {"particles": 1, "steps": 2}),
         ("ais", {"chains": 1, "distributions": 5, "leapfrog": 2}),
-        ("auto", {"particles": 1, "rungs": ("iwae", "refined"), "refined": {"steps": 2}}),
+        ("auto", {"particles": 1, "estimators": ("iwae", "refined"), "refined": {"steps": 2}}),
     ],
 )
+@pytest.mark.sample(4)
 def test_one_draw_tells_no_error(method, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -215,7 +217,7 @@ def truth_of_modes(centres, shares):
 )
 def test_auto_drops_no_mode_that_the_guide_covers(centres, shares):
     x, truth = torch.zeros(60, **float64), truth_of_modes(centres, shares)
-    evidence = probae.log_evidence(modes(centres, shares), x, rungs=("iwae", "refined"), refined={"steps": 60})
+    evidence = probae.log_evidence(modes(centres, shares), x, estimators=("iwae", "refined"), refined={"steps": 60})
     off = evidence.values - truth
     missed = off < -4 * evidence.mc_stderr
     assert missed.double().mean() < 0.1
@@ -227,7 +229,7 @@ def test_auto_drops_no_mode_that_the_guide_covers(centres, shares):
 def test_a_refined_guide_in_one_of_two_modes_is_not_reliable(method):
     """Without a guide, draws of the prior find what it misses."""
     centres, shares = (-2.0, 2.0), (0.5, 0.5)
-    options = {"steps": 60} if method == "refined" else {"rungs": ("refined",), "refined": {"steps": 60}}
+    options = {"steps": 60} if method == "refined" else {"estimators": ("refined",), "refined": {"steps": 60}}
     evidence = probae.log_evidence(modes(centres, shares, guided=False), torch.zeros(60, **float64), method, **options)
     missed = evidence.values < truth_of_modes(centres, shares) - 4 * evidence.mc_stderr
     assert not (missed & evidence.reliable).any()
@@ -246,6 +248,7 @@ def test_a_refined_guide_in_one_of_two_modes_is_not_reliable(method):
         ("ais", {"chains": 8, "distributions": 10, "leapfrog": 2}),
     ],
 )
+@pytest.mark.sample(4)
 def test_the_lower_bound_holds_with_its_confidence(method, options):
     """A guide of tail index 0.9: the bound exceeds log p(x) in at most a share α of the runs, to 4 standard errors."""
     evidence = probae.log_evidence(gaussian(0.9), copies(0.5, 2_000), method, **options)
@@ -278,7 +281,7 @@ def test_the_lower_bound_is_shown_where_the_error_is_not_reliable():
 
 def test_only_lower_bounds_have_a_lower_bound():
     bounds = probae.sandwich(probae.PPCA(3, 2).double(), n=3, chains=2, distributions=5, pilot=5, leapfrog=2)
-    with pytest.raises(ValueError, match="upper bounds"):
+    with pytest.raises(ValueError, match="gives no lower bound"):
         bounds.upper.lower()
     with pytest.raises(ValueError, match="confidence"):
         bounds.lower.lower(1.0)
@@ -393,6 +396,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
+@pytest.mark.sample(2)
 def test_a_transformed_prior_has_the_coordinates_of_its_base(name):
     """log p(x) by quadrature over the base's quantiles."""
     start, parts = MOVED[name]
@@ -472,6 +476,7 @@ def test_a_prior_of_unknown_support_is_weighted_and_says_so():
             probae.log_evidence(found, x, method)
 
 
+@pytest.mark.slow
 def test_a_flow_for_a_prior_is_refined_and_annealed():
     validated = torch.distributions.Distribution._validate_args
     zuko = pytest.importorskip("zuko")  # which turns validation off

@@ -9,7 +9,7 @@ from test_cli import command
 from test_writing import contents
 
 import probae
-from probae.results import Results
+from probae.storage.results import Results
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib").use("Agg")
@@ -102,6 +102,7 @@ def test_a_result_that_the_user_has_changed_is_the_users(force, file, tmp_path):
         (["--data", "b/mine.npy"], "checksum of the data"),
     ],
 )
+@pytest.mark.sample(2)
 def test_results_of_another_run_are_refused_by_name_and_replaced_by_force(change, named, file, tmp_path):
     (tmp_path / "b").mkdir()
     np.save(tmp_path / "b" / "mine.npy", np.load(file) + 1e-3)
@@ -124,7 +125,7 @@ def test_the_file_that_is_read_is_never_replaced_even_where_it_is_a_result(file,
     table = np.abs(np.random.default_rng(0).normal(size=(30, 2)))
     np.savetxt(tmp_path / "out" / "evidence.csv", table, delimiter=",", header="a,b", comments="")
     listed = json.loads((tmp_path / "out" / "probae.json").read_text())
-    from probae.results import _checksum
+    from probae.storage.results import _checksum
 
     listed["files"]["evidence.csv"] = [_checksum(tmp_path / "out" / "evidence.csv")]
     (tmp_path / "out" / "probae.json").write_text(json.dumps(listed))
@@ -142,7 +143,7 @@ def test_a_damaged_list_is_one_line(text, file, tmp_path):
 
 
 def test_a_list_that_names_files_outside_the_folder_touches_none_of_them(file, tmp_path):
-    from probae.results import _checksum
+    from probae.storage.results import _checksum
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "link").symlink_to(tmp_path)

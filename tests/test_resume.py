@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 import probae
-from probae import likelihoods, priors
+from probae.heads import likelihoods, priors
 from probae.objectives import ELBO, IWAE, Objective, Reconstruction, Warmup
 
 D, L = 6, 2
@@ -186,6 +186,7 @@ def made(options):
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
+@pytest.mark.sample(4)
 def test_what_decides_the_bits_is_told_apart_by_name(name, tmp_path):
     first, second, words = DIFFERENCES[name]
     fit(tmp_path, **made(first))
@@ -216,6 +217,7 @@ def test_all_differences_are_in_one_message(tmp_path):
     ],
     ids=["steps", "every", "callbacks", "initial values", "flat", "progress"],
 )
+@pytest.mark.sample(3)
 def test_what_decides_no_bits_may_change(change, tmp_path):
     fit(tmp_path)
     whole = probae.fit(vae(), data(), **{**BASE, "steps": change.get("steps", 20)})
@@ -348,6 +350,7 @@ def test_what_programs_keep_in_plain_numbers_is_warned_of_and_not_resumed(tmp_pa
     ],
     ids=["milestones", "one cycle", "one after another", "plateau"],
 )
+@pytest.mark.sample(2)
 def test_a_schedule_goes_on_as_it_would_have(scheduler, tmp_path):
     whole = probae.fit(vae(), data(), scheduler=scheduler, **{**BASE, "steps": 40})
     fit(tmp_path, scheduler=scheduler)
@@ -355,6 +358,7 @@ def test_a_schedule_goes_on_as_it_would_have(scheduler, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Adagrad", "ASGD", "NAdam", "RMSprop", "Rprop", "Adafactor"])
+@pytest.mark.sample(2)
 def test_any_optimizer_goes_on_as_it_would_have(name, tmp_path):
     def optimizer(groups):
         return getattr(torch.optim, name)(groups, lr=0.01)
@@ -506,6 +510,7 @@ def stop(run):
 
 
 @pytest.mark.parametrize("name", SAME)
+@pytest.mark.sample(2)
 def test_data_with_random_streams_of_any_kind_resume_to_the_same_bits(name, tmp_path):
     options = {"steps": 21, "every": 7}
     whole = probae.fit(vae(), SAME[name](), **{**BASE, **options})
@@ -515,6 +520,7 @@ def test_data_with_random_streams_of_any_kind_resume_to_the_same_bits(name, tmp_
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.sample(2)
 def test_data_that_could_not_be_read_alike_again_are_refused_before_the_first_step(name, tmp_path):
     make, words = REFUSED[name]
     with pytest.raises(ValueError, match=f"checkpoint: .*{words}"):

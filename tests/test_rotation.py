@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from probae.models.rotation import rotate
+from probae.linear_gaussian.rotation import rotate
 
 METHODS = ["varimax", "quartimax", "oblimin"]
 
@@ -121,6 +121,7 @@ def test_stationary_by_automatic_differentiation(method, kaiser):
 @pytest.mark.parametrize("kaiser", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sample(2)
 def test_brute_force_in_two_dimensions(method, seed, kaiser):
     weight = draw(8, 2, seed=seed)
     found = rotate(weight, method, kaiser=kaiser, tolerance=1e-9, starts=6, max_iterations=5_000)

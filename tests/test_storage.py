@@ -28,10 +28,10 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import probae
-from probae import likelihoods as heads
-from probae import priors
+from probae.heads import likelihoods as heads
+from probae.heads import priors
 from probae.objectives import named as objective_named
-from probae.seeding import seeded
+from probae.runtime.seeding import seeded
 from probae.transforms import Affine, Logit
 
 D, L = 5, 2
@@ -56,7 +56,7 @@ def transformed():
 
 
 # what can be rebuilt from its arguments alone: name -> (kind of data, constructor)
-MODELS = {name: ("real", lambda name=name: probae.models.make(name, D, L)) for name in probae.models.names()} | {
+MODELS = {name: ("real", lambda name=name: probae.models.make(name, D, L)) for name in probae.models.names("real")} | {
     "dequantised": ("counts", lambda: probae.Dequantised(probae.PPCA(D, L))),
     "dequantised vae": ("counts", lambda: probae.Dequantised(vae())),
     "transformed": ("real", transformed),
@@ -90,7 +90,7 @@ def value(model, x, seed=3):
     except ValueError as error:
         if not re.search("flat|point", str(error)):
             raise
-    pair = probae.pair.as_pair(model)
+    pair = probae.adapter.as_pair(model)
     x = torch.as_tensor(x).to(pair.dtype)
     with torch.no_grad(), seeded(seed):
         return objective_named(None, pair)(pair, x, len(x), torch.zeros(()))
@@ -119,6 +119,7 @@ def rewritten(folder, change, tensors=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sample(2)
 def test_a_fitted_model_comes_back_to_the_bit(name, dtype, tmp_path):
     kind, make = MODELS[name]
     torch.manual_seed(1)
@@ -135,6 +136,7 @@ def test_a_fitted_model_comes_back_to_the_bit(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sample(2)
 def test_a_model_comes_back_before_it_was_fitted_and_can_be_fitted_on(name, tmp_path):
     kind, make = MODELS[name]
     torch.manual_seed(1)
@@ -143,6 +145,120 @@ def test_a_model_comes_back_before_it_was_fitted_and_can_be_fitted_on(name, tmp_
     assert torch.equal(value(loaded, x), value(model.eval(), x))
     runs = [probae.fit(m, x, steps=2, progress=False).history["loss"].tolist() for m in (model, loaded)]
     assert runs[0] == runs[1]
+
+
+# -- layers that share their weights -----------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """One layer in two places, one weight in two layers, and one that is transposed where it is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.square = nn.Linear(D, L), nn.Linear(L, L)
+        self.again, self.twin = self.square, nn.Linear(L, L)
+        self.twin.weight = self.square.weight
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(L), 1.0).to_event(1))
+            mean = self.again(self.twin(z)) @ self.enc.weight
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[-2], dim=-1):
+            pyro.sample("z", dist.Normal(self.square(self.enc(x)), 0.5).to_event(1))
+
+    def shares(self):
+        return self.again is self.square and self.twin.weight is self.square.weight
+
+
+def tied_after():
+    """A model of ours whose layers were tied once it was made, which its arguments do not say."""
+    model = probae.Autoencoder(D, D, likelihood=heads.Normal(1.0), seed=0)
+    model.decoder.layers[0].weight = model.encoder.layers[0].weight
+    return model
+
+
+def one_network():
+    """A model of ours with one network in two places."""
+    net = probae.nn.MLP(D, D)
+    return probae.Autoencoder(D, D, likelihood=heads.Normal(1.0), encoder=net, decoder=net)
+
+
+def shares(model):
+    if isinstance(model, Tied):
+        return model.shares()
+    return model.decoder.layers[0].weight is model.encoder.layers[0].weight
+
+
+def distinct(model):
+    return len({id(p) for p in probae.adapter.as_pair(model).trained()})
+
+
+@pytest.mark.parametrize("make", [Tied, tied_after, one_network])
+def test_layers_that_share_their_weights_share_them_again(make, tmp_path):
+    x = data("real")
+    torch.manual_seed(0)
+    model = make()
+    count = distinct(model)
+    options = {"steps": 4, "every": 2, "seed": 1, "progress": False}
+    run = probae.fit(model, x, **options, checkpoint=tmp_path / "run")
+    found = [copy.deepcopy(model), probae.load(probae.save(model, tmp_path / "model"), into=make())]
+    if make is not Tied:
+        found.append(probae.load(tmp_path / "model"))
+    resumed = make()
+    probae.fit(resumed, x, **(options | {"steps": 6}), checkpoint=tmp_path / "run")
+    found.append(resumed)
+    for other in found[:-1]:
+        assert str(other.state_dict()) == str(model.state_dict())
+    for other in found:
+        assert shares(other)
+        assert distinct(other) == count
+        probae.fit(other, x, steps=2, progress=False)
+        assert shares(other)
+    assert len({id(p) for p in probae.adapter.as_pair(run.model).trained()}) == count
+
+
+def test_traced_steps_on_shared_weights_have_the_bits_of_eager_ones():
+    states = []
+    for way in (False, "flat"):
+        model = tied_after()
+        probae.fit(model, data("real"), steps=6, compile=way, progress=False)
+        states.append(str(model.state_dict()))
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_file_with_two_values_for_one_weight_is_refused(into, tmp_path):
+    model = tied_after()
+    separate = probae.Autoencoder(D, D, likelihood=heads.Normal(1.0), seed=0)
+    folder = probae.save(separate, tmp_path)
+    rewritten(folder, lambda d: d.update(shared=[["encoder.layers.0.weight", "decoder.layers.0.weight"]]))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"shares .* differ in the file"):
+        probae.load(folder, into=model if into else None)
+    assert str(model.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [3, ["a", "b"], [["encoder.layers.0.weight"]], [["encoder.layers.0.weight", "code.no"]], [[1, 2]]]
+)
+def test_what_is_said_to_be_shared_and_cannot_be_is_refused(wrong, tmp_path):
+    folder = probae.save(probae.Autoencoder(D, L, seed=0), tmp_path)
+    with pytest.raises(ValueError, match=r"model\.json"):
+        probae.load(rewritten(folder, lambda d: d.update(shared=wrong)))
+
+
+def test_two_parameters_in_one_place_of_memory_are_refused_before_the_first_step():
+    model = probae.Autoencoder(D, L, seed=0)
+    model.decoder.layers[0].weight = nn.Parameter(model.encoder.layers[0].weight.detach().mT)
+    with pytest.raises(ValueError, match=r"share one nn\.Parameter"):
+        probae.fit(model, data("real"), steps=1, progress=False)
+    halves = torch.randn(2 * L, D).chunk(2, 1)  # beside each other in one place, and not over each other
+    model = vae()
+    model.extra = nn.ParameterList(nn.Parameter(half) for half in halves)
+    probae.fit(model, data("real"), steps=1, progress=False)
 
 
 def test_maximum_likelihood_in_float64_comes_back_to_the_bit(tmp_path):
@@ -407,6 +523,7 @@ def last_loss(model, x):
 
 
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.sample(4)
 def test_a_run_is_loaded_like_its_model_and_goes_on_alike(name, tmp_path):
     x = data("counts").astype("float32")
     torch.manual_seed(0)
@@ -454,6 +571,7 @@ def programs({names[0]}, {names[1]}):
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "run before"])
+@pytest.mark.slow
 def test_the_names_in_a_file_are_those_of_the_statements_not_of_variables(ran, tmp_path):
     def nets():
         return nn.Linear(D, D), nn.Linear(D, D)  # alike, so that nothing but names tells them apart
@@ -486,6 +604,7 @@ def test_what_is_left_over_after_the_first_run_is_named(tmp_path):
 
 @pytest.mark.parametrize("already_run", [False, True], ids=["fresh", "run before"])
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.slow
 def test_a_users_own_model_comes_back_into_another_one(name, already_run, tmp_path):
     x = data("counts").astype("float32")
     torch.manual_seed(0)

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import probae
-from probae import datasets, lineup
-from probae.streams import source
-from probae.streams.mapped import _Rows
+from probae.comparison import lineup
+from probae.data import datasets
+from probae.data.streams import source
+from probae.data.streams.mapped import _Rows
 
 D = 6
 
@@ -125,6 +126,18 @@ def test_a_file_that_was_replaced_is_not_read(tmp_path):
     (tmp_path / "x.npy").unlink()
     np.save(tmp_path / "x.npy", np.zeros((50, 6), np.float32))
     assert (_Rows(array).at(np.arange(50)) == 1).all()
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["by the system", "through the mapping"])
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path, step):
+    np.save(tmp_path / "x.npy", np.ones((50_000, 6), np.float32))
+    rows = _Rows(np.load(tmp_path / "x.npy", mmap_mode="r")[::step])
+    with (tmp_path / "x.npy").open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises((OSError, ValueError), match=r"x\.npy: the file (ends before|has been cut short)"):
+        rows.at(np.array([len(rows.array) - 1]))
+    with pytest.raises(ValueError, match="cut short"):
+        _Rows(rows.array)
 
 
 @pytest.fixture

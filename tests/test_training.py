@@ -109,8 +109,8 @@ def test_the_best_parameters_are_kept(objective):
     assert 0 < best < len(run.history) - 1
     assert run.best_step == run.history["step"][best]
     kept = run.history["validation"][best]
-    assert run.watched == ("elbo" if objective is None else "iwae")
-    assert probae.log_evidence(model, held, run.watched, particles=8, seed=0).mean == pytest.approx(kept, rel=1e-12)
+    assert run.monitor == ("elbo" if objective is None else "iwae")
+    assert probae.log_evidence(model, held, run.monitor, particles=8, seed=0).mean == pytest.approx(kept, rel=1e-12)
 
 
 def test_without_validation_the_last_parameters_are_kept():
@@ -147,10 +147,10 @@ def test_best_parameters_of_plain_programs_are_kept():
 def test_a_run_says_what_it_watches(model, watched):
     x = data(60, dtype=torch.float32)
     run = quick(seeded(model, D, L), x, validation=x, steps=2)
-    assert run.watched == watched
+    assert run.monitor == watched
     assert run.history["validation"].notna().all()
     unwatched = quick(seeded(model, D, L), x, steps=2)
-    assert unwatched.watched is None
+    assert unwatched.monitor is None
     assert unwatched.history["validation"].isna().all()
 
 
@@ -484,7 +484,9 @@ def test_a_datum_without_a_finite_density_is_named_and_the_last_good_parameters_
     model = seeded(Steep, D, L, hidden=(8,))
     before = state(model)
     # the code of such a row is as large, and its density the first that overflows
-    with pytest.raises(FloatingPointError, match=r"at step \d: site 'z' has no finite density at rows of the data 37:"):
+    with pytest.raises(
+        FloatingPointError, match=r"at step \d: site 'z' has no finite density at rows of the data 37\."
+    ):
         quick(model, x, compile=way, every=100)
     assert same(state(model), before)
 

@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 from torch import nn
 
 import probae
-from probae import likelihoods
+from probae.heads import likelihoods
 from probae.transforms import Affine, Dequantised, Logit, Transformed
 
 EXACT = 1e-10

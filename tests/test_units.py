@@ -9,8 +9,9 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import probae
-from probae import likelihoods, lineup
+from probae.comparison import lineup
 from probae.comparison.baselines import fit_baselines
+from probae.heads import likelihoods
 
 N, D, L = 400, 5, 2
 
@@ -23,7 +24,7 @@ def data(n=N, seed=0):
 X, HELD = data(), data(60, seed=1)
 POWERS = 2.0 ** np.array([-20, 13, 0, 7, -3])
 ANY = np.array([1e-6, 3e4, 1.0, 70.0, 0.013])
-AMORTISED = [name for name in probae.models.names() if name not in {"ppca", "factor_analysis"}]
+AMORTISED = [name for name in probae.models.names("real") if name not in {"ppca", "factor_analysis"}]
 
 
 def trained(make, x, steps=40, **options):

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 
 import probae
-from probae import writing
-from probae.writing import InTheWay, bears_mark, place_of
+from probae.storage import folders as writing
+from probae.storage.folders import InTheWay, bears_mark, place_of
 
 JSON, TENSORS = "model.json", "model.safetensors"
 unix = pytest.mark.skipif(os.name == "nt", reason="needs signals and locks of Unix")
@@ -168,7 +168,7 @@ def test_stopped_at_any_call_the_old_or_the_new_model_loads_and_the_next_save_go
 ):
     old, new = model(0), model(1)
     probae.save(old, tmp_path)
-    module, count = (probae.storage, writing.write) if call == "write" else (os, os.replace), [0]
+    module, count = (probae.storage.saving, writing.write) if call == "write" else (os, os.replace), [0]
 
     def stopping(*arguments):
         if count[0] == after:
@@ -180,7 +180,7 @@ def test_stopped_at_any_call_the_old_or_the_new_model_loads_and_the_next_save_go
         patch.setattr(module[0], call, stopping)
         if not clean:  # a process that is killed cleans nothing up
             patch.setattr(writing.shutil, "rmtree", lambda *_, **__: None)
-            patch.setattr(probae.storage, "_finish", lambda _: None)
+            patch.setattr(probae.storage.saving, "_finish", lambda _: None)
         try:
             probae.save(new, tmp_path)
             saved = True
@@ -203,14 +203,14 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path, monkeypatch
         path.write_bytes(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(probae.storage, "write", full)
+    monkeypatch.setattr(probae.storage.saving, "write", full)
     with pytest.raises(OSError, match="No space"):
         probae.save(model(1), tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(probae.storage, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(probae.storage.saving, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         probae.save(model(), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
@@ -221,7 +221,7 @@ def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path, monkeypatch)
 
 HOLDS = """
     import sys, time, pathlib
-    from probae.writing import preparing
+    from probae.storage.folders import preparing
     with preparing(pathlib.Path(sys.argv[1]), "model"):
         print("ready", flush=True)
         time.sleep(60)

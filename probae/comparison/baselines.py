@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from probae.batches import Batch, as_batch, leaves, shapes
-from probae.missing import require_numbers, require_observed
 from probae.models.baselines import GaussianMixture, Independent
 from probae.pair import Pair
+from probae.tracing.missing import require_numbers, require_observed
 from probae.transforms import Dequantised
 
 INDEPENDENT = "independent features"

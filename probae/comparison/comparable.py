@@ -28,11 +28,7 @@ def require_one_measure(measures: Iterable[tuple[str, str]]) -> None:
 
 
 def require_these_data(name: str, evidence: Evidence, x: Any) -> None:
-    """Raise a ValueError if evidence is of other data than x, as far as it remembers them, or an upper bound."""
-    if evidence.bound == "upper":
-        raise ValueError(
-            f"models: the evidence of {name!r} is an upper bound, which cannot be ranked: give the lower one"
-        )
+    """Raise a ValueError if evidence is of other data than x, as far as it remembers them."""
     batch = as_batch(x)
     if len(evidence) != length(batch):
         raise ValueError(

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.checks import check
-from probae.diagnostics.units import latents
-from probae.evidence import Evidence, log_evidence, no_bound
-from probae.pair import Pair, as_pair
-from probae.sites import Layout
+from probae.adapter import as_pair
+from probae.batches import Batch
+from probae.diagnostics.latents import latents
+from probae.evidence import ELBO, IWAE, Auto, Estimator, Evidence, Own, no_bound
+from probae.evidence.evaluation import evaluated as estimate
+from probae.evidence.weights import prepare
+from probae.pair import Pair
+from probae.tracing.signature import Signature
+
+#: a pair, data of its dtype and on its device, and its signature
+Checked = tuple[Pair, Batch, Signature]
 
 _DRAWS = 8  # of each datum's latents, for reconstruction and activity
 
@@ -32,6 +38,7 @@ class Entry:
         measure: ``"mass"`` or ``"density"``.
         seconds: of evaluation.
         baseline: whether it came with the comparison.
+        given: what the values are conditioned on: they are log p(x | given) then.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Entry:
     measure: str
     seconds: float
     baseline: bool
+    given: tuple[str, ...] = ()
 
     @property
     def values(self) -> Tensor:
@@ -51,8 +59,14 @@ class Entry:
 
     @property
     def bound(self) -> str:
-        """``"exact"`` if all fits have the exact value, else ``"lower"``."""
-        return "exact" if all(e.bound == "exact" for e in self.evidence or []) else "lower"
+        """What the values are; where the fits differ in that, the weakest of it."""
+        order = ("exact", "lower", "estimate", "upper estimate", "upper")
+        return max((e.bound for e in self.evidence or []), key=order.index, default="exact")
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the values can be ranked: an exact value or a lower bound can, an estimate or an upper bound cannot."""
+        return bool(self.evidence) and self.bound in {"exact", "lower"}
 
     @property
     def mc_stderr(self) -> float:
@@ -81,11 +95,14 @@ class Entry:
         return float(known.median()) if len(known) else math.nan
 
     @property
-    def rungs(self) -> str:
+    def estimators(self) -> str:
         """The estimators that gave the values, with the share of the data of each where ``"auto"`` chose."""
-        used = [rung for e in self.evidence or [] for rung in (e.rungs or (e.method,) * len(e))]
-        shares = {rung: used.count(rung) / len(used) for rung in dict.fromkeys(used)}
-        return ", ".join(rung if share == 1 else f"{rung} {share:.0%}" for rung, share in shares.items()) or "–"
+        used = [estimator for e in self.evidence or [] for estimator in (e.estimators or (e.method,) * len(e))]
+        shares = {estimator: used.count(estimator) / len(used) for estimator in dict.fromkeys(used)}
+        return (
+            ", ".join(estimator if share == 1 else f"{estimator} {share:.0%}" for estimator, share in shares.items())
+            or "–"
+        )
 
     @property
     def parameters(self) -> float:
@@ -95,35 +112,53 @@ class Entry:
         return sum(p.numel() for p in as_pair(self.models[0]).trained())
 
 
-def evaluated(name: str, fits: Sequence[Any], x: Any, baseline: bool, options: dict[str, Any]) -> Entry:
-    """An entry for fitted models on held-out data x; ``options`` are those of `log_evidence`, with a ``seed``."""
+def evaluated(
+    name: str,
+    fits: Sequence[Any],
+    x: Any,
+    baseline: bool,
+    estimator: Estimator,
+    seed: int,
+    checked: Sequence[Checked] = (),
+) -> Entry:
+    """An entry for fitted models on held-out data x, which are checked unless they have been."""
     start = time.perf_counter()
-    pairs = [as_pair(fit) for fit in fits]
-    layouts = [check(pair, pair.as_batch(x)) for pair in pairs]
-    found = [_evidence(pair, layout, x, options) for pair, layout in zip(pairs, layouts, strict=True)]
+    checked = checked or [prepare(fit, data_for(fit, x)) for fit in fits]
+    given = [data_for(fit, x) for fit in fits]
+    found = [_evidence(each, estimator, rows, seed) for each, rows in zip(checked, given, strict=True)]
     evidence = [each for each in found if isinstance(each, Evidence)]
     why_not = next((each for each in found if isinstance(each, str)), None)
     if why_not is not None and evidence:
         raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {why_not}")
     seconds = time.perf_counter() - start
     reconstruction = active = math.nan
-    if pairs[0].has_guide and layouts[0].latents:
-        batch = pairs[0].as_batch(x)
-        kept = latents(pairs[0], layouts[0], batch, _DRAWS, options["seed"])
+    pair, batch, signature = checked[0]
+    if pair.has_guide and signature.latents:
+        kept = latents(pair, signature, batch, _DRAWS, seed)
         if kept.reconstruction is not None:
             reconstruction = float(kept.reconstruction.mean())
         active = sum(int(unit.active.sum()) for unit in kept.units.values())
-    measure = layouts[0].measure
-    return Entry(name, list(fits), evidence or None, why_not, reconstruction, active, measure, seconds, baseline)
+    numbers = reconstruction, active, signature.measure, seconds, baseline
+    return Entry(name, list(fits), evidence or None, why_not, *numbers, signature.given)
 
 
-def _evidence(pair: Pair, layout: Layout, x: Any, options: dict[str, Any]) -> Evidence | str:
+def data_for(model: Any, x: Any) -> Any:
+    """What a model takes of data that also hold what others condition on: as many of a tuple's arrays as it has arguments."""
+    if not isinstance(x, tuple):
+        return x
+    count = len(as_pair(model).arguments) or len(x)
+    return x[0] if count == 1 else x[:count]
+
+
+def _evidence(checked: Checked, estimator: Estimator, x: Any, seed: int) -> Evidence | str:
     """log p(x), or the reason why there is none."""
-    reason = None if pair.tractable else no_bound(layout)
-    if reason is not None and (layout.improper or options["method"] in {"elbo", "iwae"}):
+    pair, batch, signature = checked
+    own = pair.own("estimate_log_prob") is not None and isinstance(estimator, Auto | Own)
+    reason = None if pair.tractable or own else no_bound(signature)
+    if reason is not None and (signature.improper or isinstance(estimator, ELBO | IWAE)):
         return reason
     try:
-        return log_evidence(pair, x, **options)
+        return estimate(pair, batch, signature, estimator, x, seed)
     except ValueError as error:
         if reason is None:
             raise
@@ -132,7 +167,7 @@ def _evidence(pair: Pair, layout: Layout, x: Any, options: dict[str, Any]) -> Ev
 
 def given(name: str, evidence: Sequence[Evidence]) -> Entry:
     """An entry for evidence that was computed before."""
-    return Entry(name, [], list(evidence), None, math.nan, math.nan, evidence[0].measure, 0.0, False)
+    return Entry(name, [], list(evidence), None, math.nan, math.nan, evidence[0].measure, 0.0, False, evidence[0].given)
 
 
 def paired(entry: Entry, other: Entry | None) -> tuple[float, float, float]:

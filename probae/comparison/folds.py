@@ -13,8 +13,9 @@ from probae.batches import Batch, as_batch, length, rows_at
 from probae.comparison.baselines import fit_baselines
 from probae.comparison.comparable import require_one_measure
 from probae.comparison.entry import Entry, evaluated
+from probae.evidence import Estimator
 from probae.evidence.result import joined
-from probae.seeding import derived
+from probae.runtime.seeding import derived
 
 Fit = Callable[[Batch], Any]
 
@@ -26,37 +27,44 @@ def parts(size: int, folds: int, seed: int) -> list[Tensor]:
 
 
 def held_out(
-    fits: Mapping[str, Sequence[Fit]], x: Any, folds: int, options: dict[str, Any], bar: Any, notes: list[str]
+    fits: Mapping[str, Sequence[Fit]],
+    x: Any,
+    folds: int,
+    estimator: Estimator,
+    direct: Estimator,
+    seed: int,
+    bar: Any,
+    notes: list[str],
 ) -> list[Entry]:
     """An entry for each name and baseline, with the evidence of every datum by the fit that had not seen it.
 
-    ``notes`` takes a sentence for each baseline that is left out, since it cannot be fitted to all folds.
+    ``estimator`` is for the models, ``direct`` for baselines. ``notes`` takes a sentence for each baseline that is left
+    out, since it cannot be fitted to all folds.
     """
     batch = as_batch(x)
     if not 2 <= folds <= length(batch):
         raise ValueError(f"folds: expected a whole number from 2 to {length(batch)}, the number of data, got {folds}")
     found: dict[str, list[Entry]] = {}
-    held = parts(length(batch), folds, options["seed"])
+    held = parts(length(batch), folds, seed)
     said: dict[str, str] = {}
     for number, part in enumerate(held, 1):
         # folds are joined as parts that share no draws
-        settings = {**options, "seed": derived(options["seed"], number)}
+        at = derived(seed, number)
         seen = torch.ones(length(batch), dtype=torch.bool)
         seen[part] = False
         train, test = rows_at(batch, seen.nonzero().flatten()), rows_at(batch, part)
         entries = []
         for name, functions in fits.items():
-            entries.append(evaluated(name, [function(train) for function in functions], test, False, settings))
+            entries.append(evaluated(name, [function(train) for function in functions], test, False, estimator, at))
             bar.update()
         require_one_measure((entry.name, entry.measure) for entry in entries)
-        plain = {name: settings[name] for name in ("particles", "seed")} | {"method": "auto"}
         if isinstance(batch, Tensor) and batch.dim() == 2:
             here: list[str] = []
             mass = entries[0].measure == "mass"
-            for name, model in fit_baselines(train, mass, settings["seed"], batch, here).items():
+            for name, model in fit_baselines(train, mass, at, batch, here).items():
                 if name in fits:
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
-                entries.append(evaluated(name, [model], test, True, plain))
+                entries.append(evaluated(name, [model], test, True, direct, at))
             for note in here:
                 name, why = note.split(": ", 1)
                 said.setdefault(name, f"{name}: without fold {number} of the data, {why}")

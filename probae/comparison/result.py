@@ -13,6 +13,9 @@ from torch import Tensor
 from probae.comparison.baselines import INDEPENDENT
 from probae.comparison.entry import Entry, paired
 from probae.evidence import Evidence
+from probae.evidence.result import BOUNDS
+from probae.export.datatree import comparison_tree
+from probae.export.figures import evidence_figure
 
 if TYPE_CHECKING:
     import pandas
@@ -36,17 +39,27 @@ class Comparison:
         these data; ``difference`` to the best, paired by datum, with ``difference_stderr`` over all data and
         ``difference_mc_stderr`` for these; ``over_independent``, the paired difference to independent features, and its
         error; ``fits`` and ``fit_stderr``, between the fits of one name; ``reconstruction``, E_q log p(x | z);
-        ``active_units``, the latents that the data move; ``pareto_k``, the median k̂ of the guide's own weights; ``rungs``,
+        ``active_units``, the latents that the data move; ``pareto_k``, the median k̂ of the guide's own weights; ``estimators``,
         the estimators that gave the values, and ``reliable``, the share of the data whose Monte-Carlo error can be believed;
         ``parameters``; ``seconds`` of evaluation; ``method``; ``role``.
         """
         import pandas
 
-        ranked = sorted(self.entries, key=lambda e: -float(e.values.mean()) if e.evidence else math.inf)
-        best = next((e for e in ranked if e.evidence), None)
+        ranked = sorted(self.entries, key=self._place)
+        best = next((e for e in ranked if self.ranks(e)), None)
         independent = next((e for e in ranked if e.name == INDEPENDENT and e.baseline), None)
         rows = [self._row(entry, best, independent) for entry in ranked]
         return pandas.DataFrame(rows).set_index("model")
+
+    def ranks(self, entry: Entry) -> bool:
+        """Whether an entry's values are ranked: exact values and lower bounds, conditioned on the same as the others."""
+        given = [e.given for e in self.entries if e.ranked]
+        return entry.ranked and entry.given == (() if () in given else given[0])
+
+    def _place(self, entry: Entry) -> tuple[int, float]:
+        """Where an entry stands: values that are ranked, best first, then those that are not, then models without any."""
+        group = 0 if self.ranks(entry) else 1 if entry.evidence else 2
+        return group, -float(entry.values.mean()) if entry.evidence else 0.0
 
     def _row(self, entry: Entry, best: Entry | None, independent: Entry | None) -> dict[str, Any]:
         row: dict[str, Any] = {"model": entry.name, "log_evidence": math.nan, "bound": "–"}
@@ -63,11 +76,12 @@ class Comparison:
                 "mc_stderr": entry.mc_stderr,
                 "fit_stderr": float(fits.std()) / math.sqrt(len(fits)) if len(fits) > 1 else math.nan,
             }
-            row["difference"], row["difference_stderr"], row["difference_mc_stderr"] = paired(entry, best)
-            if independent is not None:
+            if self.ranks(entry):
+                row["difference"], row["difference_stderr"], row["difference_mc_stderr"] = paired(entry, best)
+            if self.ranks(entry) and independent is not None:
                 row["over_independent"], row["over_independent_stderr"], _ = paired(entry, independent)
         row["fits"] = len(entry.evidence or entry.models)
-        for name in ("reconstruction", "active_units", "pareto_k", "rungs", "reliable"):
+        for name in ("reconstruction", "active_units", "pareto_k", "estimators", "reliable"):
             row[name] = getattr(entry, name)
         row["parameters"], row["seconds"] = entry.parameters, entry.seconds
         row["method"] = entry.evidence[0].method if entry.evidence else "–"
@@ -83,14 +97,10 @@ class Comparison:
 
     def plot(self, ax: Any = None) -> Any:
         """The evidence of each model with intervals of two standard errors; needs ``probae[plots]``."""
-        from probae.figures import evidence_figure
-
         return evidence_figure(self.table, ax)
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""
-        from probae.datatree import comparison_tree
-
         return comparison_tree(self)
 
     def __repr__(self) -> str:
@@ -124,7 +134,16 @@ def notes_on(comparison: Comparison) -> list[str]:
         if entry.why_not:
             notes.append(f"{entry.name}: no log p(x): {entry.why_not.split(':')[0]}; its reconstruction is no evidence")
     for entry in comparison.entries:
-        if entry.evidence and entry.reliable < _BELIEVED:
+        if entry.evidence and not entry.ranked:
+            kind = BOUNDS[entry.bound].replace(" on log p(x)", "").replace(" of log p(x)", "")
+            notes.append(
+                f"{entry.name}: its value is an {kind}, so it is not ranked against exact values and lower bounds"
+            )
+        elif entry.ranked and not comparison.ranks(entry):
+            on = ", ".join(entry.given)
+            notes.append(f"{entry.name}: its value is log p(x | {on}), so it is not ranked against log p(x)")
+    for entry in comparison.entries:
+        if entry.ranked and entry.reliable < _BELIEVED:
             share = f"{1 - entry.reliable:.0%} of the data the Monte Carlo standard error is"
             why = (
                 "unknown (one draw tells none)"

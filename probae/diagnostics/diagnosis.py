@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from probae.diagnostics import verdict
 from probae.diagnostics.gaps import Gaps
-from probae.diagnostics.units import Latents, Units
+from probae.diagnostics.latents import Latents, Units
 from probae.evidence.pareto import reliable_below
 from probae.evidence.result import Evidence
-from probae.sites import Layout
+from probae.export.datatree import diagnosis_tree
+from probae.export.figures import diagnosis_figure
+from probae.tracing.signature import Signature
 
 if TYPE_CHECKING:
     import pandas
@@ -28,24 +30,26 @@ class Diagnosis:
         latents: the `Units` of each site, in ``latents.units``, and per datum ``latents.reconstruction`` E_q log p(x | z) and
             ``latents.rate`` KL(q(z | x) ‖ p(z)), nats.
         size, particles: N and K.
-        layout: where the sites of the pair lie.
+        signature: where the sites of the pair lie.
         why_not: why there are no weights (a point guide, a flat prior), or None.
         pareto_k: (N,) k̂ of each datum; NaN where its weights do not vary; None without weights.
         ess: (N,) the effective sample size of each, of K.
         elbo, iwae: the two bounds from these weights, as `Evidence`.
         gaps: the ELBO taken apart, as `Gaps`, where that was asked for.
+        advice: what is the matter, and what to do next: a sentence a line.
     """
 
     latents: Latents
     size: int
     particles: int
-    layout: Layout
+    signature: Signature
     why_not: str | None = None
     pareto_k: Tensor | None = None
     ess: Tensor | None = None
     elbo: Evidence | None = None
     iwae: Evidence | None = None
     gaps: Gaps | None = None
+    advice: str = ""
 
     @property
     def units(self) -> dict[str, Units]:
@@ -132,29 +136,24 @@ class Diagnosis:
             return pandas.DataFrame(columns=["kl", "kl_mc_stderr", "activity", "active"])
         return pandas.concat(frames, names=["site", "latent"])
 
-    @property
-    def verdict(self) -> str:
-        """What is the matter, and what to do next, in words."""
-        return "\n".join(verdict.sentences(self))
-
     def plot(self) -> Any:
         """k̂ and effective sample size over the data, KL over the latents, and the gaps; needs ``probae[plots]``."""
-        from probae.figures import diagnosis_figure
-
         return diagnosis_figure(self)
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, of the draws, the diagnostics and the bounds; needs ``probae[arviz]``."""
-        from probae.datatree import diagnosis_tree
-
         return diagnosis_tree(self)
 
     def _need_weights(self) -> None:
         if self.why_not is not None:
             raise ValueError(f"there are no importance weights: {self.why_not}")
 
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.advice.splitlines())
+        return self.summary().to_html(float_format=lambda value: f"{value:.3f}", na_rep="–") + f"<ul>{lines}</ul>"
+
     def __repr__(self) -> str:
-        lines = (f"· {sentence}" for sentence in verdict.sentences(self))
+        lines = (f"· {sentence}" for sentence in self.advice.splitlines())
         draws = "" if self.why_not else f", {self.particles} particles"
         return "\n".join([f"Diagnosis of {self.size} data{draws}", *lines])
 

@@ -13,7 +13,7 @@ from probae.batches import Batch, length, rows_at
 from probae.evidence import log_evidence
 from probae.evidence.result import Evidence
 from probae.pair import Pair
-from probae.seeding import derived
+from probae.runtime.seeding import derived
 
 _REFINED, _AIS = range(2)  # streams of draws, each of its own
 
@@ -73,7 +73,7 @@ class Gaps:
 
     Attributes:
         data: (N,) the indices of the data that were taken.
-        elbo, refined, top: the rungs: the ELBO of the guide, that of the best Gaussian (None if it was not asked for), and
+        elbo, refined, top: the estimators: the ELBO of the guide, that of the best Gaussian (None if it was not asked for), and
             log p(x), exact or the best lower bound on it.
     """
 
@@ -105,8 +105,8 @@ def some_rows(size: int, count: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
-def climb(pair: Pair, batch: Batch, elbo: Evidence, data: Tensor, seed: int, compile: Any, refine: bool) -> Gaps:
-    """The rungs above an ELBO for the data at some indices, each from draws of its own."""
+def gap_terms(pair: Pair, batch: Batch, elbo: Evidence, data: Tensor, seed: int, compile: Any, refine: bool) -> Gaps:
+    """The estimators above an ELBO for the data at some indices, each from draws of its own."""
     rows = batch if len(data) == length(batch) else rows_at(batch, data)
     part = elbo.at(data)
     top = _sum(pair, rows)

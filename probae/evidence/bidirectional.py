@@ -10,19 +10,20 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.arguments import size
 from probae.batches import Batch, checksums, leaves, length, rebuilt, rows_at
-from probae.checks import check
-from probae.evidence.annealed import Annealer, Annealing, Block, evidence
-from probae.evidence.judging import settled_chains
+from probae.evidence.ais import AIS, Annealer, Block, evidence
+from probae.evidence.reliability import reliable_chains
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
-from probae.isolation import isolated
-from probae.layout import run_at
-from probae.pair import Pair, as_pair
-from probae.seeding import checked_seed, still
-from probae.sites import is_factor, samples
-from probae.traces import log_prob
+from probae.pair import Pair
+from probae.runtime.isolation import isolated
+from probae.runtime.seeding import checked_seed, evaluating
+from probae.tracing.checks import check
+from probae.tracing.probing import run_at
+from probae.tracing.sites import is_factor, samples
+from probae.tracing.terms import log_prob
 
 if TYPE_CHECKING:
     import pandas
@@ -115,14 +116,14 @@ def sandwich(
         >>> bounds.lower.bound, bounds.upper.bound, len(bounds.gap)
         ('lower', 'upper', 5)
     """
-    annealing = Annealing.of(options, "sandwich")
+    annealing = AIS.of(options, "sandwich")
     pair, n, seed = as_pair(model), size("n", n), checked_seed(seed)
     if like is None:
         like = pair.sample(n, seed=seed)
     rows = pair.as_batch(like)
     batch, values = _drawn(pair, rows_at(rows, torch.arange(n) % length(rows)), seed)
-    layout = check(pair, batch)
-    annealer = Annealer(pair, batch, layout, annealing, seed, compile, runs=2)
+    signature = check(pair, batch)
+    annealer = Annealer(pair, batch, signature, annealing, seed, compile, runs=2)
     exact = annealer.inside(annealer.space.coordinates(values, 1, n))[0]
 
     def both(block: Block) -> tuple[Tensor, ...]:
@@ -132,25 +133,25 @@ def sandwich(
         return *block.forward(), *back, block.tuned.pilot
 
     below, accepted, above, accepted_above, pilot = annealer.gathered(both)
-    lower = evidence(below, accepted, "lower", "ais", layout.measure)
-    upper = evidence(above, accepted_above, "upper", "reverse ais", layout.measure)
+    lower = evidence(below, accepted, "lower", "ais", signature.measure)
+    upper = evidence(above, accepted_above, "upper", "reverse ais", signature.measure)
     rows, unknown = checksums(batch), torch.zeros(n, dtype=torch.bool)
-    believed = settled_chains(pilot, annealing.pilots / annealing.distributions)
+    believed = reliable_chains(pilot, annealing.pilots / annealing.distributions)
     return Sandwich(replace(lower, rows=rows, reliable=believed), replace(upper, rows=rows, reliable=unknown), batch)
 
 
 def _drawn(pair: Pair, batch: Batch, seed: int) -> tuple[Batch, dict[str, Tensor]]:
     """Data from the model in the place of those of a batch, and the latents that they were drawn with."""
-    layout = check(pair, batch)
-    if layout.globals_:
+    signature = check(pair, batch)
+    if signature.globals_:
         raise ValueError(
-            f"the data share the latents {list(layout.globals_)}: bounds from both sides are about independent data; hold "
+            f"the data share the latents {list(signature.globals_)}: bounds from both sides are about independent data; hold "
             "these latents fixed"
         )
-    with still(pair, seed):
-        given = pair.run(pair.model, batch, 1, layout)
+    with evaluating(pair, seed):
+        given = pair.run(pair.model, batch, 1, signature)
         try:
-            trace = pair.run(poutine.uncondition(pair.model), batch, 1, layout)
+            trace = pair.run(poutine.uncondition(pair.model), batch, 1, signature)
         except NotImplementedError as error:
             raise ValueError(
                 "the model's data cannot be drawn with their latents (those of a Dequantised pair have noise for a latent, "
@@ -167,9 +168,9 @@ def _drawn(pair: Pair, batch: Batch, seed: int) -> tuple[Batch, dict[str, Tensor
                 "place"
             )
         tensors[places[0]] = trace.nodes[site["name"]]["value"].to(tensors[places[0]].dtype).clone()
-    drawn, values = rebuilt(batch, tensors), {name: trace.nodes[name]["value"] for name in layout.latents}
-    with still(pair):
-        again = run_at(pair, pair.model, drawn, 1, layout, values)
+    drawn, values = rebuilt(batch, tensors), {name: trace.nodes[name]["value"] for name in signature.latents}
+    with evaluating(pair):
+        again = run_at(pair, pair.model, drawn, 1, signature, values)
     for site in samples(again):
         if site["is_observed"] and not torch.allclose(log_prob(site), log_prob(trace.nodes[site["name"]]), 1e-4, 1e-4):
             raise ValueError(

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probae.evidence.ways import slopes, ways
-from probae.flat.capture import captured
+from probae.evidence.slopes import slopes
+from probae.graphs import Runner
+from probae.graphs.capture import captured
 from probae.pair import Pair
 
 #: (u, what the densities depend on) -> log f₀ and r
@@ -83,11 +84,18 @@ class Chains:
         self.steps, self.data = steps, list(data)
         step, zero, factors = leapfrog(energy), torch.zeros_like(like), like[..., 0]
         inputs = [like, zero, zero, zero, torch.ones_like(factors[0]), torch.ones_like(factors), *data]
-        # densities are asked for at the end of a trajectory alone
-        parts = [None, (0, 1, 4, 5)]
-        self.last, self.step = ways(step, inputs, pair, compile, moves * steps, "a leapfrog step", parts)
+
+        def between(*tensors: Tensor) -> list[Tensor]:
+            """Densities are asked for at the end of a trajectory alone: a graph leaves them out."""
+            u, momentum, _, _, *found = step(*tensors)
+            return [u, momentum, *found]
+
+        options = (lambda: {"pair": pair}), compile, moves * steps, "leapfrog steps"
+        self.last, self.step = Runner(step, *options), Runner(between, *options)
         self._move: Callable[..., Any] = self._moved
         if like.device.type == "cuda" and compile is not False:
+            for runner in (self.last, self.step, self.last, self.step):  # what is captured has to be decided
+                runner.settle(*inputs)
             point = [like, factors, factors, zero, zero]
             inputs = [t.contiguous() for t in (*point, factors[0], factors[0], *data)]
             self._move = captured(self._moved, inputs, varying=range(len(inputs)), written=())

@@ -11,9 +11,9 @@ from torch import Tensor
 from probae.evidence.pareto import effective_sample_size
 from probae.evidence.weights import no_bound
 from probae.pair import Pair
-from probae.seeding import still
-from probae.sites import Layout
-from probae.traces import Traces
+from probae.runtime.seeding import evaluating
+from probae.tracing.signature import Signature
+from probae.tracing.terms import Traces
 
 _ROWS, _PARTICLES = 8, 500
 _NEVER = 1e-6  # the probability with which a right marginal may be refused
@@ -21,7 +21,7 @@ _ERRORS = 6.0  # standard errors, of weights light enough to have one
 _LIGHT, _ALIKE = 0.5, 0.99  # effective shares of the draws: with a standard error, and as under an exact guide
 
 
-def require_marginal(pair: Pair, batch: Tensor, layout: Layout) -> None:
+def require_marginal(pair: Pair, batch: Tensor, signature: Signature) -> None:
     r"""Raise a ValueError if the weights of a few data contradict the pair's `marginal`.
 
     The mean weight :math:`\hat p` of K draws is unbiased for p(x), and so is the product of several data's. Too low a
@@ -33,14 +33,14 @@ def require_marginal(pair: Pair, batch: Tensor, layout: Layout) -> None:
     parts = [getattr(pair, name, None) for name in ("prior", "likelihood", "posterior", "marginal")]
     if all(str(getattr(part, "__module__", "")).startswith("probae.") for part in parts):
         return  # ours are tested against closed forms
-    if layout.globals_ or layout.whole or not layout.vectorised or layout.improper or layout.summed:
+    if signature.globals_ or signature.all_rows or not signature.vectorised or signature.improper or signature.summed:
         return
     rows = batch[torch.linspace(0, len(batch) - 1, min(_ROWS, len(batch))).long().to(batch.device)]
-    with still(pair):
+    with evaluating(pair):
         claimed = pair.log_marginal(rows).double()
-        guided = pair.has_guide and no_bound(layout) is None and bool(layout.latents)
-        ratios = (_by_guide if guided else _by_prior)(pair, rows, layout) - claimed
-        wider = _by_prior(pair, rows, layout) - claimed
+        guided = pair.has_guide and no_bound(signature) is None and bool(signature.latents)
+        ratios = (_by_guide if guided else _by_prior)(pair, rows, signature) - claimed
+        wider = _by_prior(pair, rows, signature) - claimed
     if not bool((ratios < torch.inf).all() & (wider < torch.inf).all()):  # NaN is not below infinity
         return
     found = ratios.logsumexp(0) - math.log(_PARTICLES)
@@ -61,11 +61,11 @@ def require_marginal(pair: Pair, batch: Tensor, layout: Layout) -> None:
         )
 
 
-def _by_guide(pair: Pair, rows: Tensor, layout: Layout) -> Tensor:
+def _by_guide(pair: Pair, rows: Tensor, signature: Signature) -> Tensor:
     return pair.traces(rows, _PARTICLES).log_weights().double()
 
 
-def _by_prior(pair: Pair, rows: Tensor, layout: Layout) -> Tensor:
-    model = pair.run(pair.model, rows, _PARTICLES, layout)
-    traces = Traces([(poutine.Trace(), model)], layout, _PARTICLES, len(rows))
+def _by_prior(pair: Pair, rows: Tensor, signature: Signature) -> Tensor:
+    model = pair.run(pair.model, rows, _PARTICLES, signature)
+    traces = Traces([(poutine.Trace(), model)], signature, _PARTICLES, len(rows))
     return traces.likelihood().local.double().expand(_PARTICLES, -1)

@@ -27,18 +27,19 @@ from torch import Tensor
 
 from probae.arguments import one_of, positive, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
-from probae.evidence.judging import JUDGES, settled
+from probae.evidence.estimator import Estimator
 from probae.evidence.mixture import SEEN, Mixture, heavy_tails
-from probae.evidence.options import Options
+from probae.evidence.mixture_estimates import MixtureEstimate, Weighed, weighed
+from probae.evidence.reliability import JUDGES, reliable_weights
 from probae.evidence.result import Evidence
+from probae.evidence.slopes import slopes
 from probae.evidence.space import Space
-from probae.evidence.strata import Strata, Weighed, weighed
-from probae.evidence.ways import Way, slopes, way
 from probae.evidence.weights import MEMORY, even, padded, weighable
-from probae.flat.graph import unvalidated
+from probae.graphs import Runner
+from probae.graphs.graph import unvalidated
 from probae.pair import Pair
-from probae.seeding import derived, seeded, still
-from probae.sites import Layout
+from probae.runtime.seeding import derived, evaluating, seeded
+from probae.tracing.signature import Signature
 
 _START, _FIT, _WEIGHTS, _JUDGES = range(4)  # streams of draws, each of its own
 _STARTING = 64  # draws of the guide, or the prior, by whose moments q starts
@@ -46,18 +47,31 @@ _NARROW = 0.1  # where it starts around a point, in the prior's units
 
 
 @dataclass(frozen=True)
-class Refinement(Options):
-    """How the guide is refined: the options of ``method="refined"``.
+class Refined(Estimator):
+    """The log of the mean weight of K draws from a guide refined for each datum: a lower bound in expectation.
+
+    The `Evidence` has ``details``, ``ess``, ``pareto_k`` and ``skewness``; and ``elbo``, the refined Gaussian's own. Further
+    draws, and as many from guide and prior that look for what q misses, say of which data the error is reliable. With
+    latents that all data share, q is optimised over draws of them, and each particle has one.
 
     Attributes:
+        particles: K.
         covariance: ``"diagonal"`` or ``"full"``.
         steps: of the optimisation; by default 120 from a guide with a density, and 300 from a point or the prior.
         draws: for each datum and step, in pairs ε and −ε; by default 8, or 16 for a full covariance.
         defensive: the share of the draws that come from the prior, and where that has heavy tails from a Student-t around q
             too; by default a twentieth, or four tenths with heavy tails. It bounds the weights by the likelihood over a share.
         memory: bytes that one chunk may take.
+
+    Example:
+        >>> import probae
+        >>> model = probae.PPCA(features=4, latents=2)
+        >>> probae.log_evidence(model, torch.zeros(3, 4), Refined(particles=50, steps=20)).bound
+        'lower'
     """
 
+    name = "refined"
+    particles: int = 1000
     covariance: str = "diagonal"
     steps: int | None = None
     draws: int | None = None
@@ -65,6 +79,7 @@ class Refinement(Options):
     memory: int | None = None
 
     def __post_init__(self) -> None:
+        whole("particles", self.particles)
         one_of("covariance", self.covariance, ("diagonal", "full"))
         if self.steps is not None:
             whole("steps", self.steps, 0)
@@ -80,6 +95,17 @@ class Refinement(Options):
         """Draws for each datum and step."""
         return self.draws or (16 if self.covariance == "full" else 8)
 
+    def __call__(
+        self, pair: Pair, batch: Batch, signature: Signature, seed: int = 0, compile: bool | str = "auto"
+    ) -> Evidence:
+        """The bound for each datum, nats."""
+        refiner = Refiner(pair, batch, signature, self, seed, compile)
+        guides = refiner.fitted(batch)
+        found = refiner.weighed(batch, guides, self.particles, _WEIGHTS).evidence
+        judges = refiner.weighed(batch, guides, JUDGES, _JUDGES).evidence
+        whole = refiner.missed(batch, guides, judges.values, JUDGES, _JUDGES) <= MISSED
+        return replace(found, reliable=reliable_weights(judges, self.particles) & whole)
+
 
 class Guides(NamedTuple):
     """A Gaussian for each datum: ``loc`` (N, L), and ``factor``, a scale (N, L) or a lower triangle (N, L, L)."""
@@ -90,29 +116,6 @@ class Guides(NamedTuple):
     def at(self, index: Tensor) -> Guides:
         """Those of some rows."""
         return Guides(self.loc[index], self.factor[index])
-
-
-def refine(
-    pair: Pair,
-    batch: Batch,
-    layout: Layout,
-    particles: int,
-    options: Refinement,
-    seed: int,
-    compile: bool | str = "auto",
-) -> Evidence:
-    """The log of the mean weight of K draws from a guide refined for each datum: a lower bound in expectation.
-
-    The `Evidence` has ``details``, ``ess``, ``pareto_k`` and ``skewness``; and ``elbo``, the refined Gaussian's own.
-    ``reliable`` is judged by `JUDGES` further draws, and as many from guide and prior that look for what q misses.
-    With latents that all data share, q is optimised over draws of them, and each particle has one.
-    """
-    refiner = Refiner(pair, batch, layout, options, seed, compile, particles)
-    guides = refiner.fitted(batch)
-    found = refiner.weighed(batch, guides, particles, _WEIGHTS).evidence
-    judges = refiner.weighed(batch, guides, JUDGES, _JUDGES).evidence
-    whole = refiner.missed(batch, guides, judges.values, JUDGES, _JUDGES) <= MISSED
-    return replace(found, reliable=settled(judges, particles) & whole)
 
 
 class Refiner:
@@ -126,36 +129,35 @@ class Refiner:
         self,
         pair: Pair,
         batch: Batch,
-        layout: Layout,
-        options: Refinement,
+        signature: Signature,
+        options: Refined,
         seed: int,
         compile: bool | str = "auto",
-        particles: int = 1000,
     ):
-        self.pair, self.layout, self.options, self.seed, self.compile = pair, layout, options, seed, compile
-        self.space = Space(pair, batch, layout)
+        self.pair, self.signature, self.options, self.seed, self.compile = pair, signature, options, seed, compile
+        self.space = Space(pair, batch, signature)
         self.full = options.covariance == "full"
-        near = pair.has_guide and not layout.points and not layout.summed
+        near = pair.has_guide and not signature.points and not signature.summed
         self.steps = options.steps if options.steps is not None else (120 if near else 300)
         cells = self._cells(batch)
-        size = length(batch)
-        self.rows = size if layout.whole else even(size, max(1, cells // min(particles, 64)))
+        size, particles = length(batch), options.particles
+        self.rows = size if signature.all_rows else even(size, max(1, cells // min(particles, 64)))
         self.together = even(particles, max(options.together, cells // self.rows))
         self.blocks = math.ceil(size / self.rows)
-        with still(pair, seed), unvalidated():
-            few = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
+        with evaluating(pair, seed), unvalidated():
+            few = batch if signature.all_rows else each(lambda leaf: leaf[:2], batch)
             heavy = heavy_tails(self.space, few, self.space.shared(few, SEEN))
-            self.unguided = bool(layout.summed) or self.space.unguided(few) is not None
+            self.unguided = bool(signature.summed) or self.space.unguided(few) is not None
         share = options.defensive if options.defensive is not None else (0.4 if heavy else 0.05)
         self.shares = (1 - share, 0.75 * share, 0.25 * share) if heavy else (1 - share, 0.0, share)
-        self.ways: dict[Any, Way] = {}
+        self.runners: dict[Any, Runner] = {}
 
     # -- optimisation ------------------------------------------------------------------------------------------------
 
     def fitted(self, batch: Batch, start: Guides | None = None, stream: int = _FIT) -> Guides:
         """The refined guides of some data, from where they start by themselves or from others."""
         parts = []
-        with still(self.pair, self.seed), unvalidated():
+        with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 with seeded(derived(self.seed, _START, stream, number), self.pair.device):
                     guides = self._start(rows) if start is None else Guides(*(padded(t[place], len(t)) for t in start))
@@ -208,7 +210,7 @@ class Refiner:
         """The moments of draws from the guide, or around a point, or those of the prior."""
         prior = self.space.from_prior(rows, _STARTING, self.space.shared(rows, _STARTING))
         loc, scale = _moments(prior)
-        if self.pair.has_guide and not self.layout.summed:
+        if self.pair.has_guide and not self.signature.summed:
             given = self.space.shared(rows, _STARTING)
             found, spread = _moments(self.space.from_guide(rows, _STARTING, given), loc, scale)
             point = spread <= 1e-6 * scale
@@ -219,7 +221,7 @@ class Refiner:
 
     def weighed(self, batch: Batch, guides: Guides, particles: int, stream: int) -> Weighed:
         """Draw K particles from each guide's defensive mixture; each ``stream`` has draws of its own."""
-        found: list[tuple[Strata, int]] = []
+        found: list[tuple[MixtureEstimate, int]] = []
         together = min(self.together, particles)
         mixture = Mixture(self.shares, particles, together, self.full)
         if mixture.counts[0] == 0:
@@ -228,10 +230,10 @@ class Refiner:
                 f"{self.options.defensive}"
             )
         calls = self.blocks * math.ceil(particles / together)
-        with still(self.pair, self.seed), unvalidated():
+        with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
-                strata = Strata(mixture, bool(self.layout.globals_))
+                estimates = MixtureEstimate(mixture, bool(self.signature.globals_))
                 with seeded(derived(self.seed, stream, number, 1), self.pair.device):
                     for first in range(0, particles, together):
                         given = self.space.shared(rows, together)
@@ -241,9 +243,9 @@ class Refiner:
                             ("weigh", together), self._weigh, inputs, rows, given, calls, mixture
                         )
                         take = min(together, particles - first)
-                        strata.add(weighable(log_w[:take, :count], first), log_ratio[:take, :count])
-                found.append((strata, count))
-        return weighed([strata for strata, _ in found], self.layout, length(batch))
+                        estimates.add(weighable(log_w[:take, :count], first), log_ratio[:take, :count])
+                found.append((estimates, count))
+        return weighed([estimates for estimates, _ in found], self.signature, length(batch))
 
     def missed(self, batch: Batch, guides: Guides, log_p: Tensor, particles: int, stream: int) -> Tensor:
         r"""How much of each posterior lies where the mixture q draws next to nothing, (N,), by draws from elsewhere.
@@ -257,7 +259,7 @@ class Refiner:
         each_ = max(1, particles // len(sources))
         mixture, found = Mixture(self.shares, each_, each_, self.full), []
         calls = 2 * self.blocks
-        with still(self.pair, self.seed), unvalidated():
+        with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 loc, factor = (padded(t[place], length(rows)).contiguous() for t in guides)
                 limit = padded(log_p[place], length(rows)).to(loc.device)
@@ -297,7 +299,7 @@ class Refiner:
     def posterior_draws(self, batch: Batch, guides: Guides, particles: int) -> tuple[Tensor, Tensor]:
         """K draws u (K, N, L) of each guide's mixture, and their log weights (K, N), on any rows that memory holds."""
         mixture = Mixture(self.shares, particles, particles, self.full)
-        with still(self.pair, self.seed), unvalidated(), seeded(derived(self.seed, _WEIGHTS), self.pair.device):
+        with evaluating(self.pair, self.seed), unvalidated(), seeded(derived(self.seed, _WEIGHTS), self.pair.device):
             given = self.space.shared(batch, particles)
             u = mixture.draw(self.space, batch, *guides, given)
             log_w, _ = self._weigh(batch, given, mixture, u, *guides, mixture.log_shares(u))
@@ -335,7 +337,7 @@ class Refiner:
         data, names = [leaf for _, leaf in leaves(rows)], list(given)
         tensors = [*inputs, *data, *given.values()]
         key = key, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-        if key not in self.ways:
+        if key not in self.runners:
             width = len(inputs)
 
             def called(*tensors: Tensor) -> list[Tensor]:
@@ -343,15 +345,15 @@ class Refiner:
                 shared = dict(zip(names, tensors[width + len(data) :], strict=True))
                 return [t.detach() for t in function(block, shared, *more, *tensors[:width])]
 
-            what = "refinement" if function == self._ascend else "importance sampling"
-            self.ways[key] = way(called, tensors, self.pair, self.compile, calls, what)
-        return self.ways[key](*tensors)
+            what = "steps of refinement" if function == self._ascend else "importance weights"
+            self.runners[key] = Runner(called, lambda: {"pair": self.pair}, self.compile, calls, what)
+        return self.runners[key](*tensors)
 
     def _blocks(self, batch: Batch) -> Iterator[tuple[Batch, int, slice]]:
         batch = each(Tensor.contiguous, batch)
         size = length(batch)
-        rows = size if self.layout.whole else min(self.rows, size)
-        rows = rows if self.layout.whole else even(size, rows)
+        rows = size if self.signature.all_rows else min(self.rows, size)
+        rows = rows if self.signature.all_rows else even(size, rows)
         for number, block in enumerate(rows_of(batch, rows)):
             place = slice(number * rows, min((number + 1) * rows, size))
             yield each(lambda leaf: padded(leaf, rows), block), length(block), place
@@ -360,7 +362,7 @@ class Refiner:
         """How many particles of a datum memory takes at a time."""
         device = self.pair.device or torch.device("cpu")
         memory = self.options.memory or MEMORY.get(device.type, MEMORY["cuda"])
-        return max(1, memory // (8 * self.space.floats(batch)))
+        return max(1, memory // self.space.bytes(batch))
 
 
 #: by how much weights exceed p̂ where q is too thin; and the share of a posterior that may lie there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from probae.arguments import positive
+from probae.arguments import one_of, positive
+from probae.export.datatree import evidence_tree
 
 if TYPE_CHECKING:
     import pandas
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
 
 _BY_DATUM = ("values", "mc_stderr", "reliable", "rows", "parts")
 #: what ``"auto"`` chooses from, in its order
-RUNGS = ("iwae", "refined", "ais")
+ESTIMATORS = ("iwae", "refined", "ais")
+#: what values can be, in words
+BOUNDS = {
+    "exact": "log p(x)",
+    "lower": "lower bound on log p(x)",
+    "upper": "upper bound on log p(x)",
+    "estimate": "estimate of log p(x)",
+    "upper estimate": "estimate of an upper bound on log p(x)",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +38,8 @@ class Evidence:
     Attributes:
         values: (N,) float64 on the CPU, nats.
         mc_stderr: (N,) the Monte-Carlo standard error of each; 0 where the value is exact, NaN where one draw tells none.
-        bound: ``"exact"``, ``"lower"`` or ``"upper"``: what ``values`` are in expectation.
+        bound: what ``values`` are in expectation: ``"exact"``, ``"lower"`` or ``"upper"``; of a model's own estimator also
+            ``"estimate"``, which may err on either side, or ``"upper estimate"``, an estimate of an upper bound.
         method: the estimator.
         measure: ``"mass"`` of discrete data, or ``"density"``; the two do not compare.
         particles: draws per datum; 0 where none were needed.
@@ -39,6 +50,7 @@ class Evidence:
         note: what the reader should know of how it came about, such as why ``"auto"`` had no choice.
         rows: (N,) a checksum of each datum, by which `probae.compare` knows the data again; None where it cannot.
         parts: (R, N) the same estimate by each of R independent parts of the draws, for `lower`; NaN where there are fewer.
+        given: the arrays of a batch that the value is conditioned on: it is log p(x | given) then.
     """
 
     values: Tensor
@@ -54,6 +66,10 @@ class Evidence:
     note: str = ""
     rows: Tensor | None = None
     parts: Tensor | None = None
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("bound", self.bound, BOUNDS)
 
     def at(self, index: Tensor) -> Evidence:
         """That of some of the data."""
@@ -62,11 +78,11 @@ class Evidence:
         return replace(self, **parts, details=details, elbo=None if self.elbo is None else self.elbo.at(index))  # type: ignore[arg-type]
 
     @property
-    def rungs(self) -> tuple[str, ...] | None:
+    def estimators(self) -> tuple[str, ...] | None:
         """The estimator of each datum, where ``"auto"`` chose one for each, else None."""
-        if "rung" not in self.details:
+        if "estimator" not in self.details:
             return None
-        return tuple(RUNGS[int(rung)] for rung in self.details["rung"])
+        return tuple(ESTIMATORS[int(estimator)] for estimator in self.details["estimator"])
 
     @property
     def mean(self) -> float:
@@ -114,8 +130,9 @@ class Evidence:
             -3.996
         """
         confidence = positive("confidence", confidence, below=1)
-        if self.bound == "upper":
-            raise ValueError("these are upper bounds: they give no lower bound on log p(x)")
+        if self.bound not in {"exact", "lower"}:
+            kind = BOUNDS[self.bound]
+            raise ValueError(f"each value is an {kind}: it gives no lower bound")
         if self.bound == "exact":
             return self.values
         parts = self.values[None] if self.parts is None else self.parts
@@ -124,14 +141,14 @@ class Evidence:
         return least + math.log1p(-confidence) / known.sum(0)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``; the rung of ``"auto"``; ``reliable``,
+        """A row per datum: ``log_evidence``, ``mc_stderr``, ``bound``, ``method``; the estimator of ``"auto"``; ``reliable``,
         and, where it is False, the bound `lower` that holds with 95% confidence."""
         import pandas
 
         columns = {"log_evidence": self.values.numpy(), "mc_stderr": self.mc_stderr.numpy()}
         frame = pandas.DataFrame(columns).assign(bound=self.bound, method=self.method).rename_axis("datum")
-        if self.rungs is not None:
-            frame["rung"] = list(self.rungs)
+        if self.estimators is not None:
+            frame["estimator"] = list(self.estimators)
         if self.reliable is not None:
             frame["reliable"] = self.reliable.numpy()
             if self.bound == "lower" and not bool(self.reliable.all()):
@@ -140,15 +157,19 @@ class Evidence:
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, by datum; needs ``probae[arviz]``."""
-        from probae.datatree import evidence_tree
-
         return evidence_tree(self)
 
     def __len__(self) -> int:
         return len(self.values)
 
+    def _repr_html_(self) -> str:
+        shown = self.to_frame().describe(percentiles=[0.05, 0.5, 0.95]).drop("count")
+        table = shown.to_html(float_format=lambda value: f"{value:.3f}", na_rep="–")
+        return f"<p>{html.escape(repr(self))}</p>{table}"
+
     def __repr__(self) -> str:
-        what = {"exact": "log p(x)", "lower": "lower bound on log p(x)", "upper": "upper bound on log p(x)"}[self.bound]
+        log_p = f"log p(x | {', '.join(self.given)})" if self.given else "log p(x)"
+        what = BOUNDS[self.bound].replace("log p(x)", log_p)
         draws = f", {self.particles} particle{'s' if self.particles > 1 else ''}" if self.particles else ""
         alone = "no Monte Carlo error: one draw tells none"
         error = alone if math.isnan(self.mean_mc_stderr) else f"Monte Carlo {self.mean_mc_stderr:.4f}"

@@ -10,15 +10,18 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
-from probae.batches import Batch, each, leaves, length
-from probae.enumeration import log_joint_at
-from probae.evidence.tractable import states, values_of
+from probae.batches import Batch, each, length
+from probae.evidence.enumeration import states, values_of
 from probae.evidence.weights import no_evidence, require_unscaled
-from probae.layout import run_at
 from probae.pair import Pair
-from probae.seeding import still
-from probae.sites import Layout, Site, free_of, samples, support_of
-from probae.traces import Traces, log_prob
+from probae.runtime.memory import allocated
+from probae.runtime.seeding import evaluating
+from probae.tracing.enumeration import log_joint_at
+from probae.tracing.masks import Site
+from probae.tracing.probing import run_at
+from probae.tracing.signature import Signature
+from probae.tracing.sites import free_of, samples, support_of
+from probae.tracing.terms import Traces, log_prob
 
 #: draws of the prior, for two data, that are looked at; and how many of a draw's numbers may lie at an edge, about the
 #: nats by which a bound may be off
@@ -49,7 +52,7 @@ class Space:
     Small discrete latents are summed out of every density here; latents outside the data plate are held at ``given``.
 
     Args:
-        pair, layout: as they were checked.
+        pair, signature: as they were checked.
         batch: some rows of the data; other rows may follow.
 
     Attributes:
@@ -60,29 +63,29 @@ class Space:
             site depends on another latent, or latents that all data share cannot be drawn.
     """
 
-    def __init__(self, pair: Pair, batch: Batch, layout: Layout):
-        if reason := no_evidence(layout):
+    def __init__(self, pair: Pair, batch: Batch, signature: Signature):
+        if reason := no_evidence(signature):
             raise ValueError(reason)
-        if layout.globals_ and not pair.has_guide:
-            raise ValueError(f"the pair has no guide to draw {list(layout.globals_)} from, which all data share")
-        if layout.globals_ and not layout.vectorised:
+        if signature.globals_ and not pair.has_guide:
+            raise ValueError(f"the pair has no guide to draw {list(signature.globals_)} from, which all data share")
+        if signature.globals_ and not signature.vectorised:
             raise ValueError(
-                f"the programs draw {list(layout.globals_)}, which all data share, and take no particle axis: use 'iwae'"
+                f"the programs draw {list(signature.globals_)}, which all data share, and take no particle axis: use 'iwae'"
             )
-        if layout.varies:
+        if signature.varies:
             raise ValueError(
                 "the programs draw more sites for some data than for others, so the data have no coordinates in common: use "
                 "method='iwae', or draw as many for all of them, those beyond a datum's end under a mask"
             )
-        self.pair, self.layout = pair, layout
-        self.vectorised = layout.vectorised
-        with still(pair):
-            rows = batch if layout.whole else each(lambda leaf: leaf[:2], batch)
+        self.pair, self.signature = pair, signature
+        self.vectorised = signature.vectorised
+        with evaluating(pair):
+            rows = batch if signature.all_rows else each(lambda leaf: leaf[:2], batch)
             first, second = (self._prior_trace(rows, 1, {}) for _ in range(2))
-            require_unscaled(Traces([(poutine.Trace(), first)], layout, 1, length(rows)))
-        latent = {s["name"]: s for s in samples(first) if s["name"] in layout.latents}
+            require_unscaled(Traces([(poutine.Trace(), first)], signature, 1, length(rows)))
+        latent = {s["name"]: s for s in samples(first) if s["name"] in signature.latents}
         discrete = [name for name, site in latent.items() if _is_discrete(site)]
-        self.summed = [name for name in discrete if name in layout.summed]
+        self.summed = [name for name in discrete if name in signature.summed]
         discrete = [name for name in discrete if name not in self.summed]
         self.sites: dict[str, _Coordinates] = {}
         for name, site in latent.items():
@@ -91,11 +94,11 @@ class Space:
                 self.sites[name] = self._coordinates(site)
         if not self.sites:
             raise ValueError(
-                f"there is no continuous latent to move: the latents are {list(layout.latents) or 'none'}; use "
+                f"there is no continuous latent to move: the latents are {list(signature.latents) or 'none'}; use "
                 "method='enumerate', 'iwae' or 'exact'"
             )
         self.size = sum(c.free.numel() for c in self.sites.values())
-        if discrete and layout.nesting > 1:
+        if discrete and signature.nesting > 1:
             raise ValueError(
                 f"the discrete latents {discrete} lie among plates inside the data plate: use method='iwae'"
             )
@@ -106,18 +109,25 @@ class Space:
 
     def shared(self, rows: Batch, particles: int) -> dict[str, Tensor]:
         """A draw from the guide, for each particle, of the latents that all data share; none where there are none."""
-        if not (names := self.layout.globals_):
+        if not (names := self.signature.globals_):
             return {}
-        guide = run_at(self.pair, self.pair.guide, rows, particles, self.layout, {})
+        guide = run_at(self.pair, self.pair.guide, rows, particles, self.signature, {})
         values = {name: guide.nodes[name]["value"] for name in names}
         return {n: (v if particles > 1 else v[None]).contiguous() for n, v in values.items()}
 
-    def floats(self, batch: Batch) -> int:
-        """About how many numbers one particle of a datum takes: coordinates, data, and the widest layers between them."""
-        widest = max((p.shape[0] for p in self.pair.parameters() if p.dim() == 2), default=0)
-        features = sum(leaf[0].numel() for _, leaf in leaves(batch))
-        states = max((len(values) for values in self.states.values()), default=1) * self.widest**2
-        return 8 * self.size + states * (4 * features + 2 * widest)
+    def bytes(self, batch: Batch) -> int:
+        """What one further particle of a datum takes, by runs on a few rows: densities and their gradients."""
+        rows = batch if self.signature.all_rows else each(lambda leaf: leaf[:2], batch)
+
+        def gradient(particles: int) -> None:
+            with torch.enable_grad():
+                u = torch.zeros(particles, length(rows), self.size, device=self.pair.device, dtype=self.pair.dtype)
+                terms = self.terms(u.requires_grad_(), rows, self.shared(rows, particles))
+                torch.autograd.grad((terms.prior + terms.likelihood).sum(), u)
+
+        with evaluating(self.pair):
+            one, several = (allocated(lambda k=k: gradient(k)) for k in (1, 3))  # type: ignore[misc]
+        return max(1, (several - one) // (2 * length(rows)))
 
     # -- densities ---------------------------------------------------------------------------------------------------
 
@@ -141,27 +151,27 @@ class Space:
         particles, rows = u.shape[:2]
         values, count = _at_states({**values, **(given or {})}, self.guided, particles, rows)
         batch, values, together, size = self._shaped(batch, values, count * particles)
-        guide = run_at(self.pair, self.pair.guide, batch, together, self.layout, values)
-        local = Traces([(guide, guide)], self.layout, together, size).posterior(proper=True).local
+        guide = run_at(self.pair, self.pair.guide, batch, together, self.signature, values)
+        local = Traces([(guide, guide)], self.signature, together, size).posterior(proper=True).local
         log_q = local.reshape(count, particles, rows)
         return (log_q[0] if count == 1 else torch.logsumexp(log_q, 0)) + jacobian
 
     def unguided(self, rows: Batch) -> str | None:
         """Why the guide's density is not known at coordinates that others drew, or None."""
-        pair, layout = self.pair, self.layout
+        pair, signature = self.pair, self.signature
         if not pair.has_guide:
             return "the pair has no guide"
-        if layout.points:
-            return f"the guide is a point at site {layout.points[0]!r} and has no density"
-        if reason := layout.no_density or layout.not_normalised:
+        if signature.points:
+            return f"the guide is a point at site {signature.points[0]!r} and has no density"
+        if reason := signature.no_density or signature.not_normalised:
             return reason
-        with still(pair, 0):
-            guide = pair.run(pair.guide, rows, 1, layout)
+        with evaluating(pair, 0):
+            guide = pair.run(pair.guide, rows, 1, signature)
         drawn = [s for s in samples(guide) if not s["is_observed"]]
         if own := [s["name"] for s in drawn if s["infer"].get("is_auxiliary")]:
             return f"the guide's density needs its own site {own[0]!r} integrated out"
-        with still(pair, 1):
-            again = run_at(pair, pair.guide, rows, 1, layout, {s["name"]: s["value"] for s in drawn})
+        with evaluating(pair, 1):
+            again = run_at(pair, pair.guide, rows, 1, signature, {s["name"]: s["value"] for s in drawn})
         for site in drawn:
             if not torch.equal(log_prob(site), log_prob(again.nodes[site["name"]])):
                 return (
@@ -200,14 +210,14 @@ class Space:
     def from_guide(self, batch: Batch, particles: int, given: dict[str, Tensor] | None = None) -> Tensor:
         """u (K, N, L) drawn from the guide."""
         rows, values, together, _ = self._shaped(batch, given or {}, particles)
-        guide = run_at(self.pair, self.pair.guide, rows, together, self.layout, values)
+        guide = run_at(self.pair, self.pair.guide, rows, together, self.signature, values)
         return self.coordinates({n: guide.nodes[n]["value"] for n in self.sites}, particles, length(batch))
 
     # -- the programs ------------------------------------------------------------------------------------------------
 
     def _states(self, batch: Batch, discrete: list[str]) -> dict[str, Tensor]:
         try:
-            return states(self.pair, batch, self.layout, discrete)
+            return states(self.pair, batch, self.signature, discrete)
         except ValueError as error:
             raise ValueError(f"the discrete latents {discrete} cannot be summed out: {error}") from error
 
@@ -216,7 +226,7 @@ class Space:
 
         There neither the density that is computed nor the coordinates are those of the draws.
         """
-        with still(self.pair):
+        with evaluating(self.pair):
             trace = self._prior_trace(rows, _EDGE_DRAWS, self.shared(rows, _EDGE_DRAWS))
         for name, site in self.sites.items():
             z = self._by_datum(trace.nodes[name]["value"], site, _EDGE_DRAWS, length(rows))
@@ -230,23 +240,23 @@ class Space:
 
     def _drawn_by_guide(self, rows: Batch, discrete: list[str]) -> dict[str, Tensor]:
         """The states of the discrete latents that the guide draws too; it may leave some to the model."""
-        with still(self.pair):
-            guide = self.pair.run(self.pair.guide, rows, 1, self.layout)
+        with evaluating(self.pair):
+            guide = self.pair.run(self.pair.guide, rows, 1, self.signature)
         names = [name for name in discrete if name in guide.nodes]
-        return states(self.pair, rows, self.layout, names) if names else {}
+        return states(self.pair, rows, self.signature, names) if names else {}
 
     def _prior_trace(self, batch: Batch, particles: int, given: dict[str, Tensor]) -> Any:
         rows, values, together, _ = self._shaped(batch, given, particles)
-        return run_at(self.pair, self.pair.model, rows, together, self.layout, values)
+        return run_at(self.pair, self.pair.model, rows, together, self.signature, values)
 
     def _terms(self, batch: Batch, values: dict[str, Tensor], particles: int) -> tuple[Tensor, Tensor]:
         """log p(z) and log p(x | z), what the programs sum out being summed out."""
         rows, values, together, size = self._shaped(batch, values, particles)
         if self.summed:
-            prior, joint = log_joint_at(self.pair, rows, values, together, size, self.layout)
+            prior, joint = log_joint_at(self.pair, rows, values, together, size, self.signature)
             return prior, joint - prior
-        model = run_at(self.pair, self.pair.model, rows, together, self.layout, values)
-        traces = Traces([(poutine.Trace(), model)], self.layout, together, size)
+        model = run_at(self.pair, self.pair.model, rows, together, self.signature, values)
+        traces = Traces([(poutine.Trace(), model)], self.signature, together, size)
         return traces.prior(proper=True).local, traces.likelihood().local
 
     def _shaped(
@@ -258,7 +268,7 @@ class Space:
             return batch, {name: v[0] for name, v in values.items()}, 1, size
         if self.vectorised:
             return batch, values, particles, size
-        if self.layout.whole or self.layout.nesting > 1:
+        if self.signature.all_rows or self.signature.nesting > 1:
             raise ValueError(
                 "the programs take no particle axis and run on all of the data at once alone: use method='iwae'"
             )
@@ -266,11 +276,11 @@ class Space:
         return rows, {name: v.flatten(0, 1) for name, v in values.items()}, 1, particles * size
 
     def _coordinates(self, site: Site) -> _Coordinates:
-        fn, layout = site["fn"], self.layout
+        fn, signature = site["fn"], self.signature
         value = site["value"]
         lead = value.dim() - fn.event_dim
-        batch_shape = (1,) * (layout.nesting - lead) + tuple(value.shape[:lead])
-        data_dim, inner = layout.data_plate(site).dim, list(batch_shape)
+        batch_shape = (1,) * (signature.nesting - lead) + tuple(value.shape[:lead])
+        data_dim, inner = signature.data_plate(site).dim, list(batch_shape)
         del inner[data_dim]
         drawn = torch.Size(inner) + value.shape[lead:]
         transform = free_of(site)
@@ -283,7 +293,7 @@ class Space:
 
     def _by_datum(self, value: Tensor, site: _Coordinates, particles: int, size: int) -> Tensor:
         """A site's value with the data axis second: (K, N, other plates, event)."""
-        nesting = self.layout.nesting
+        nesting = self.signature.nesting
         plates = list(site.drawn[: nesting - 1])
         plates.insert(nesting + site.data_dim, size)
         event = site.drawn[nesting - 1 :]
@@ -293,7 +303,7 @@ class Space:
         return value.movedim(1 + nesting + site.data_dim, 1)
 
     def _as_drawn(self, z: Tensor, site: _Coordinates) -> Tensor:
-        return z.movedim(1, 1 + self.layout.nesting + site.data_dim)
+        return z.movedim(1, 1 + self.signature.nesting + site.data_dim)
 
 
 def _at_the_edge(z: Tensor, transform: Transform) -> Tensor:

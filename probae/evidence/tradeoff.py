@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive
-from probae.evidence.annealed import Annealer, Annealing, Block
+from probae.evidence.ais import AIS, Annealer, Block
 from probae.evidence.hmc import Point
 from probae.evidence.weights import prepare
-from probae.isolation import isolated
+from probae.runtime.isolation import isolated
 
 if TYPE_CHECKING:
     import pandas
@@ -87,16 +87,16 @@ def rate_distortion(
         >>> curve.rate.shape
         torch.Size([21])
     """
-    annealing = Annealing.of(options, "rate_distortion")
+    annealing = AIS.of(options, "rate_distortion")
     if annealing.start != "prior" or annealing.schedule == "adaptive":
         raise ValueError("rate_distortion: the path starts at the prior, and all data share its schedule")
     largest = positive("largest", largest)
-    pair, batch, layout = prepare(model, x, seed)
-    if layout.globals_:
+    pair, batch, signature = prepare(model, x, seed)
+    if signature.globals_:
         raise ValueError(
-            f"the data share the latents {list(layout.globals_)}: the rate of a datum's code is not defined"
+            f"the data share the latents {list(signature.globals_)}: the rate of a datum's code is not defined"
         )
-    annealer = Annealer(pair, batch, layout, annealing, seed, compile, largest=largest)
+    annealer = Annealer(pair, batch, signature, annealing, seed, compile, largest=largest)
 
     def curve(block: Block) -> tuple[Tensor, ...]:
         betas, points = block.tuned.betas[:, 0], []

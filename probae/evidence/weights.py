@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from probae.adapter import as_pair
 from probae.arguments import one_of, whole
 from probae.batches import Batch, each, leaves, length, rebuilt, rows_of
-from probae.checks import check
-from probae.enumeration import log_joint
-from probae.flat import Graph, Untraceable, fall_back, fixed, trace
-from probae.flat.choice import MODES, TRACING_PAYS, compiling_pays
-from probae.flat.constants import untouched
-from probae.flat.graph import same
-from probae.flat.inductor import compiled, unavailable
-from probae.isolation import isolated
-from probae.pair import Pair, as_pair
-from probae.seeding import set_streams, still, streams
-from probae.sites import Layout, samples
-from probae.traces import Traces, scaled_sites
+from probae.graphs import Runner
+from probae.graphs.cost import MODES
+from probae.pair import Pair
+from probae.runtime.isolation import isolated
+from probae.runtime.memory import allocated
+from probae.runtime.seeding import evaluating, seeded
+from probae.tracing.checks import check
+from probae.tracing.enumeration import log_joint
+from probae.tracing.signature import Signature
+from probae.tracing.terms import Traces, scaled_sites
 
 #: bytes that one chunk of particles and data may take in draws and densities: what stays near the cores, and on a GPU
 #: what keeps them busy
@@ -67,58 +66,60 @@ def log_weights(
         >>> log_weights(probae.PPCA(features=4, latents=2), torch.zeros(3, 4), particles=5).shape
         torch.Size([5, 3])
     """
-    pair, batch, layout = prepare(model, x, seed)
-    require_weights(pair, layout, normalised=False)
+    pair, batch, signature = prepare(model, x, seed)
+    require_weights(pair, signature, normalised=False)
     particles = whole("particles", particles)
-    return torch.cat(list(Weights(pair, layout, compile).by_rows(batch, particles, seed, memory)), 1)
+    return torch.cat(list(Weights(pair, signature, compile).by_rows(batch, particles, seed, memory)), 1)
 
 
-def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Layout]:
-    """A pair, a batch of its dtype and on its device, and its layout, all checked."""
+def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Signature]:
+    """A pair, a batch of its dtype and on its device, and its signature, all checked."""
     pair = as_pair(model)
     batch = pair.as_batch(x)
     return pair, batch, check(pair, batch, seed)
 
 
-def no_evidence(layout: Layout) -> str | None:
+def no_evidence(signature: Signature) -> str | None:
     """Why there is no log p(x) of each datum that any estimator could give, or None."""
-    return layout.subsampled or _undefined(layout)
+    return signature.subsampled or _undefined(signature)
 
 
-def no_bound(layout: Layout) -> str | None:
+def no_bound(signature: Signature) -> str | None:
     """Why a pair gives no bound on log p(x) by its weights, or None if it does."""
-    return _undefined(layout) or _no_weights(layout) or layout.not_normalised
+    return _undefined(signature) or _no_weights(signature) or signature.not_normalised
 
 
-def _undefined(layout: Layout) -> str | None:
-    if layout.improper:
+def _undefined(signature: Signature) -> str | None:
+    if signature.improper:
         return (
-            f"the prior of site {layout.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
+            f"the prior of site {signature.improper[0]!r} is flat: it is no distribution, so log p(x) is not defined, and no "
             "estimator has a bound on it. Give the model a proper prior; probae.expost_prior fits one to its codes"
         )
-    return layout.no_evidence
+    return signature.no_evidence
 
 
-def _no_weights(layout: Layout) -> str | None:
-    if layout.no_density is not None:
-        return layout.no_density
-    if layout.points:
+def _no_weights(signature: Signature) -> str | None:
+    if signature.no_density is not None:
+        return signature.no_density
+    if signature.points:
         return (
-            f"the guide is a point at site {layout.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
+            f"the guide is a point at site {signature.points[0]!r}: it has no density, so log p(x, z) at the code is no bound "
             "on log p(x) and can even exceed it. Give the model a guide with a density (posterior='normal' or 'laplace')"
         )
     return None
 
 
-def require_weights(pair: Pair, layout: Layout, normalised: bool = True) -> None:
+def require_weights(pair: Pair, signature: Signature, normalised: bool = True) -> None:
     """Raise a ValueError unless the pair's weights are ratios of densities.
 
     Args:
         normalised: whether the guide has to be a density of its draws; if not, its terms are what Pyro counts.
     """
-    if reason := no_evidence(layout) or _no_weights(layout) or (layout.not_normalised if normalised else None):
+    if reason := no_evidence(signature) or _no_weights(signature) or (signature.not_normalised if normalised else None):
         raise ValueError(reason)
-    if not pair.has_guide and (drawn := [n for n in layout.latents + layout.globals_ if n not in layout.summed]):
+    if not pair.has_guide and (
+        drawn := [n for n in signature.latents + signature.globals_ if n not in signature.summed]
+    ):
         raise ValueError(f"the pair has no guide to draw {drawn} from")
 
 
@@ -135,16 +136,15 @@ class Weights:
     """The log weights of a pair, in chunks of one shape, over one graph where that pays.
 
     Args:
-        pair, layout: as they were checked.
+        pair, signature: as they were checked.
         compile: one of `MODES`.
         times: how often all of the data will be asked for; early stopping keeps the graph from one time to the next.
     """
 
-    def __init__(self, pair: Pair, layout: Layout, compile: bool | str = "auto", times: int = 1):
+    def __init__(self, pair: Pair, signature: Signature, compile: bool | str = "auto", times: int = 1):
         one_of("compile", compile, MODES)
-        self.pair, self.layout, self.compile, self.times = pair, layout, compile, times
-        self.ways: dict[Any, Callable[..., list[Tensor | None]]] = {}
-        self.taken_as_fixed: dict[str, Any] = {}
+        self.pair, self.signature, self.compile, self.times = pair, signature, compile, times
+        self.runners: dict[Any, Runner] = {}
 
     def by_rows(self, batch: Batch, particles: int, seed: int, memory: int | None = None) -> Iterator[Tensor]:
         """The weights (K, n) of one block of data after another."""
@@ -158,72 +158,40 @@ class Weights:
         pair, batch = self.pair, each(Tensor.contiguous, batch)  # all chunks lie alike in memory
         device = pair.device or torch.device("cpu")
         memory = MEMORY.get(device.type, MEMORY["cuda"]) if memory is None else whole("memory", memory)
-        with still(pair, seed):
-            first = pair.traces(batch if self.layout.whole else each(lambda leaf: leaf[:2], batch))
-            require_unscaled(first)
-            rows, together = _chunks(_floats(pair, batch, first), length(batch), particles, memory)
-            if self.layout.whole:
+        with evaluating(pair, seed):
+            few = batch if self.signature.all_rows else each(lambda leaf: leaf[:2], batch)
+            require_unscaled(pair.traces(few))
+            cost = _cost(pair, self.signature, few)
+            rows, together = _chunks(cost, length(batch), particles, memory)
+            if self.signature.all_rows:
                 rows, together = length(batch), even(particles, max(1, rows * together // length(batch)))
-            if not self.layout.vectorised:
+            if not self.signature.vectorised:
                 together = 1
             chunks = math.ceil(length(batch) / rows) * math.ceil(particles / together) * self.times
-            way = self._way(each(lambda leaf: leaf[:rows], batch), together, chunks)
+            run = self._runner(each(lambda leaf: leaf[:rows], batch), together, chunks)
             for block in rows_of(batch, rows):
                 count = length(block)
                 tensors = [padded(leaf, rows) for _, leaf in leaves(block)]
-                parts = (way(*tensors)[0] for _ in range(0, particles, together))
-                chunks_ = (part[: particles - k * together, :count] for k, part in enumerate(parts))  # type: ignore[index]
+                parts = (run(*tensors)[0] for _ in range(0, particles, together))
+                chunks_ = (part[: particles - k * together, :count] for k, part in enumerate(parts))
                 yield (weighable(weights, k * together) for k, weights in enumerate(chunks_))
 
-    def _way(self, rows: Batch, particles: int, chunks: int) -> Callable[..., list[Tensor | None]]:
-        """How a chunk is computed, given how many there are: by the programs, a graph, or a compiled graph."""
+    def _runner(self, rows: Batch, particles: int, chunks: int) -> Runner:
+        """What computes a chunk, given how many there are."""
 
         def weights(*tensors: Tensor) -> list[Tensor]:
             block = rebuilt(rows, tensors)
             traces = self.pair.traces(block, particles)
-            if self.layout.summed:
+            if self.signature.summed:
                 return [log_joint(self.pair, block, traces) - traces.proposal().local]
             return [traces.log_weights()]
 
-        if self.compile is False or (self.compile == "auto" and chunks < TRACING_PAYS):
-            return weights  # type: ignore[return-value]
-        now = fixed(pair=self.pair)
-        if now != self.taken_as_fixed:
-            self.ways, self.taken_as_fixed = {}, now
-        tensors = [leaf for _, leaf in leaves(rows)]
-        key = particles, *((leaf.shape, leaf.dtype) for leaf in tensors)
-        if key not in self.ways:
-            self.ways[key] = self._built(weights, tensors, chunks)
-        return self.ways[key]
-
-    def _prove(self, graph: Graph, weights: Callable[..., Any], tensors: list[Tensor]) -> None:
-        """Compute a chunk both ways, twice: programs that change as they run show themselves."""
-        device = tensors[0].device
-        with untouched([self.pair], device):
-            stream, found = streams(device), []
-            for way in (weights, graph):
-                set_streams(device, stream)
-                found += [[way(*tensors)[0] for _ in range(2)] + streams(device)]
-        if not all(same(a, b) for a, b in zip(*found, strict=True)):
-            raise Untraceable("the programs do not do the same each time, in a way that a graph would not see")
-
-    def _built(self, weights: Callable[..., Any], tensors: list[Tensor], chunks: int) -> Callable[..., Any]:
-        try:
-            with untouched([self.pair], tensors[0].device):
-                weights(*tensors)  # caches of the programs fill with values
-            graph = trace(weights, tensors, [self.pair])
-            self._prove(graph, weights, tensors)
-        except Untraceable as reason:
-            fall_back(f"log weights are computed eagerly, not traced: {reason}")
-            self.compile = False  # said once
-            return weights
-        pays = self.compile == "auto" and compiling_pays(graph, chunks)[0] and not unavailable(tensors[0].device.type)
-        if self.compile is True or pays:
-            try:
-                return compiled(graph, tensors)
-            except Untraceable as reason:
-                fall_back(f"log weights are interpreted, not compiled: {reason}")
-        return graph
+        key = particles, *((leaf.shape, leaf.dtype) for _, leaf in leaves(rows))
+        if key not in self.runners or self.runners[key].outdated() is not None:
+            refused = any(runner.refused for runner in self.runners.values())  # which is said once
+            compile = False if refused else self.compile
+            self.runners[key] = Runner(weights, lambda: {"pair": self.pair}, compile, chunks, "log weights")
+        return self.runners[key]
 
 
 def weighable(weights: Tensor, first: int = 0) -> Tensor:
@@ -246,19 +214,20 @@ def padded(leaf: Tensor, rows: int) -> Tensor:
     return leaf if missing == 0 else torch.cat([leaf, leaf[-1:].expand(missing, *leaf.shape[1:])])
 
 
-def _floats(pair: Pair, batch: Batch, traces: Any) -> int:
-    """About how many numbers one particle of one datum takes: its events, and the widest layers between them."""
-    sites = [s for run in traces.runs for trace in run for s in samples(trace)]
-    events = sum(s["fn"].event_shape.numel() for s in sites)
-    widest = max((p.shape[0] for p in pair.parameters() if p.dim() == 2), default=0)
-    return 4 * events + 2 * widest + sum(leaf[0].numel() for _, leaf in leaves(batch))
+def _cost(pair: Pair, signature: Signature, rows: Batch) -> tuple[float, float]:
+    """The bytes that a further datum takes, and a further particle of a datum, by runs on a few rows."""
+    few = [1, 3] if signature.vectorised else [1, 1]
+    with seeded(0, pair.device):
+        one, several = (allocated(lambda k=k: pair.traces(rows, k).log_weights()) for k in few)  # type: ignore[misc]
+    cell = max(1.0, (several - one) / (2 * length(rows)) if signature.vectorised else one / length(rows))
+    return max(0.0, one / length(rows) - cell), cell
 
 
-def _chunks(floats: int, size: int, particles: int, memory: int) -> tuple[int, int]:
+def _chunks(cost: tuple[float, float], size: int, particles: int, memory: int) -> tuple[int, int]:
     """Rows and particles of a chunk; all chunks are alike, so that one graph does for them."""
-    cells = max(1, memory // (8 * floats))
-    rows = even(size, max(1, cells // min(particles, 64)))
-    return rows, even(particles, max(1, cells // rows))
+    datum, cell = cost
+    rows = even(size, max(1, int(memory / (datum + cell * min(particles, 64)))))
+    return rows, even(particles, max(1, int((memory / rows - datum) / cell)))
 
 
 def even(total: int, most: int) -> int:

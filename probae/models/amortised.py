@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probae.arguments import size
-from probae.distributions import parts
-from probae.layout import PROGRAM_ERRORS
-from probae.likelihoods import Head, Normal
-from probae.missing import known, moments, observed, require_observed
-from probae.nn import MLP, widths
+from probae.heads.distributions import parts
+from probae.heads.likelihoods import Head, Normal
+from probae.heads.nn import MLP, ConvEncoder, event_shape, widths
+from probae.heads.nn import moments as scaled
 from probae.pair import Pair
+from probae.tracing.missing import known, moments, observed, require_observed
+from probae.tracing.sites import PROGRAM_ERRORS
 
 
 class Amortised(Pair):
     """A pair whose posterior and likelihood are a network under a head each; what is left to a model is the choice.
 
-    Shapes: x (..., D), z (..., L); the encoder maps D to ``code.width * L`` outputs, the decoder L to ``head.width * D``.
-    With ``missing="mask"`` the encoder takes 2 D inputs: x, with the training data's mean where a value is missing, and
-    1 where it was observed, 0 where not.
+    Shapes: x (..., D) or (..., *shape), z (..., L); the encoder maps D numbers to ``code.width * L`` outputs, the decoder L to
+    ``head.width * D``, both flat. With ``missing="mask"`` the encoder takes 2 D inputs: x, with the training data's mean where
+    a value is missing, and 1 where it was observed, 0 where not. With ``given`` the programs take a second argument, c, classes
+    (N,) or covariates (N, G), and both networks have G further inputs.
 
     Raises:
         ValueError, TypeError: if a number of features or latents is below 1, or a given network has another shape.
@@ -31,10 +35,12 @@ class Amortised(Pair):
     initialised: Tensor
     fill: Tensor
     fill_low: Tensor
+    given_origin: Tensor
+    given_unit: Tensor
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         latents: int,
         prior: nn.Module,
         code: Head,
@@ -44,6 +50,7 @@ class Amortised(Pair):
         encoder: nn.Module | None,
         decoder: nn.Module | None,
         missing: str | None,
+        given: int | None = None,
     ):
         super().__init__()
         self.missing = known(missing)
@@ -52,16 +59,23 @@ class Amortised(Pair):
         if not isinstance(prior, nn.Module):
             raise TypeError(f"prior: expected a torch module whose call gives p(z), got {type(prior).__name__}")
         layers = widths(hidden)
-        features, latents = size("features", features), size("latents", latents)
+        shape, latents = event_shape("features", features), size("latents", latents)
+        features = math.prod(shape)
         self.features, self.latents = features, latents
+        self.event_shape, self.event_dim = shape, len(shape)
+        self.given = None if given is None else size("given", given)
         self.prior = prior
         self.code = code.bind(latents, latent=True)
-        self.head = (likelihood if likelihood is not None else Normal()).bind(features)
+        self.head = (likelihood if likelihood is not None else Normal()).bind(shape)
+        if self.given is not None:
+            self.register_buffer("given_origin", torch.zeros(self.given))
+            self.register_buffer("given_unit", torch.ones(self.given))
         if missing is not None:
             self.register_buffer("fill", torch.zeros(features))
             self.register_buffer("fill_low", torch.zeros(features))
         seen = features if missing is None else 2 * features
-        sizes = (seen, self.code.width * latents), (latents, self.head.width * features)
+        beside = self.given or 0
+        sizes = (seen + beside, self.code.width * latents), (latents + beside, self.head.width * features)
         self.encoder = encoder if encoder is not None else MLP(*sizes[0], layers, activation)
         self.decoder = decoder if decoder is not None else MLP(*sizes[1], layers[::-1], activation)
         self.register_buffer("initialised", torch.tensor(False))
@@ -74,19 +88,30 @@ class Amortised(Pair):
         """Whether the likelihood does."""
         return self.head.keeps_precision
 
-    def likelihood(self, z: Tensor) -> Any:
+    def likelihood(self, z: Tensor, *given: Tensor) -> Any:
         """p(x | z): the head at the decoder's output."""
-        return self.head(self.decoder(z))
+        return self.head(self.decoder(self._beside(z, given)))
 
-    def posterior(self, x: Tensor) -> Any:
+    def posterior(self, x: Tensor, *given: Tensor) -> Any:
         """q(z | x): the code head at the encoder's output."""
+        x = x.flatten(-self.event_dim)
         if self.missing is not None:
             values, seen = observed(x, self.fill.to(x.dtype) + self.fill_low)
             x = torch.cat([values, seen.to(x.dtype)], -1)
+        x = self._beside(x, given)
         return self.code(self.encoder(x if isinstance(self.encoder, MLP) else x.to(self.head.origin.dtype)))
 
-    def initialise(self, x: Tensor) -> None:
-        """Take the units of input and output from training data (N, D), once: a network then starts at the data's mean."""
+    def _beside(self, values: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        """Numbers (..., M), and beside them the classes as indicators, or the covariates, (..., G)."""
+        if self.given is None:
+            return values
+        (c,) = given
+        c = F.one_hot(c.long(), self.given) if c.dim() == 1 else (c - self.given_origin) / self.given_unit
+        return torch.cat([values, c.to(values.dtype).expand(*values.shape[:-1], self.given)], -1)
+
+    def initialise(self, x: Tensor, *given: Tensor) -> None:
+        """Take the units of input and output from training data, once: a network then starts at the data's mean."""
+        x = (x if x.is_floating_point() else x.to(self.head.origin.dtype)).flatten(1)
         require_observed(x)
         if bool(self.initialised):
             return
@@ -95,8 +120,11 @@ class Amortised(Pair):
             loc, scale = moments(x)
             high, low = parts(loc, self.fill, scale)
             self.fill.copy_(high), self.fill_low.copy_(low)
-        if isinstance(self.encoder, MLP):
+        if isinstance(self.encoder, MLP | ConvEncoder):
             self.encoder.standardise(x)
+        for covariates in (c for c in given if c.dim() == 2):
+            loc, scale = scaled(covariates)
+            self.given_origin.copy_(loc), self.given_unit.copy_(scale)
         self.initialised.fill_(True)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
-from probae import likelihoods, priors
 from probae.arguments import size
-from probae.likelihoods import Head
+from probae.heads import likelihoods, priors
+from probae.heads.likelihoods import Head
+from probae.heads.nn import event_shape
+from probae.heads.posteriors import Point
 from probae.models.amortised import Amortised
-from probae.posteriors import Point
+from probae.objectives import Objective, Reconstruction
 from probae.recipe import recorded
 
 
@@ -27,7 +30,7 @@ class Autoencoder(Amortised):
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers; the decoder's are the same, reversed.
         likelihood: a head of `probae.likelihoods`; a Normal with one learned scale by default.
-        activation, encoder, decoder, missing: as for `VAE`; the encoder maps to L outputs.
+        activation, encoder, decoder, missing, given: as for `VAE`; the encoder maps to L outputs.
 
     Raises:
         ValueError: if a scale is to be learned with as many latents as features: data copied without error would send
@@ -43,7 +46,7 @@ class Autoencoder(Amortised):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         latents: int,
         hidden: Sequence[int] | int = (),
         *,
@@ -52,15 +55,20 @@ class Autoencoder(Amortised):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         missing: str | None = None,
+        given: int | None = None,
     ):
         likelihood = likelihood if likelihood is not None else likelihoods.Normal()
-        if size("latents", latents) >= size("features", features) and getattr(likelihood, "learned", False):
+        if size("latents", latents) >= math.prod(event_shape("features", features)) and getattr(
+            likelihood, "learned", False
+        ):
             raise ValueError(
                 f"a learned scale needs fewer latents than features, got {latents} latents and {features} features: the "
                 "code could copy the data and the scale shrink to zero; give a number, likelihoods.Normal(scale=1.0)"
             )
         prior = priors.Flat(latents)
-        super().__init__(features, latents, prior, Point(), likelihood, hidden, activation, encoder, decoder, missing)
+        super().__init__(
+            features, latents, prior, Point(), likelihood, hidden, activation, encoder, decoder, missing, given
+        )
 
 
 @recorded
@@ -74,7 +82,7 @@ class StochasticAutoencoder(Amortised):
     Args:
         scale: τ, a number; or None to predict it for each datum and latent, never below ``floor``.
         floor: the least scale when it is predicted.
-        features, latents, hidden, likelihood, activation, encoder, decoder, missing: as for `VAE`.
+        features, latents, hidden, likelihood, activation, encoder, decoder, missing, given: as for `VAE`.
 
     Reference: Goodfellow, Bengio & Courville (2016), *Deep Learning*, §14.4.
 
@@ -85,11 +93,9 @@ class StochasticAutoencoder(Amortised):
         0.1
     """
 
-    default_objective = "reconstruction"
-
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         latents: int,
         hidden: Sequence[int] | int = (128,),
         *,
@@ -100,7 +106,14 @@ class StochasticAutoencoder(Amortised):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         missing: str | None = None,
+        given: int | None = None,
     ):
         code = likelihoods.Normal("predicted", floor=floor) if scale is None else likelihoods.Normal(scale)
         prior = priors.Flat(latents)
-        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing)
+        super().__init__(
+            features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing, given
+        )
+
+    def default_objective(self) -> Objective:
+        """The reconstruction alone: a flat prior has no density to be near to."""
+        return Reconstruction()

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import flag, positive, size
-from probae.distributions import Translated, parts
-from probae.isolation import isolated
-from probae.missing import known, moments, observed, require_observed
-from probae.models.gaussian_gaps import fit_mixture, observed_gaussians, regressions
-from probae.models.singular import require_full_rank
+from probae.heads.distributions import Translated, parts
+from probae.linear_gaussian.gaussian_gaps import fit_mixture, observed_gaussians, regressions
+from probae.linear_gaussian.singular import require_full_rank
 from probae.pair import Pair
 from probae.recipe import recorded
-from probae.seeding import checked_seed, still
+from probae.runtime.isolation import isolated
+from probae.runtime.seeding import checked_seed, evaluating
+from probae.tracing.missing import known, moments, observed, require_observed
 
 
 def _varying(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class GaussianMixture(Pair):
         """Exact draws of what is missing given what was observed, (draws, N, D); there are no particles to choose."""
         x, draws = self.as_data(x), size("draws", draws)
         values, seen = observed(x.double())
-        with still(self, seed):
+        with evaluating(self, seed):
             loc, covariances = self.loc.double() + self.loc_low, self.covariances.double()
             joint = self._observed(seen).component_distribution.log_prob(values.unsqueeze(-2)) + self.logits
             chosen = dist.Categorical(logits=joint).sample((draws,))

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size, whole
-from probae.distributions import LowRankNormal, Normal, Translated, centred
-from probae.isolation import isolated
-from probae.missing import known, moments, observed, require_observed
-from probae.models import maximum_likelihood
-from probae.models.dependence import require_bounded
-from probae.models.expectation_maximisation import expectation_maximisation
-from probae.models.rotation import Rotation, rotate
+from probae.heads.distributions import LowRankNormal, Normal, Translated, centred
+from probae.linear_gaussian import maximum_likelihood
+from probae.linear_gaussian.dependence import require_bounded
+from probae.linear_gaussian.expectation_maximisation import expectation_maximisation
+from probae.linear_gaussian.rotation import Rotation, rotate
 from probae.pair import Pair
-from probae.precision import float64
 from probae.recipe import recorded
+from probae.runtime.isolation import isolated
+from probae.runtime.precision import float64
+from probae.tracing.missing import known, moments, observed, require_observed
 
 T = TypeVar("T", bound="LinearGaussian")
 
@@ -122,7 +122,7 @@ class LinearGaussian(Pair):
         weight = float64(self.unit).unsqueeze(-1) * float64(self.loadings)
         return LowRankNormal(loc, weight, float64(self.log_scale).exp(), dtype=self.log_scale.dtype)
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """log p(x) (N,), exactly, in float64; of what is observed, where values are missing: O(D L² + L³) a datum."""
         marginal, x = self._marginal(), float64(x)
         if self.missing is not None and x.isnan().any():
@@ -229,7 +229,7 @@ class PPCA(LinearGaussian):
 
         Args:
             x: the data; where values are missing, what is observed of them is fitted by EM.
-            options: of that; see `probae.models.expectation_maximisation.expectation_maximisation`.
+            options: of that; see `probae.linear_gaussian.expectation_maximisation.expectation_maximisation`.
 
         Raises:
             ValueError: if the data's shape is wrong, or its rank no more than L (the density is then unbounded).
@@ -273,7 +273,7 @@ class FactorAnalysis(LinearGaussian):
 
         Args:
             x: the data; where values are missing, what is observed of them is fitted by EM.
-            options: of that; see `probae.models.expectation_maximisation.expectation_maximisation`.
+            options: of that; see `probae.linear_gaussian.expectation_maximisation.expectation_maximisation`.
 
         Raises:
             ValueError: if the data's shape is wrong, or a feature does not vary (the density is then unbounded).
@@ -285,5 +285,5 @@ class FactorAnalysis(LinearGaussian):
 
     @isolated
     def rotated(self, method: str = "varimax") -> Rotation:
-        """The loadings W rotated to a simpler structure; see `probae.models.rotation.rotate`."""
+        """The loadings W rotated to a simpler structure; see `probae.linear_gaussian.rotation.rotate`."""
         return rotate(self.weight.detach(), method)

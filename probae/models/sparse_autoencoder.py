@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probae import likelihoods, priors
 from probae.arguments import one_of, size
-from probae.likelihoods import Head, ScaleHead
+from probae.heads import likelihoods, priors
+from probae.heads.likelihoods import Head, ScaleHead
+from probae.heads.posteriors import named
 from probae.models.amortised import Amortised
-from probae.posteriors import named
 from probae.recipe import recorded
 
 PRIORS: dict[str, Any] = {"laplace": priors.Laplace, "student_t": priors.StudentT, "exponential": priors.Exponential}
@@ -107,14 +107,14 @@ class SparseAutoencoder(Amortised):
         p = PRIORS[prior](latents, rate=rate, learned=learned_rate)
         super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
 
-    def initialise(self, x: Tensor) -> None:
+    def initialise(self, x: Tensor, *given: Tensor) -> None:
         """As for every autoencoder, but the columns keep their length: one unit for all features that share a scale.
 
         Where the scale is a number, λ is in the units of the data too, and so are the codes; the networks, whose outputs are
         of size 1, reach them by that unit.
         """
         before = bool(self.initialised)
-        super().initialise(x)
+        super().initialise(x, *given)
         head = self.head
         if before or not isinstance(head, ScaleHead) or not (head.fixed or head.kind == "shared"):
             return

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from probae import priors
-from probae.likelihoods import Head
+from probae.heads import priors
+from probae.heads.likelihoods import Head
+from probae.heads.posteriors import named
 from probae.models.amortised import Amortised
-from probae.posteriors import named
 from probae.recipe import recorded
 
 
@@ -22,7 +22,7 @@ class VAE(Amortised):
     Shapes: z (..., L), x (..., D). Nats per datum. Trained by ``ELBO`` unless told otherwise.
 
     Args:
-        features, latents: D and L.
+        features, latents: D and L; features may be the shape of an image, (C, H, W).
         hidden: widths of the encoder's hidden layers; the decoder's are the same, reversed. None: a linear VAE.
         prior: any module whose call returns p(z); `probae.priors.Normal` by default.
         likelihood: a head of `probae.likelihoods`; a Normal with one learned scale by default.
@@ -31,8 +31,11 @@ class VAE(Amortised):
         encoder, decoder: networks of one's own instead, (..., D) -> (..., 2 L) and (..., L) -> (..., width · D).
         missing: ``"mask"`` takes NaN for what is missing at random: its density is left out, and the encoder sees 2 D
             inputs, values and mask.
+        given: G, for a model of x given c, ``fit(model, (x, c))``: c are classes (N,), whole numbers below G, or G covariates
+            (N, G); encoder and decoder then have G further inputs each.
 
-    References: Kingma & Welling (2014), *Auto-encoding variational Bayes*; Rezende, Mohamed & Wierstra (2014).
+    References: Kingma & Welling (2014), *Auto-encoding variational Bayes*; Rezende, Mohamed & Wierstra (2014); Sohn, Lee
+    & Yan (2015) for ``given``.
 
     Example:
         >>> model = VAE(features=64, latents=8, hidden=(128,))
@@ -42,7 +45,7 @@ class VAE(Amortised):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         latents: int,
         hidden: Sequence[int] | int | None = (128,),
         *,
@@ -53,7 +56,10 @@ class VAE(Amortised):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         missing: str | None = None,
+        given: int | None = None,
     ):
         prior = prior if prior is not None else priors.Normal(latents)
         code = named(posterior)
-        super().__init__(features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing)
+        super().__init__(
+            features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing, given
+        )

@@ -17,11 +17,11 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from probae import reading
 from probae.arguments import printable
+from probae.storage import reading
+from probae.storage.folders import InTheWay, bears_mark, mark
+from probae.storage.folders import write as _write
 from probae.training.identity import differences, lasting, told
-from probae.writing import InTheWay, bears_mark, mark
-from probae.writing import write as _write
 
 FORMAT = 1
 KIND = "checkpoint"
@@ -42,7 +42,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self.identity = json.loads(json.dumps(identity))
         self.place = place
-        self.whole: list[Path] = []
+        self.fused: list[Path] = []
 
     def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Write one; a reader sees it whole or not at all.
@@ -80,9 +80,9 @@ class Checkpoints:
                 error.errno,
                 f"checkpoint of step {step} could not be written ({error.strerror}); the last one still loads",
             ) from error
-        self.whole = [*self.whole, place][-_KEPT:]
+        self.fused = [*self.fused, place][-_KEPT:]
         for old in self._all():
-            if old not in self.whole and _number(old) < step:
+            if old not in self.fused and _number(old) < step:
                 self._remove(old)
 
     def latest(
@@ -118,7 +118,7 @@ class Checkpoints:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            self.whole = [place]
+            self.fused = [place]
             return described["state"], tensors, set(found)
         if trouble is not None:
             raise ValueError(

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.seeding import set_state, streams
+from probae.runtime.seeding import set_state, streams
 from probae.training.identity import of_optimizer, of_validation, tensors_of
 from probae.training.loop import Loop
 from probae.training.optimizers import by_record
 
 _MOST = 2**53  # a larger count is none
 _STEEPEST = 1e6  # a larger learning rate is none
-_PARTS = {"pair", "objective", "best", "stream", "random", "step"}
+_PARTS = {"pair", "objective", "best", "best objective", "stream", "random", "step"}
 _RAN = {"eager", "flat", "compiled", "captured"}
 
 
@@ -33,7 +33,7 @@ def require_state(loop: Loop, described: Any, parts: dict[str, dict[str, Tensor]
     """
     try:
         number = _count("number", described["number"], 1)
-        _require_records(described, number, loop.watch is not None and not any(map(of_validation, differing)))
+        _require_records(described, number, loop.validator is not None and not any(map(of_validation, differing)))
         _require_tensors(loop, described, parts, number)
         _require_moments(loop, described["optimizer"]["state"], parts, number)
         if not any(map(of_optimizer, differing)):
@@ -108,13 +108,15 @@ def _require_tensors(loop: Loop, described: Any, parts: dict[str, dict[str, Tens
     if described["best_step"] is not None or parts.get("best"):
         _require_like("the best model", own, parts.get("best", {}))
     objective = tensors_of(loop.take.objective)
-    found = parts.get("objective", {})
+    found, best = parts.get("objective", {}), parts.get("best objective", {})
     needed = {name for name, tensor in objective.items() if id(tensor) in trained}
     if missing := needed - set(found):
         raise ValueError(f"the objective: {min(missing)!r} is missing")
     _require_like("the objective", {name: objective[name] for name in found}, found)
+    if parts.get("best"):
+        _require_like("the best objective", {name: objective[name] for name in found}, best)
     for role, tensors, named in (("model", own, parts["pair"]), ("best model", own, parts.get("best", {})),
-                                 ("objective", objective, found)):  # fmt: skip
+                                 ("objective", objective, found), ("best objective", objective, best)):  # fmt: skip
         for name in named:
             if id(tensors[name]) in trained and not bool(torch.isfinite(named[name]).all()):
                 raise ValueError(f"the {role}: {name!r} has numbers that are not finite")
@@ -228,14 +230,12 @@ def _require_schedule(loop: Loop, told: Any, number: int) -> None:
 
 
 def _require_steps(told: Any) -> None:
-    kinds = {"why": str, "moving": bool, "traceable": bool, "ran": str, "proofs": int, "failures": int}
+    kinds = {"why": str, "moving": bool, "traceable": bool, "ran": str, "met": bool}
     for name, kind in kinds.items():
         if type(told[name]) is not kind:
             raise ValueError(f"how steps were taken, {name}: expected {kind.__name__}, got {told[name]!r:.200}")
     if told["wanted"] not in (None, True, False) or told["ran"] not in _RAN:
         raise ValueError(f"how steps were taken: got {told!r:.200}")
-    for name in ("proofs", "failures"):
-        _count(f"how steps were taken, {name}", told[name], 0, 100)
 
 
 def _count(name: str, value: Any, least: int, most: int = _MOST) -> int:

@@ -12,29 +12,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from probae.adapter import as_pair
 from probae.arguments import as_path, one_of, whole
 from probae.batches import Batch, call
-from probae.checks import check
-from probae.fingerprints import Checksum, fingerprint, of_data
-from probae.flat.choice import MODES
-from probae.isolation import isolated
+from probae.data.streams import InMemory, Source, fetching, source
+from probae.graphs.cost import MODES
 from probae.objectives import Objective, named
-from probae.pair import Pair, as_pair
-from probae.precision import PRECISIONS
-from probae.processes import Processes, held, local_device, processes
-from probae.seeding import checked_seed, derived, reseed, seeded
-from probae.sites import Layout
-from probae.streams import InMemory, Source, fetching, source
+from probae.objectives.objective import within
+from probae.pair import Pair
+from probae.runtime.fingerprints import Checksum, fingerprint, of_data
+from probae.runtime.isolation import isolated
+from probae.runtime.precision import PRECISIONS
+from probae.runtime.processes import Processes, held, local_device, processes
+from probae.runtime.seeding import checked_seed, derived, reseed, seeded
+from probae.storage.folders import preparing
+from probae.tracing.checks import check
+from probae.tracing.signature import Signature
 from probae.training.checkpoint import KIND, Checkpoints
 from probae.training.identity import identity_of
 from probae.training.loop import Loop
-from probae.training.optimizers import by_record, optimizer_of, parameter_groups, rates_of, scheduler_of
+from probae.training.optimizers import (
+    by_record,
+    optimizer_of,
+    parameter_groups,
+    rates_of,
+    scheduler_of,
+    trained_by,
+)
 from probae.training.reduction import limits_of, norms_of
 from probae.training.resume import keep
 from probae.training.run import Run
 from probae.training.steps import Steps
-from probae.training.watch import Watch
-from probae.writing import preparing
+from probae.training.validation import Validation, corruptions_of
 
 _BUILD = 21  # what a run draws for before it starts
 
@@ -66,8 +75,9 @@ def fit(
 ) -> Run:
     """Train a model in place, by stochastic variational inference.
 
-    Pair and data are checked before the first step. With ``validation``, the bound named in ``run.watched`` is evaluated
-    at every record, and the parameters of the best record are the ones kept. Ctrl-C ends training and returns the run.
+    Pair and data are checked before the first step. With ``validation``, what ``run.monitor`` names is evaluated at every
+    record, and the parameters of the best record are the ones kept, the objective's too. Ctrl-C ends training and returns
+    the run.
 
     Under ``torchrun`` the processes train one model together (gloo on CPUs, NCCL on GPUs): each takes its rows of every
     minibatch, with noise of its own, and their gradients are averaged; ``batch_size`` counts the rows of all. Each returns
@@ -84,11 +94,13 @@ def fit(
         validation: data of the same form, for early stopping.
         objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
         steps, batch_size: optimizer steps, and data in each.
-        lr: the learning rate, or ``{"model": ..., "objective": ...}`` where the objective has parameters too.
+        lr: the learning rate of all that declare none of their own (see `Objective`), or ``{"model": ..., "objective": ...}``
+            where the objective has parameters too.
         optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, or a function of parameter groups.
         scheduler: ``"cosine"`` (from lr to 0 over the steps), or a function optimizer -> scheduler, stepped at each step; a
             `ReduceLROnPlateau` at each record, by the validation value (for ``mode="min"`` its negative), else by the loss.
-        clip: the largest norm of the gradient, or ``{"model": ..., "objective": ...}``, one for each group by itself.
+        clip: the largest norm of the gradient of all that declare none of their own, or ``{"model": ..., "objective": ...}``,
+            one for each group by itself.
         precision: ``"float32"`` leaves all in the parameters' own dtype; ``"bf16"`` computes matrix products and
             convolutions in bfloat16, and everything else, parameters and densities too, in float32.
         seed: of the order of the data and of every draw, also of the initial values of what programs make at their first
@@ -168,21 +180,26 @@ def fit(
             for batch in stream.passes():
                 if folder is not None:
                     rows.add(batch)
-                layout = check(pair, batch, seed, training=True)
+                signature = check(pair, batch, seed, training=True, corruptions=corruptions_of(goal))
                 _require_rows(pair, stream.smallest(batch))
-                _require_whole(layout, batch_size, stream, team)
+                _require_whole(signature, batch_size, stream, team)
             if folder is not None:
                 stream.require_resumable()
             goal.to(device=where)
             # from before they learn of the data; what is trained starts as in the first process
             fixed = {name: fingerprint(t) for name, t in held(modules).items() if not t.requires_grad}
-            watch = held_out = None
+            _bind(goal, pair, stream)
+            goal.to(device=where)
+            trained = trained_by(pair, goal)
+            groups = parameter_groups(trained, rates)
+            validator = held_out = None
             if validation is not None:
                 held_out = _gather(validation, pair, where)
                 options: Any = {"particles": 8, "seed": seed, "compile": compile, "times": steps // every}
-                watch = Watch(pair, held_out, goal, **options, processes=team)
-            chosen = make_optimizer(parameter_groups(pair, goal, rates))
-            limits = limits_of(norms, chosen.param_groups)
+                validator = Validation(pair, held_out, goal, **options, processes=team)
+            chosen = make_optimizer(groups)
+            declared = {group.name: group.clip for group in trained if group.clip is not None}
+            limits = limits_of(norms, chosen.param_groups, declared)
             if pair.has("initialise"):
                 with torch.no_grad():
                     call(pair.initialise, stream.some())
@@ -193,10 +210,10 @@ def fit(
                 )
         team.agree(modules, fixed)
         note = getattr(getattr(pair, "inner", pair), "fit_note", "")
-        run = Run(_unwrapped(model), goal, watched=watch.kind if watch else None, note=note)
+        run = Run(_unwrapped(model), goal, monitor=validator.kind if validator else None, note=note)
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
         take = Steps(pair, goal, chosen, rate, limits, stream.size, **options)
-        loop = Loop(pair, take, stream, watch, run)
+        loop = Loop(pair, take, stream, validator, run)
         if folder is not None or team.count > 1:
             settings = {
                 "batch_size": None if isinstance(data, DataLoader) else batch_size,
@@ -249,14 +266,23 @@ def _built(model: Any, seed: int) -> Any:
     return built
 
 
-def _require_whole(layout: Layout, batch_size: int, stream: Source, team: Processes) -> None:
+def _bind(objective: Objective, pair: Pair, stream: Source) -> None:
+    """Let the objective, and those inside it, make what depends on the pair."""
+    rows: Batch | None = None
+    for _, part in within(objective):
+        if type(part).bind is not Objective.bind:
+            rows = stream.some() if rows is None else rows
+            part.bind(pair, rows)
+
+
+def _require_whole(signature: Signature, batch_size: int, stream: Source, team: Processes) -> None:
     """Raise a ValueError if programs that run on all of the data at once would get less."""
-    if layout.whole and team.count > 1:
+    if signature.all_rows and team.count > 1:
         raise ValueError(
             "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
             f"{team.count} processes cannot share them: train in one"
         )
-    if layout.whole and batch_size < stream.size:
+    if signature.all_rows and batch_size < stream.size:
         raise ValueError(
             f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
             f"a parameter has their size); got {batch_size}"

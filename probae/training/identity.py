@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from probae.arguments import printable
-from probae.fingerprints import OF_MODELS, Checksum, differing, fingerprint, fingerprints, of_data, versions
+from probae.runtime.fingerprints import OF_MODELS, Checksum, differing, fingerprint, fingerprints, of_data, versions
 from probae.training.loop import Loop
 
 # of optimizers and schedules, what is listed by itself, or moves as steps are taken
@@ -19,7 +19,7 @@ _SHOWN = 8  # differences that a message has
 
 
 def identity_of(loop: Loop, validation: Checksum, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the run is, before its first step; the data by their number alone, see `probae.fingerprints.of_data`.
+    """What the run is, before its first step; the data by their number alone, see `probae.runtime.fingerprints.of_data`.
 
     What the user may change is not in it: the number of steps, ``every`` (where no schedule goes by records), ``patience``,
     ``workers``, ``callbacks``, ``progress``, and the values that parameters start from, which the checkpoint has.
@@ -31,8 +31,8 @@ def identity_of(loop: Loop, validation: Checksum, settings: dict[str, Any]) -> d
         **settings,
         "data rows": loop.stream.size,
         **loop.stream.settings(),
-        **({"validation": None} if loop.watch is None else of_data("validation", validation)),
-        "watched": None if loop.watch is None else f"{loop.watch.kind}, {loop.watch.particles} particles",
+        **({"validation": None} if loop.validator is None else of_data("validation", validation)),
+        "monitor": None if loop.validator is None else f"{loop.validator.kind}, {loop.validator.particles} particles",
         "model": type(loop.run.model).__name__,
         **{f"parameters {name!r}": [list(t.shape), str(t.dtype)] for name, t in pair.state_dict().items()},
         "objective": repr(take.objective),
@@ -88,7 +88,7 @@ def of_optimizer(name: str) -> bool:
 
 def of_validation(name: str) -> bool:
     """Whether a difference of that name makes values of early stopping another thing."""
-    return name.startswith(("validation", "watched"))
+    return name.startswith(("validation", "monitor"))
 
 
 def _of_optimizer(loop: Loop) -> dict[str, Any]:

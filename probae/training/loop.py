@@ -14,16 +14,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from probae.data.streams import Minibatch, Source
 from probae.pair import Pair
-from probae.streams import Minibatch, Source
-from probae.training.blame import Trouble
-from probae.training.optimizers import heed
+from probae.training.nonfinite import NonFinite
+from probae.training.optimizers import step_by_record
 from probae.training.run import Run
 from probae.training.steps import Steps
-from probae.training.watch import Watch
+from probae.training.validation import Validation
 
 #: steps between records from which a look at what graphs take as fixed costs little
 _OFTEN = 20
+
+
+#: parameters and buffers by name, of ``"pair"`` and ``"objective"``
+State = dict[str, dict[str, Any]]
 
 
 class Loop:
@@ -34,15 +38,16 @@ class Loop:
         pair: Pair,
         take: Steps,
         stream: Source,
-        watch: Watch | None,
+        validator: Validation | None,
         run: Run,
     ):
-        self.pair, self.take, self.stream, self.watch, self.run = pair, take, stream, watch, run
+        self.pair, self.take, self.stream, self.validator, self.run = pair, take, stream, validator, run
         self.processes = take.processes
-        self.best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
+        self.modules = {"pair": pair, "objective": take.objective}
+        self.best: tuple[float, State] = (-math.inf, {})
         self.keep: Callable[[int], None] = lambda number: None
         self.number, self.spent = 0, 0.0
-        self.good = copy.deepcopy(pair.state_dict())
+        self.good = self.now()
 
     def go(
         self,
@@ -84,7 +89,7 @@ class Loop:
             except KeyboardInterrupt:
                 self.run.stopped = "interrupted"
             finally:
-                self.take.settle()
+                self.take.synchronise()
 
     def step(self, minibatch: Minibatch, number: int) -> Tensor:
         """One step; parameters that are no numbers any more end it as a loss does that is none."""
@@ -97,13 +102,13 @@ class Loop:
 
     def fail(self, minibatch: Minibatch, loss: float, number: int, alone: bool = False) -> NoReturn:
         """Go back to the last good parameters, and say where the trouble lies: it may be in another process's rows."""
-        trouble = Trouble(self.take, minibatch)
+        nonfinite = NonFinite(self.take, minibatch)
         found = (
-            trouble.found() if self.sound() else None
+            nonfinite.found() if self.sound() else None
         )  # a step that was refused has left the parameters as they were
-        self.pair.load_state_dict(self.good)
-        found = found or trouble.found()
-        told = trouble.told(found, loss, number)
+        self.put_back(self.good)
+        found = found or nonfinite.found()
+        told = nonfinite.told(found, loss, number)
         seen = [None] if alone else self.processes.gather(None if found is None else told)
         if found is None:
             told = next((f"{text} (rank {rank})" for rank, text in enumerate(seen) if text is not None), told)
@@ -114,25 +119,33 @@ class Loop:
         return all(bool(torch.isfinite(p).all()) for p in self.take.parameters)
 
     def restore_best(self) -> None:
-        """Go back to the best parameters, where there were validation data."""
-        if self.best[1]:
-            self.pair.load_state_dict(self.best[1])
+        """Go back to the best parameters and buffers, the objective's too, where there were validation data."""
+        self.put_back(self.best[1])
+
+    def now(self) -> State:
+        """A copy of parameters and buffers, of the pair and of the objective."""
+        return {role: copy.deepcopy(module.state_dict()) for role, module in self.modules.items()}
+
+    def put_back(self, state: State) -> None:
+        """Go back to those."""
+        for role, tensors in state.items():
+            self.modules[role].load_state_dict(tensors)
 
     def record(self, number: int, loss: float, start: float, every: int) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
-        self.take.settle()
+        self.take.synchronise()
         self.run.compile = self.take.why
         row: dict[str, Any] = {"step": number, "loss": loss, "validation": math.nan, "ran": self.take.ran}
-        if self.watch is not None:
-            row["validation"] = value = self.watch(self.take.step)
+        if self.validator is not None:
+            row["validation"] = value = self.validator(self.take.step)
             if not math.isfinite(value):
-                raise FloatingPointError(f"the validation {self.watch.kind} is {value} at step {number}")
+                raise FloatingPointError(f"the validation {self.validator.kind} is {value} at step {number}")
             if value > self.best[0]:
-                self.best = value, copy.deepcopy(self.pair.state_dict())
+                self.best = value, self.now()
                 self.run.best_step = number
-        self.good = copy.deepcopy(self.pair.state_dict())
+        self.good = self.now()
         if number % every == 0:  # the last step may come between, and a longer run would not stop there
-            heed(self.take.scheduler, -loss if self.watch is None else row["validation"])
+            step_by_record(self.take.scheduler, -loss if self.validator is None else row["validation"])
         row["seconds"] = time.perf_counter() - start
         self.run.records.append(row)
 
@@ -168,7 +181,7 @@ class Loop:
         """What the bar shows."""
         last = self.run.records[-1]
         shown = {"loss": f"{last['loss']:.3f}"}
-        return shown if self.watch is None else shown | {self.watch.kind: f"{last['validation']:.3f}"}
+        return shown if self.validator is None else shown | {self.validator.kind: f"{last['validation']:.3f}"}
 
 
 def _bar(steps: int, progress: bool, done: int) -> Any:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from probae.arguments import positive
-from probae.layout import PROGRAM_ERRORS
 from probae.objectives import Objective
+from probae.objectives.objective import within
 from probae.pair import Pair
+from probae.tracing.sites import PROGRAM_ERRORS
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
@@ -64,28 +67,96 @@ def _maker(
     return make
 
 
-def rates_of(lr: Any) -> dict[str, float]:
-    """Learning rates by what they are for, ``model`` and ``objective``."""
-    rates = lr if isinstance(lr, dict) else {"model": lr, "objective": lr}
-    if unknown := set(rates) - {"model", "objective"}:
-        raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(map(str, unknown))}")
-    return {name: positive(f"lr of the {name}", rate) for name, rate in rates.items()}
+class Trained(NamedTuple):
+    """Parameters that are trained together: ``"model"``, ``"objective"``, or a part of it that declares ``lr`` or ``clip``."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr: float | None = None
+    clip: float | None = None
 
 
-def parameter_groups(pair: Pair, objective: Objective, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """What is trained, of the pair and of the objective, each at its rate."""
-    groups = []
-    for name, found in (("model", pair.trained()), ("objective", objective.parameters())):
-        parameters = [p for p in found if p.requires_grad]
-        if parameters:
-            if name not in rates:
-                raise ValueError(f"lr: no learning rate for {name!r}, which has parameters; got {sorted(rates)}")
-            groups.append({"params": parameters, "lr": rates[name], "name": name})
-    if not groups or groups[0]["name"] != "model":
+def trained_by(pair: Pair, objective: Objective) -> list[Trained]:
+    """What is trained, of the pair and of the objective, each parameter once: where both have it, with the pair.
+
+    Raises:
+        ValueError: if the pair has nothing to train, if a rate or norm that is declared is no positive number, or if two
+            parameters lie in the same memory.
+    """
+    model = [p for p in pair.trained() if p.requires_grad]
+    if not model:
         raise ValueError(
             "the pair has no parameters to train: functions name theirs by pyro.module('name', network) or "
             f"pyro.param('name', value){_hint(pair)}"
         )
+    declared: dict[str, Trained] = {}
+    for path, part in within(objective):
+        name = f"objective.{path}" if path else "objective"
+        outer = next((declared[n] for n in reversed(declared) if name.startswith(f"{n}.")), Trained(name, []))
+        own = {key: _declared(name, key, getattr(part, key)) for key in ("lr", "clip")}
+        if not path or any(value is not None for value in own.values()):
+            lr, clip = (own[key] if own[key] is not None else getattr(outer, key) for key in ("lr", "clip"))
+            declared[name] = Trained(name, list(part.parameters()), lr, clip)
+    taken, groups = {id(p) for p in model}, []
+    for group in reversed(declared.values()):  # the innermost first
+        own_ = [p for p in group.parameters if p.requires_grad and id(p) not in taken]
+        taken |= {id(p) for p in own_}
+        groups += [group._replace(parameters=own_)] if own_ else []
+    found = [Trained("model", model), *reversed(groups)]
+    _require_apart([p for group in found for p in group.parameters])
+    return found
+
+
+def _declared(name: str, key: str, value: Any) -> float | None:
+    return None if value is None else positive(f"{key} of the {name}", value)
+
+
+def _require_apart(parameters: list[nn.Parameter]) -> None:
+    """Raise a ValueError if two parameters lie in the same memory: each would be updated by itself, for both."""
+    together: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.layout is torch.strided and not is_lazy(parameter):
+            together.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+    for several in together.values():
+        taken = torch.empty(0, dtype=torch.int64)
+        for parameter in several if len(several) > 1 else []:
+            size = parameter.untyped_storage().nbytes() // parameter.element_size()
+            places = torch.arange(size).as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+            if torch.isin(places, taken).any():
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} lies in the memory of another, and the optimizer would "
+                    "update that twice: share one nn.Parameter between the layers, and transpose it where it is used, as in "
+                    "F.linear(z, encoder.weight.T)"
+                )
+            taken = torch.cat([taken, places.flatten()])
+
+
+def rates_of(lr: Any) -> float | dict[str, float]:
+    """The learning rate of all, or those by what they are for, ``model`` and ``objective``.
+
+    Raises:
+        ValueError: if one is no positive number, or for something else.
+    """
+    if not isinstance(lr, dict):
+        return positive("lr", lr)
+    if unknown := set(lr) - {"model", "objective"}:
+        raise ValueError(f"lr: expected a number or the keys 'model' and 'objective', got {sorted(map(str, unknown))}")
+    return {name: positive(f"lr of the {name}", rate) for name, rate in lr.items()}
+
+
+def parameter_groups(trained: list[Trained], rates: float | dict[str, float]) -> list[dict[str, Any]]:
+    """What is trained, each at its rate: one that was named for it, else its own, else that of all.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    groups = []
+    for name, parameters, own, _ in trained:
+        named = rates.get(name.partition(".")[0]) if isinstance(rates, dict) else None
+        rate = named or own or (None if isinstance(rates, dict) else rates)
+        if rate is None:
+            raise ValueError(f"lr: no learning rate for {name!r}, which has parameters; got {sorted(rates)}")  # type: ignore[arg-type]
+        groups.append({"params": parameters, "lr": rate, "name": name})
     return groups
 
 
@@ -99,7 +170,7 @@ def by_record(scheduler: Any) -> bool:
     return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
-def heed(scheduler: Any, value: float) -> None:
+def step_by_record(scheduler: Any, value: float) -> None:
     """Tell such a schedule what was recorded, a value that is better the higher it is."""
     if by_record(scheduler):
         scheduler.step(value if scheduler.mode == "max" else -value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import positive
-from probae.processes import Processes
+from probae.runtime.processes import Processes
 
 #: parameters, and the largest norm of their joint gradient
 Limit = tuple[list[Tensor], float]
@@ -31,22 +31,33 @@ def norms_of(clip: Any) -> float | dict[str, float] | None:
     return {name: positive(f"clip of the {name}", norm) for name, norm in clip.items()}
 
 
-def limits_of(norms: float | dict[str, float] | None, groups: Sequence[dict[str, Any]]) -> list[Limit]:
+def limits_of(
+    norms: float | dict[str, float] | None, groups: Sequence[dict[str, Any]], declared: dict[str, float]
+) -> list[Limit]:
     """The parameters that each largest norm is for.
+
+    Args:
+        norms: what was asked for.
+        groups: of the optimizer, by name; a name stands for those under it too, ``"objective"`` for ``"objective.terms.1"``.
+        declared: the norms that groups declare themselves, which hold where none was named for them.
 
     Raises:
         ValueError: if a group is not there.
     """
-    if norms is None:
-        return []
-    if not isinstance(norms, dict):
-        return [([p for group in groups for p in group["params"]], norms)]
-    named = {group.get("name"): group["params"] for group in groups}
-    if unknown := set(norms) - set(named):
-        raise ValueError(
-            f"clip: expected a number or the groups {sorted(map(str, named))}, got {sorted(map(str, unknown))}"
-        )
-    return [(list(named[name]), norm) for name, norm in norms.items()]
+
+    def under(name: str) -> list[Tensor]:
+        return [p for g in groups if f"{g.get('name')}.".startswith(f"{name}.") for p in g["params"]]
+
+    named = norms if isinstance(norms, dict) else {}
+    if unknown := sorted(str(name) for name in named if not under(name)):
+        names = sorted(str(group.get("name")) for group in groups)
+        raise ValueError(f"clip: expected a number or the groups {names}, got {unknown}")
+    own = {n: norm for n, norm in declared.items() if not any(f"{n}.".startswith(f"{name}.") for name in named)}
+    limits: list[Limit] = [(under(name), norm) for name, norm in named.items()]
+    limits += [([p for g in groups if g.get("name") == name for p in g["params"]], norm) for name, norm in own.items()]
+    if norms is not None and not isinstance(norms, dict):
+        limits.append(([p for g in groups if g.get("name") not in own for p in g["params"]], norms))
+    return limits
 
 
 def reduced(

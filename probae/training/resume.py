@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from probae.seeding import set_streams, streams
+from probae.runtime.seeding import set_streams, streams
 from probae.training.checkpoint import AnotherRun, Checkpoints
 from probae.training.damage import alike, require_state
 from probae.training.identity import of_optimizer, of_validation, tensors_of, values_of
-from probae.training.loop import Loop
+from probae.training.loop import Loop, State
 from probae.training.optimizers import by_record
 
 
@@ -60,15 +60,14 @@ def state_of(loop: Loop, number: int, start: dict[str, Any]) -> tuple[dict[str, 
     optimizer = take.optimizer.state_dict()
     moved = [name for name, value in values_of(loop, large=False).items() if start.get(name, value) != value]
     trained = {id(p) for p in take.parameters}
+    # what the user has set in it stays the user's
+    own = {n: t for n, t in tensors_of(take.objective).items() if id(t) in trained or f"objective.{n}" in moved}
+    best = loop.best[1]
     parts = {
         "pair": loop.pair.state_dict(),
-        # what the user has set in it stays the user's
-        "objective": {
-            name: tensor
-            for name, tensor in tensors_of(take.objective).items()
-            if id(tensor) in trained or f"objective.{name}" in moved
-        },
-        "best": loop.best[1],
+        "objective": own,
+        "best": best.get("pair", {}),
+        "best objective": {name: tensor for name, tensor in best.get("objective", {}).items() if name in own},
         "stream": loop.stream.state(),
         # each process draws its own noise
         "random": {
@@ -111,7 +110,7 @@ def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor], 
     take.objective.load_state_dict({**take.objective.state_dict(), **parts.get("objective", {})})
     loop.number = described["number"]
     if not any(map(of_validation, differing)):  # else what was best there says nothing
-        loop.best = described["best"], {name: tensor.to(device) for name, tensor in parts.get("best", {}).items()}
+        loop.best = described["best"], _best(loop, parts)
         loop.run.best_step = described["best_step"]
     loop.run.records[:] = described["records"]
     loop.spent = loop.run.records[-1]["seconds"]
@@ -120,6 +119,18 @@ def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor], 
     loop.run.compile = take.why
     own = [parts["random"][f"{loop.processes.rank}.{i}"] for i in range(len(streams(device)))]
     set_streams(device, own)
+
+
+def _best(loop: Loop, parts: dict[str, dict[str, Tensor]]) -> State:
+    """The best parameters and buffers of a checkpoint; those of the objective that it has not are as they are here."""
+    device = loop.take.step.device
+    found: State = {
+        role: {name: tensor.to(device) for name, tensor in parts.get(part, {}).items()}
+        for role, part in (("pair", "best"), ("objective", "best objective"))
+    }
+    if not found["pair"]:
+        return {}
+    return {**found, "objective": {**loop.now()["objective"], **found["objective"]}}
 
 
 def parts_of(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

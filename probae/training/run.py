@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ class Run:
         model: the trained model, the very object that was given, in eval mode.
         objective: the objective it was trained on.
         records: what was recorded, a dict per record; `history` has them as a frame.
-        watched: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"``, ``"iwae"``, ``"objective"``, or None.
+        monitor: what the column ``validation`` holds: ``"log p(x)"``, ``"elbo"``, ``"iwae"``, ``"objective"``, the name
+            of a function of the objective's own, or None.
         best_step: the step whose parameters were kept, where validation data were given.
         stopped: why training ended: ``"steps"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         compile: why the steps were taken as they were; ``history`` says how, in the column ``ran``.
@@ -29,7 +31,7 @@ class Run:
     model: Any
     objective: Objective
     records: list[dict[str, Any]] = field(default_factory=list)
-    watched: str | None = None
+    monitor: str | None = None
     best_step: int | None = None
     stopped: str = "steps"
     compile: str = ""
@@ -50,14 +52,18 @@ class Run:
         """Wall-clock seconds of the training steps, validation included."""
         return self.records[-1]["seconds"] if self.records else 0.0
 
+    def _repr_html_(self) -> str:
+        shown = self.history.tail(5).to_html(index=False, float_format=lambda value: f"{value:.4f}", na_rep="–")
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
+
     def __repr__(self) -> str:
         if not self.records:
             return f"<Run of {type(self.model).__name__}: no step recorded, stopped by {self.stopped}>"
         last = self.records[-1]
         best = ""
-        if self.watched is not None and self.best_step is not None:
+        if self.monitor is not None and self.best_step is not None:
             value = next(r["validation"] for r in self.records if r["step"] == self.best_step)
-            best = f", best validation {self.watched} {value:.4f} at step {self.best_step}"
+            best = f", best validation {self.monitor} {value:.4f} at step {self.best_step}"
         note = f"; {self.note}" if self.note else ""
         return (
             f"<Run of {type(self.model).__name__}: {int(last['step'])} steps in {last['seconds']:.1f} s, "

@@ -5,43 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, leaves, length, rebuilt
-from probae.flat import Graph, Untraceable, fall_back, fixed, trace
-from probae.flat.choice import TRACING_PAYS, compiling_pays
-from probae.flat.constants import changed
-from probae.flat.graph import same
-from probae.flat.inductor import compiled, unavailable
+from probae.batches import Batch, each, leaves, length, rebuilt
+from probae.data.streams import Minibatch
+from probae.graphs import Graph, Runner, fall_back
+from probae.graphs.constants import State, changed, constants
+from probae.graphs.cost import TRACING_PAYS
+from probae.graphs.inductor import compiled
 from probae.objectives import Objective
+from probae.objectives.objective import within
 from probae.pair import Pair
-from probae.precision import products
-from probae.processes import Processes
-from probae.seeding import set_streams, streams
-from probae.streams import Minibatch
+from probae.runtime.precision import products
+from probae.runtime.processes import Processes
 from probae.training import updates
+from probae.training.fused import FusedStep, settings
 from probae.training.optimizers import by_record
 from probae.training.reduction import Limit, reduced
-from probae.training.whole import WholeStep
 
-_PROOFS = 2  # steps after a trace that are taken both ways; at the second, what the first has changed shows
-_SHAPES = 8  # graphs kept for batches of different shapes; beyond it the eager way is taken
-
-
-@dataclass
-class _Gradients:
-    """Loss and gradients of the parameters ``trained``, for batches of one shape."""
-
-    graph: Graph
-    trained: list[Tensor]
-    call: Callable[..., list[Tensor | None]]
-    proofs: int
-    kind: str = "flat"
+_SHAPES = 8  # graphs kept for batches of different shapes; beyond it steps are eager
 
 
 class Steps:
@@ -78,68 +64,57 @@ class Steps:
         self.traceable = compile is not False
         if compile == "auto" and asked < TRACING_PAYS:
             self.traceable, self.why = False, f"tracing pays from about {TRACING_PAYS} steps on, {asked} were asked for"
-        self.first, self.resumed = True, False
-        self.graphs: dict[Any, _Gradients] = {}
-        self.met: set[Any] = set()
-        self.whole: tuple[Any, WholeStep] | None = None
+        self.first = True
+        self.runners: dict[Any, Runner] = {}
+        self.met: set[Any] | None = set()  # batches by their form, each first met eagerly: caches fill; None: all
         self.wanted: bool | None = None  # whether a compiled step is worth its price; None until a graph tells
-        self.built = False
-        self.proofs_due, self.failures = _PROOFS, 0
         self.moving = False  # whether the scheduler changes settings other than the rate
-        self.taken_as_fixed: dict[str, Any] = {}
+        self.listening = [part for _, part in within(objective) if type(part).after_step is not Objective.after_step]
 
     def __call__(self, minibatch: Minibatch) -> Tensor:
         """Take one step; returns the loss (), without gradient."""
-        key = _key(minibatch)
-        if self.first:
-            self.met.add(key)
-        elif self.traceable:
-            self._prepare(key, minibatch)
-        if key in self.graphs and self.graphs[key].proofs:
-            self.settle()
-            loss = self._advance(self._proved(key, minibatch.rows()), minibatch.share)
-            if self.whole is not None:
-                self.optimizer.zero_grad(set_to_none=True)  # whole steps leave none behind either
-        elif self.whole is not None and self.whole[0] == key:
-            self.ran = self.whole[1].kind
-            loss = self.whole[1](minibatch)
+        runner = self._runner(minibatch)
+        outputs = None if runner is None else self._settled(runner, self._inputs(minibatch))
+        if runner is None or (outputs is None and runner.kind == "eager"):
+            loss = self._advance(self._eager(minibatch.rows()), minibatch.share)
+        elif isinstance(runner.call, FusedStep):
+            self.ran = runner.call.kind
+            loss = runner.call(minibatch)
         else:
-            self.settle()
-            loss = self._flat(key, minibatch.rows()) if key in self.graphs else self._eager(minibatch.rows())
-            loss = self._advance(loss, minibatch.share)
+            self.ran = runner.kind
+            loss = self._advance(self._kept(outputs or runner(*self._inputs(minibatch))), minibatch.share)
         if self.scheduler is not None and not by_record(self.scheduler):
             self._schedule(self.scheduler)
+        if self.listening and not (loss.device.type == "cpu" and not math.isfinite(loss)):
+            self._after_step(minibatch.rows())
         return loss
 
-    def settle(self) -> None:
+    def synchronise(self) -> None:
         """Bring the optimizer's state up to date, before anybody looks at it."""
-        if self.whole is not None:
-            self.whole[1].settle()
+        for runner in self.runners.values():
+            if isinstance(runner.call, FusedStep):
+                runner.call.synchronise()
 
     def look(self) -> None:
-        """Drop the graphs if anything that they take as fixed has changed; asked whenever a user's code may have run."""
+        """Drop the graphs if anything that they take as constant has changed; asked whenever a user's code may have run."""
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not self.graphs:
-            return
-        for found in self.graphs.values():
-            found.proofs = max(found.proofs, 1)
-        if (name := changed(self.taken_as_fixed, self._fixed())) is not None:
-            self._drop(f"since {name} has changed")
+        for runner in self.runners.values():
+            fused = runner.call if isinstance(runner.call, FusedStep) else None
+            name = runner.outdated() or (None if fused is None else fused.outdated())
+            if name is not None:
+                self._drop(f"since {name} has changed")
+                return
 
     def state(self) -> dict[str, Any]:
         """What was decided, in plain values."""
-        proofs = max((found.proofs for found in self.graphs.values()), default=_PROOFS)
         decided = {"wanted": self.wanted, "why": self.why, "moving": self.moving, "traceable": self.traceable}
-        return {**decided, "ran": self.ran, "proofs": proofs, "failures": self.failures}
+        return {**decided, "ran": self.ran, "met": self.met is None or bool(self.met)}
 
     def restore(self, state: dict[str, Any], step: Tensor) -> None:
         """Go on as it was decided; the optimizer's state is there, so that no eager step is needed first."""
-        self.wanted, self.why, self.ran = state["wanted"], state["why"], state["ran"]
-        self.moving, self.failures = state["moving"], state["failures"]
+        self.wanted, self.why, self.ran, self.moving = state["wanted"], state["why"], state["ran"], state["moving"]
         self.traceable = state["traceable"] and self.compile is not False
-        # a proof is an eager step: they come where they would have come
-        self.first, self.proofs_due = False, state["proofs"]
-        self.resumed = True
+        self.first, self.met = False, None if state["met"] else set()
         self.step.copy_(step)
 
     # -- one way each ------------------------------------------------------------------------------------------------
@@ -149,55 +124,152 @@ class Steps:
         with products(self.precision):
             return self.objective(self.pair, rows, self.size, step)
 
-    def _proved(self, key: Any, rows: Batch) -> Tensor:
-        """The eager way, with the graph's result beside it: where they differ, the graph is wrong and goes."""
-        found, tensors = self.graphs[key], [leaf for _, leaf in leaves(rows)]
-        written = found.graph.written()
-        before, stream = [t.clone() for t in written], streams(self.step.device)
-        outputs = found.graph(*tensors, self.step)
-        flat = [*outputs, *(t.clone() for t in written), *streams(self.step.device)]
-        for tensor, value in zip(written, before, strict=True):
-            tensor.copy_(value)
-        set_streams(self.step.device, stream)
-        loss = self._eager(rows)
-        eager = [loss, *(p.grad for p in found.trained), *written, *streams(self.step.device)]
-        others = [p for p in self.parameters if p.grad is not None and all(p is not q for q in found.trained)]
-        if others or not all(same(a, b) for a, b in zip(flat, eager, strict=True)):
-            self.failures += 1
-            if self.failures > 1:
-                self._give_up("the programs do not do the same each time, in a way that a graph would not see")
-            else:
-                self._drop("since the programs no longer do what was traced")
-        else:
-            found.proofs -= 1
-            self.failures = 0 if found.proofs == 0 else self.failures
-            self.ran = self.whole[1].kind if self.whole is not None and self.whole[0] == key else found.kind
-        return loss
-
     def _eager(self, rows: Batch) -> Tensor:
+        self.synchronise()
         self.ran = "eager"
         self.optimizer.zero_grad(set_to_none=True)
+        rows = each(Tensor.detach, rows)  # a view: what the loss asks of it is not asked of the data
         loss = self.loss(rows, self.step)
-        if self.first:
-            if not loss.requires_grad:
-                raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
-            self._all_known(loss)
+        if self.first and not loss.requires_grad:
+            raise ValueError("the loss depends on none of the pair's parameters, so there is nothing to train")
         loss.backward(inputs=[p for p in self.parameters if p.requires_grad])  # what is held fixed gets no gradient
         if self.first:
+            self._all_known(loss, rows)
             self.first = False
             self._alike()
         return loss.detach()
 
-    def _all_known(self, loss: Tensor) -> None:
+    def _kept(self, outputs: Sequence[Any]) -> Tensor:
+        """The loss, once its gradients are the parameters' own."""
+        self.synchronise()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, *gradients = outputs
+        for parameter, gradient in zip(self._asking(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def _advance(self, loss: Tensor, share: float) -> Tensor:
+        """Update the parameters, unless loss or gradients are no numbers; returns the loss over all processes."""
+        trained = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        loss = reduced(loss, gradients, trained, self.limits, self.processes, share)
+        if loss.device.type == "cpu" and not math.isfinite(loss):  # a GPU is not waited for
+            return loss
+        self.optimizer.step()
+        self.step += 1
+        return loss
+
+    def _schedule(self, scheduler: Any) -> None:
+        before = settings(self.optimizer)
+        scheduler.step()
+        if not self.moving and settings(self.optimizer) != before:
+            self.moving = True  # more than the rate moves: a whole step would take it as constant
+            if any(isinstance(runner.call, FusedStep) for runner in self.runners.values()):
+                self._drop("since the scheduler changes more than the rate")
+
+    def _after_step(self, rows: Batch) -> None:
+        """The objective's own work between steps; where it changes more than the values of tensors, no graph can follow."""
+        before = constants({"objective": self.objective}) if self.runners else {}
+        with torch.no_grad():
+            for part in self.listening:
+                part.after_step(self.pair, rows, int(self.step))
+        if before and (name := changed(before, constants({"objective": self.objective}))) is not None:
+            reason = f"after_step changes {name}, which a graph takes as it was: write into a tensor instead"
+            self._stop(f"not traced: {reason}")
+            fall_back(f"the steps are eager. Cannot trace: {reason}")
+
+    # -- graphs ------------------------------------------------------------------------------------------------------
+
+    def _runner(self, minibatch: Minibatch) -> Runner | None:
+        """What runs batches of this form; None where the step is to be eager."""
+        if not self.traceable:
+            return None
+        key = _key(minibatch)
+        new = key not in (self.runners if self.met is None else self.met)
+        if new and (reason := self._untraceable()) is not None:
+            self._stop(f"not traced: {reason}")
+            fall_back(f"the steps are eager. Cannot trace: {reason}")
+            return None
+        if new and self.met is not None:
+            self.met.add(key)
+            return None
+        if key not in self.runners:
+            self.runners[key] = self._new(minibatch)
+        return self.runners[key]
+
+    def _untraceable(self) -> str | None:
+        if len(self.met or self.runners) == _SHAPES:
+            return f"the batches come in more than {_SHAPES} shapes"
+        hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
+        return "a parameter has a hook on its accumulated gradient" if hooked else None
+
+    def _new(self, minibatch: Minibatch) -> Runner:
+        rows, asking = minibatch.rows(), self._asking()
+
+        def gradients(*inputs: Tensor) -> list[Tensor | None]:
+            with torch.enable_grad():
+                loss = self.loss(rebuilt(rows, [tensor.detach() for tensor in inputs[:-1]]), inputs[-1])
+                found = torch.autograd.grad(loss, asking, allow_unused=True)
+                return [loss.detach(), *_accumulated(found, asking)]
+
+        def build(graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+            trained = [p for p, given in zip(asking, graph.given()[1:], strict=True) if given]
+            groups = None if self.moving else updates.groups(self.optimizer, {id(p) for p in trained})
+            if groups is None:  # the update is not one of ours
+                return compiled(graph, inputs)
+            self.optimizer.zero_grad(set_to_none=True)
+            reduce = partial(reduced, trained=trained, limits=self.limits, processes=self.processes)
+            return FusedStep(graph, trained, self.optimizer, groups, reduce, minibatch, self.step)
+
+        wanted = self.compile if self.wanted is None else self.wanted or "flat"
+        if any(runner.kind == "compiled" for runner in self.runners.values()):
+            wanted = "flat"  # a compilation is worth its price for one shape
+        elif wanted == "auto" and self.step.device.type == "cuda":
+            wanted = True  # a captured step saves every launch
+        roots = lambda: {"pair": self.pair, "objective": self.objective}  # noqa: E731
+        return Runner(gradients, roots, wanted, self.asked - int(self.step), "the steps", build)
+
+    def _settled(self, runner: Runner, inputs: list[Tensor]) -> Sequence[Any] | None:
+        known = runner.call is not None
+        outputs = runner.settle(*inputs)
+        if not known and runner.call is not None:
+            if runner.refused:
+                self._stop(runner.why)
+            elif self.wanted is None:
+                self.wanted, self.why = runner.kind == "compiled", runner.why
+        return outputs
+
+    def _drop(self, reason: str) -> None:
+        self.synchronise()
+        self.runners, self.met = {}, set()
+        self.why = f"{self.why}; traced anew at step {int(self.step)}, {reason}"
+
+    def _stop(self, why: str) -> None:
+        self.synchronise()
+        self.traceable, self.runners, self.why = False, {}, why
+
+    def _inputs(self, minibatch: Minibatch) -> list[Tensor]:
+        return [*(leaf for _, leaf in leaves(minibatch.rows())), self.step]
+
+    def _asking(self) -> list[Tensor]:
+        return [p for p in self.parameters if p.requires_grad]
+
+    # -- checks of the first step ------------------------------------------------------------------------------------
+
+    def _all_known(self, loss: Tensor, rows: Batch) -> None:
         """Check once that the pair holds all that the loss depends on; say what of it is held fixed."""
         trained = {id(p) for p in self.parameters}
         held = {id(p) for module in (self.pair, self.objective) for p in module.parameters()}
         others = [leaf for leaf in _leaves(loss) if id(leaf) not in trained]
-        for leaf in others:
-            if id(leaf) not in held:
+        if foreign := [leaf for leaf in others if id(leaf) not in held]:
+            # what a loss makes anew each time, to have a gradient at the data, is nothing to train
+            before = State({"pair": self.pair, "objective": self.objective}, self.step.device)
+            again = {id(leaf) for leaf in _leaves(self.loss(each(Tensor.detach, rows), self.step))}
+            before.put_back()
+            if lasting := [leaf for leaf in foreign if id(leaf) in again]:
                 raise ValueError(
-                    f"the loss depends on a tensor of shape {tuple(leaf.shape)} that asks for a gradient, but the pair does "
-                    "not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
+                    f"the loss depends on a tensor of shape {tuple(lasting[0].shape)} that asks for a gradient, but the pair "
+                    "does not hold it, so it would never be trained: declare it by pyro.module or pyro.param, or give it "
                     "requires_grad=False"
                 )
         for name in self.pair.unnamed(others):
@@ -214,121 +286,6 @@ class Steps:
         if any(places != other for other in self.processes.gather(places)):
             raise ValueError("the processes train different parameters: every one has to run the same programs")
 
-    def _flat(self, key: Any, rows: Batch) -> Tensor:
-        found = self.graphs[key]
-        self.ran = found.kind
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, *gradients = found.call(*(leaf for _, leaf in leaves(rows)), self.step)
-        for parameter, gradient in zip(found.trained, gradients, strict=True):
-            parameter.grad = gradient
-        return loss  # type: ignore[return-value]
-
-    def _schedule(self, scheduler: Any) -> None:
-        before = _settings(self.optimizer)
-        scheduler.step()
-        if not self.moving and _settings(self.optimizer) != before:
-            self.moving = True  # more than the rate moves: a whole step would take it as fixed
-            if self.whole is not None:
-                self._drop("since the scheduler changes more than the rate")
-
-    def _advance(self, loss: Tensor, share: float) -> Tensor:
-        """Update the parameters, unless loss or gradients are no numbers; returns the loss over all processes."""
-        trained = [p for p in self.parameters if p.grad is not None]
-        gradients = [p.grad for p in trained if p.grad is not None]
-        loss = reduced(loss, gradients, trained, self.limits, self.processes, share)
-        if loss.device.type == "cpu" and not math.isfinite(loss):  # a GPU is not waited for
-            return loss
-        self.optimizer.step()
-        self.step += 1
-        return loss
-
-    # -- what is traced and compiled ---------------------------------------------------------------------------------
-
-    def _prepare(self, key: Any, minibatch: Minibatch) -> None:
-        if key not in self.graphs and key not in self.met and not self.resumed:
-            self.met.add(key)  # a shape is first met eagerly: caches of the programs fill with values
-            if len(self.met) > _SHAPES:
-                self._give_up(f"the batches come in more than {_SHAPES} shapes")
-        elif key not in self.graphs:
-            try:
-                self._trace(key, minibatch.rows())
-            except Untraceable as reason:
-                self._give_up(str(reason))
-                return
-        if key not in self.graphs:
-            return
-        if self.wanted is None:
-            self._decide(self.graphs[key].graph)
-        if self.wanted and not self.built:
-            self.built = True
-            try:
-                self._compile(key, minibatch)
-            except Untraceable as reason:
-                self.wanted, self.why = False, f"not compiled: {reason}"
-                fall_back(f"the step is interpreted, {self.why}")
-
-    def _compile(self, key: Any, minibatch: Minibatch) -> None:
-        """Compile the whole step for batches of one shape; without the update, where that is not one of ours."""
-        found = self.graphs[key]
-        groups = None if self.moving else updates.groups(self.optimizer, {id(p) for p in found.trained})
-        if groups is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-            reduce = partial(reduced, trained=found.trained, limits=self.limits, processes=self.processes)
-            self.whole = (
-                key,
-                WholeStep(found.graph, found.trained, self.optimizer, groups, reduce, minibatch, self.step),
-            )
-        else:
-            inputs = [*(leaf for _, leaf in leaves(minibatch.rows())), self.step]
-            found.call, found.kind = compiled(found.graph, inputs), "compiled"
-
-    def _trace(self, key: Any, rows: Batch) -> None:
-        asking = [p for p in self.parameters if p.requires_grad]
-        tensors = [leaf for _, leaf in leaves(rows)]
-
-        def gradients(*inputs: Tensor) -> list[Tensor | None]:
-            with torch.enable_grad():
-                loss = self.loss(rebuilt(rows, inputs[:-1]), inputs[-1])
-                found = torch.autograd.grad(loss, asking, allow_unused=True)
-                return [loss.detach(), *_accumulated(found, asking)]
-
-        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in asking):
-            raise Untraceable("a parameter has a hook on its accumulated gradient")
-        graph = trace(gradients, [*tensors, self.step], [self.pair, self.objective])
-        self.taken_as_fixed = self._fixed()
-        self.graphs[key] = _Gradients(graph, graph.keep(1, asking), graph, self.proofs_due)
-        self.proofs_due = _PROOFS
-
-    def _decide(self, graph: Graph) -> None:
-        device = self.step.device.type
-        if self.compile == "flat":
-            self.wanted, self.why = False, "as asked"
-        elif self.compile is True:
-            self.wanted, self.why = True, "as asked"
-        elif device == "cuda":
-            self.wanted, self.why = True, "a captured step saves every launch"
-        else:
-            self.wanted, estimate = compiling_pays(graph, self.asked - int(self.step))
-            if self.wanted and (missing := unavailable(device)) is not None:
-                self.wanted, estimate = False, missing
-            self.why = estimate
-
-    def _drop(self, reason: str) -> None:
-        self.settle()
-        self.graphs, self.whole, self.built = {}, None, False
-        self.why = f"{self.why}; traced anew at step {int(self.step)}, {reason}"
-
-    def _give_up(self, reason: str) -> None:
-        self.settle()
-        self.traceable, self.graphs, self.whole, self.why = False, {}, None, f"not traced: {reason}"
-        fall_back(f"the steps are eager, {self.why}")
-
-    def _fixed(self) -> dict[str, Any]:
-        groups = [] if self.moving else _settings(self.optimizer)
-        states = [list(state.values()) for state in self.optimizer.state.values()]
-        default = torch.get_default_dtype()
-        return fixed(pair=self.pair, objective=self.objective, groups=groups, states=states, default=default)
-
 
 def _key(minibatch: Minibatch) -> tuple[Any, ...]:
     rows = None if minibatch.index is None else length(minibatch.index)
@@ -344,17 +301,13 @@ def _accumulated(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -
     found: list[Tensor | None] = []
     storages = set()
     for gradient, parameter in zip(gradients, parameters, strict=True):
-        if gradient is not None:
+        if gradient is not None and gradient.layout == torch.strided:
             storage = gradient.untyped_storage()._cdata
             if gradient.stride() != parameter.stride() or storage in storages:
                 gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
             storages.add(storage)
         found.append(gradient)
     return found
-
-
-def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [{k: v for k, v in group.items() if k not in {"params", "lr"}} for group in optimizer.param_groups]
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

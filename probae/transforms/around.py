@@ -8,8 +8,12 @@ import pyro
 import torch
 from torch import Tensor
 
-from probae.isolation import isolated
-from probae.pair import Pair, as_pair
+from probae.adapter import as_pair
+from probae.batches import Batch, call, leaves, rebuilt
+from probae.objectives import Objective
+from probae.pair import Pair
+from probae.runtime.isolation import isolated
+from probae.tracing.missing import require_numbers
 
 
 class Around(Pair):
@@ -19,11 +23,20 @@ class Around(Pair):
         super().__init__()
         self.inner = as_pair(pair)
         self.depth: int = getattr(self.inner, "depth", 0) + 1
-        self.default_objective = self.inner.default_objective
         self.event_dim = self.inner.event_dim
         features = getattr(self.inner, "features", None)
         if features is not None:
-            self.features = features
+            self.features, self.event_shape = features, getattr(self.inner, "event_shape", (features,))
+        self.given = getattr(self.inner, "given", None)
+
+    def default_objective(self) -> Objective:
+        """That of the inner pair."""
+        return self.inner.default_objective()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Those of the inner pair."""
+        return self.inner.arguments
 
     @property
     def has_guide(self) -> bool:
@@ -48,33 +61,43 @@ class Around(Pair):
         return self.event_dim
 
     @isolated
-    def decode(self, z: Any) -> Tensor:
+    def decode(self, z: Any, *, given: Any = None, like: Any = None) -> Any:
         """The mean of the inner pair's x given latents z, mapped back."""
-        return self._back(self.inner.decode(z))
+        return self._back(self.inner.decode(z, given=given, like=None if like is None else self._there(like)))
 
     @isolated
-    def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
+    def sample(self, n: int, like: Any = None, seed: int = 0, *, given: Any = None) -> Any:
         """Draws of the inner pair, mapped back."""
-        if like is not None:
-            like = self._forth(self.as_data(like))
-        return self._back(self.inner.sample(n, like=like, seed=seed))
+        like = None if like is None else self._there(like)
+        return self._back(self.inner.sample(n, like=like, seed=seed, given=given))
 
     @isolated
-    def reconstruct(self, x: Any) -> Tensor:
+    def reconstruct(self, x: Any) -> Any:
         """The inner pair's reconstruction, mapped back."""
-        return self._back(self.inner.reconstruct(self._forth(self.as_data(x))))
+        return self._back(self.inner.reconstruct(self._there(x)))
 
     @isolated
     def encode(self, x: Any) -> Any:
         """The inner pair's codes."""
-        return self.inner.encode(self._forth(self.as_data(x)))
+        return self.inner.encode(self._there(x))
 
     @isolated
-    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
         """The inner pair's draws of what is missing, mapped back; what was observed is left as it is."""
-        x = self.as_data(x)
-        drawn = self._back(self.inner.impute(self._forth(x), draws, particles=particles, seed=seed))
-        return torch.where(x.isnan(), drawn, x)
+        batch = self.as_batch(x)
+        found = self.inner.impute(self._there(x), draws, particles=particles, seed=seed)
+        (_, before), *_rest = leaves(batch)
+        (_, drawn), *rest = leaves(found)
+        return rebuilt(batch, [torch.where(before.isnan(), self._back(drawn), before), *(leaf for _, leaf in rest)])
+
+    def _there(self, x: Any) -> Batch:
+        """A batch in the inner pair's units: its first array is mapped, what is given beside it is not."""
+        batch = self.as_batch(x)
+        call(self.validate, batch)
+        (_, first), *rest = leaves(batch)
+        require_numbers(first, "site 'x'", self.missing)
+        first = first if first.is_floating_point() else first.to(self.dtype)
+        return rebuilt(batch, [self._forth(first), *(leaf for _, leaf in rest)])
 
     def _forth(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -9,10 +9,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from probae.distributions import Truncation
-from probae.isolation import isolated
+from probae.heads.distributions import Truncation
 from probae.recipe import recorded
-from probae.seeding import seeded
+from probae.runtime.isolation import isolated
+from probae.runtime.seeding import seeded
 from probae.transforms.around import Around
 
 _LARGE = 2**14  # a count beside which noise in float32 keeps less than 10 bits
@@ -46,30 +46,30 @@ class Dequantised(Around):
         if getattr(self.inner, "measure", None) == "mass":
             raise ValueError("Dequantised takes a pair on continuous data, and this one is of counts already")
 
-    def model(self, x: Tensor) -> None:
+    def model(self, x: Tensor, *given: Tensor) -> None:
         """u ~ U[0, 1); x + u under the inner model; x the whole number below it."""
         with self._rows(x):
             y = self._wide(x) + pyro.sample("u", self._noise(x))
             pyro.sample("counts", Truncation(y.shape[: -self._events(x)], x.shape[1:]), obs=x.nan_to_num(0.0))
-        self.inner.model(y)
+        self.inner.model(y, *given)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, *given: Tensor) -> None:
         """u ~ U[0, 1); the inner guide at x + u."""
         with self._rows(x):
             y = self._wide(x) + pyro.sample("u", self._noise(x))
         if self.inner.has_guide:
-            self.inner.guide(y)
+            self.inner.guide(y, *given)
 
     @property
     def has_guide(self) -> bool:
         """Always: the noise is drawn by it."""
         return True
 
-    def initialise(self, x: Tensor) -> None:
+    def initialise(self, x: Tensor, *given: Tensor) -> None:
         """The inner pair's start, from counts with noise of its own: what is constant, or sums to a constant, varies by it."""
         if self.inner.has("initialise"):
             noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-            self.inner.initialise(self._wide(x) + noise.to(x.device))
+            self.inner.initialise(self._wide(x) + noise.to(x.device), *given)
 
     @isolated
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
@@ -102,7 +102,7 @@ class Dequantised(Around):
         return x.dim() - 1  # counts have no particle axis: noise gives them theirs
 
     @isolated
-    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
+    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
         """Refused: counts that were observed say less of the latents than the values at which the inner pair would look.
 
         Raises:
@@ -120,6 +120,6 @@ class Dequantised(Around):
         return y - 0.5
 
     @isolated
-    def sample(self, n: int, like: Any = None, seed: int = 0) -> Tensor:
+    def sample(self, n: int, like: Any = None, seed: int = 0, *, given: Any = None) -> Any:
         """Draws of the inner pair, rounded down."""
-        return (super().sample(n, like, seed) + 0.5).floor()
+        return (super().sample(n, like, seed, given=given) + 0.5).floor()

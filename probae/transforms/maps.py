@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from probae.arguments import real
 from probae.batches import as_batch
-from probae.nn import moments
+from probae.heads.nn import moments
 from probae.recipe import recorded
 
 

@@ -9,9 +9,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from probae.isolation import isolated
 from probae.recipe import recorded
-from probae.sites import Layout
+from probae.runtime.isolation import isolated
+from probae.tracing.signature import Signature
 from probae.transforms.around import Around
 from probae.transforms.maps import Transform
 
@@ -55,21 +55,21 @@ class Transformed(Around):
         """Always: values are rounded to the inner pair's dtype, where it needs that, after they are transformed."""
         return True
 
-    def layout(self, batch: Any, seed: int = 0) -> Layout:
+    def signature(self, batch: Any, seed: int = 0) -> Signature:
         """As for any pair; whether the inner pair's values are a mass, which has no log-determinant, is found first."""
-        if self._layout is None and isinstance(batch, Tensor):
-            self.inner.layout(self._forth(batch), seed)
-        return super().layout(batch, seed)
+        if not self._signatures and isinstance(batch, Tensor):
+            self.inner.signature(self._forth(batch), seed)
+        return super().signature(batch, seed)
 
-    def keep_layout(self, layout: Layout | None) -> None:
+    def keep_signature(self, batch: Any, signature: Signature | None) -> None:
         """As for any pair; the inner one's is found anew where this one's is."""
-        super().keep_layout(layout)
-        if layout is None:
-            self.inner.keep_layout(None)
+        super().keep_signature(batch, signature)
+        if signature is None and isinstance(batch, Tensor):
+            self.inner.keep_signature(batch, None)
 
     @property
     def _is_mass(self) -> bool:
-        return self.inner._layout is not None and self.inner._layout.measure == "mass"
+        return self.inner.remembered is not None and self.inner.remembered.measure == "mass"
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """As for any pair, and that the transform is finite at all of the data."""
@@ -103,33 +103,34 @@ class Transformed(Around):
             x, total = x.to(dtype), total.to(dtype)
         return x, total.sum(list(range(1 - self.event_dim, 0))) if self.event_dim > 1 else total
 
-    def model(self, x: Tensor) -> None:
+    def model(self, x: Tensor, *given: Tensor) -> None:
         """The inner model at T(x), with the log-determinant as a factor."""
         y, log_det = self.apply_to(x)
         if not self._is_mass:
             with self._rows(x):
                 pyro.factor(f"log_det_{self.depth}", log_det)
-        self.inner.model(y)
+        self.inner.model(y, *given)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, *given: Tensor) -> None:
         """The inner guide at T(x)."""
         if self.inner.has_guide:
-            self.inner.guide(self.apply_to(x)[0])
+            self.inner.guide(self.apply_to(x)[0], *given)
 
     @property
     def tractable(self) -> bool:
         """Whether the inner pair's marginal is known."""
         return self.inner.tractable
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, x: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
         """log p(x) (N,), where the inner pair's is known."""
         y, log_det = self.apply_to(x)
-        return self.inner.log_marginal(y) if self._is_mass else self.inner.log_marginal(y) + log_det
+        log_p = self.inner.log_marginal(y, *given)
+        return log_p if self._is_mass else log_p + log_det
 
-    def initialise(self, x: Tensor) -> None:
+    def initialise(self, x: Tensor, *given: Tensor) -> None:
         """The inner pair's start, at T(x)."""
         if self.inner.has("initialise"):
-            self.inner.initialise(self._forth(x))
+            self.inner.initialise(self._forth(x), *given)
 
     @isolated
     def maximum_likelihood(self, x: Any, **options: Any) -> Transformed:

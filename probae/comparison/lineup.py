@@ -1,0 +1,223 @@
+"""A line-up of models for a data set: what its values are decides the likelihoods; fitted, they are ready to compare."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.adapter import as_pair
+from probae.arguments import printable
+from probae.data.datasets import Dataset
+from probae.models import CATALOGUE, Model, register
+from probae.pair import Pair
+from probae.runtime.processes import require_shared_memory
+from probae.runtime.seeding import seeded
+from probae.storage import saving
+from probae.training import Run, fit
+
+_VALIDATION = 2000  # rows by which the best step is chosen
+
+
+def named(models: str | None) -> tuple[list[str] | None, list[str]]:
+    """The names in a list separated by commas, and the files that define some: ``FILE.py:NAME`` is run, and its model known.
+
+    Raises:
+        ValueError: if a file defines no such model.
+    """
+    if not models:
+        return None, []
+    found, files = [], []
+    for part in (part.strip() for part in models.split(",")):
+        path, colon, name = part.rpartition(":")
+        if colon and path.endswith(".py"):
+            run_file(part)
+            files.append(part)
+        found.append(name if colon else part)
+    return found, files
+
+
+def run_file(part: str) -> None:
+    """Run a file of a user's, and make the model of a name known that it registers, or that is a class in it."""
+    path, _, name = part.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {printable(path)}")
+    module = runpy.run_path(path)
+    if name in CATALOGUE:
+        return
+    cls = module.get(name)
+    if not isinstance(cls, type):
+        raise ValueError(
+            f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
+        )
+    title = (cls.__doc__ or name).strip().splitlines()[0]
+    register(name, Model(title, printable(Path(path).name), lambda schema, latents: cls(schema.features, latents)))
+
+
+def conditions(names: Sequence[str]) -> bool:
+    """Whether one of some models conditions on labels."""
+    return any(CATALOGUE[name].labels for name in names)
+
+
+def labels_of(data: Dataset) -> Any:
+    """The labels of the test rows."""
+    return None if data.labels is None else data.labels[2]
+
+
+def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
+    """The line-up for a data set: the names given, or the standard ones that suit its values.
+
+    Raises:
+        ValueError: for an unknown name, or one that is not for such values.
+    """
+    schema = data.schema
+    suited = [name for name, model in CATALOGUE.items() if model.suits(schema)]
+    if names is None:
+        return [name for name in suited if data.kind in CATALOGUE[name].standard]
+    for name in names:
+        if name not in CATALOGUE:
+            raise ValueError(f"models: expected some of {', '.join(CATALOGUE)}; got {name!r}")
+        if name not in suited:
+            raise ValueError(f"models: {name!r} is not for {data!r}; these are: {', '.join(suited)}")
+    return list(dict.fromkeys(names))
+
+
+def rows_for(name: str, data: Dataset, split: str) -> Any:
+    """The rows of a split as a model takes them: with their labels, where it conditions on them."""
+    place = ("train", "validation", "test").index(split)
+    rows = getattr(data, split)
+    return rows if not CATALOGUE[name].labels or data.labels is None else (rows, data.labels[place])
+
+
+def train(
+    name: str,
+    data: Dataset,
+    latents: int,
+    steps: int,
+    seed: int = 0,
+    compile: bool | str = "auto",
+    progress: bool = True,
+) -> tuple[Pair, float]:
+    """A fitted model of the line-up, and the seconds that fitting took.
+
+    Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
+    """
+    with seeded(seed):
+        pair = as_pair(CATALOGUE[name].build(data.schema, latents))
+    start = time.perf_counter()
+    if hasattr(pair, "maximum_likelihood") and hasattr(getattr(pair, "inner", pair), "maximum_likelihood"):
+        pair.maximum_likelihood(data.train)
+        return pair, time.perf_counter() - start
+    rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
+    held = tuple(part[:_VALIDATION] for part in held) if isinstance(held, tuple) else held[:_VALIDATION]
+    options = {"steps": steps, "seed": seed, "compile": compile, "progress": progress, **CATALOGUE[name].fit}
+    run: Run = fit(pair, rows, validation=held, **options)
+    if run.stopped == "interrupted":
+        raise KeyboardInterrupt
+    return pair.cpu(), run.seconds
+
+
+def train_all(
+    names: Sequence[str],
+    data: Dataset,
+    latents: int,
+    steps: int,
+    seed: int = 0,
+    compile: bool | str = "auto",
+    processes: int = 1,
+    files: Sequence[str] = (),
+    progress: bool = True,
+) -> Iterator[tuple[str, Pair, float]]:
+    """Each name with its fitted model and the seconds that took, in their order; the fits are spread over processes.
+
+    They are the same, however many processes there are, while each has as many threads. On GPUs, each process takes the
+    next one.
+
+    Raises:
+        ChildProcessError: if a process dies.
+        OSError: if processes cannot share memory here.
+    """
+    if processes == 1:
+        for name in names:
+            yield name, *train(name, data, latents, steps, seed, compile, progress)
+        return
+    require_shared_memory("processes", "1")
+    context = multiprocessing.get_context("spawn")
+    count = min(processes, len(names))
+    with tempfile.TemporaryDirectory(prefix="probae-") as folder:
+        ended, alive = context.Pipe(duplex=False)
+        start = context.Value("i", 0), max(1, torch.get_num_threads() // count), ended, folder
+        pool = ProcessPoolExecutor(count, context, _start, start)
+        try:
+            fixed = data, latents, steps, seed, compile, files
+            jobs = [pool.submit(_train_into, folder, name, *fixed) for name in names]
+            for name, job in zip(names, jobs, strict=True):
+                seconds = job.result()
+                yield name, saving.load(Path(folder) / name), seconds
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process that fits a model has died (killed, or out of memory): ask for fewer processes"
+            ) from error
+        finally:
+            alive.close()  # fits that are not done end with it
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(started: Any, threads: int, ended: Connection, folder: str) -> None:
+    """What a worker takes of the machine: its share of the cores, and a GPU by its number; no longer than it is needed."""
+    threading.Thread(target=_follow, args=(ended, folder), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the main process decides
+    torch.set_num_threads(threads)
+    with started.get_lock():
+        os.environ["LOCAL_RANK"] = str(started.value)
+        started.value += 1
+
+
+def _follow(ended: Connection, folder: str) -> None:
+    """End this process when the main one closes its end of a pipe, or is killed and cannot tidy up."""
+    with contextlib.suppress(OSError, EOFError):
+        ended.recv_bytes()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _train_into(
+    folder: str,
+    name: str,
+    data: Dataset,
+    latents: int,
+    steps: int,
+    seed: int,
+    compile: bool | str,
+    files: Sequence[str],
+) -> float:
+    for file in files:
+        if file.rpartition(":")[2] not in CATALOGUE:
+            run_file(file)
+    pair, seconds = train(name, data, latents, steps, seed, compile, progress=False)
+    saving.save(pair, Path(folder) / name)
+    return seconds
+
+
+def images(values: Tensor | Any, data: Dataset) -> Tensor:
+    """Rows as images (N, H, W), scaled to 0..1."""
+    shape = data.image_shape
+    if shape is None:
+        raise ValueError(f"{data.name} holds no images")
+    top = float(data.maximum or 1)
+    return (torch.as_tensor(values).float() / top).clamp(0, 1).reshape(-1, *shape)

@@ -1,0 +1,1 @@
+"""Data on their way to a model: batches, missing values, streams of minibatches, named data sets and files."""

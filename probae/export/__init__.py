@@ -1,0 +1,1 @@
+"""Results for other libraries: trees for ArviZ, figures by matplotlib."""

@@ -1,6 +1,0 @@
-"""Pyro computations traced once into flat graphs of tensor operations: interpreted, compiled, or captured on a GPU."""
-
-from probae.flat.constants import fixed
-from probae.flat.graph import Graph, Untraceable, fall_back, trace
-
-__all__ = ["Graph", "Untraceable", "fall_back", "fixed", "trace"]

@@ -1,0 +1,245 @@
+"""The catalogue: every model by name, how it is built for a kind of data, its paper, and how it is fitted.
+
+The registry, the line-up of `probae compare`, the command and the laws of the test suite follow from this table. A model of
+one's own joins it by `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from probae.arguments import one_of
+from probae.data.datasets.dataset import Kind, Schema
+from probae.heads import likelihoods
+from probae.heads.likelihoods import Head
+from probae.heads.nn import event_shape
+from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.vae import VAE
+from probae.transforms.dequantised import Dequantised
+
+#: counts up to this number may have a class of their own each
+CLASSES = 64
+ALL: tuple[Kind, ...] = ("binary", "counts", "real")
+COUNTS: tuple[Kind, ...] = ("counts",)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A line of the catalogue.
+
+    Attributes:
+        title: what it is, in a line.
+        paper: author and year.
+        build: from a `Schema` and a number of latents, with options of the model's constructor, to a model.
+        kinds: of data that it is for.
+        standard: for which of them it is in the line-up when none is named.
+        fit: options of `probae.fit`; a model with ``maximum_likelihood`` is fitted by that instead.
+        most: the largest count that it is for, or None.
+        varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
+        labels: whether it conditions on labels, which the data must have.
+    """
+
+    title: str
+    paper: str
+    build: Callable[..., Any]
+    kinds: tuple[Kind, ...] = ALL
+    standard: tuple[Kind, ...] = ()
+    fit: Mapping[str, Any] = field(default_factory=lambda: {"lr": 2e-3, "scheduler": "cosine"})
+    most: int | None = None
+    varying: bool = False
+    labels: bool = False
+
+    def suits(self, schema: Schema) -> bool:
+        """Whether it is for such data."""
+        return (
+            schema.kind in self.kinds
+            and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
+            and (schema.kind != "real" or schema.varies or not self.varying)
+            and (schema.classes is not None or not self.labels)
+        )
+
+
+def maximum(schema: Schema) -> int:
+    """The largest possible count."""
+    return schema.maximum if schema.maximum is not None else 1
+
+
+def natural(schema: Schema) -> Head:
+    """The likelihood that suits the values."""
+    if schema.kind == "binary":
+        return likelihoods.Bernoulli()
+    return likelihoods.Binomial(maximum(schema)) if schema.kind == "counts" else gaussian(schema)
+
+
+def gaussian(schema: Schema) -> Head:
+    """A Normal that is a density of real numbers, and a mass of whole ones."""
+    if schema.kind == "real":
+        return likelihoods.Normal("feature" if schema.varies else "shared")
+    return likelihoods.DiscretisedNormal(maximum(schema), scale="feature")
+
+
+def _network(model: Callable[..., Any], head: Callable[[Schema], Head] = natural, **fixed: Any) -> Callable[..., Any]:
+    """Builds a model with networks under a likelihood that suits the data."""
+
+    def build(schema: Schema, latents: int, **options: Any) -> Any:
+        shape = schema.shape if len(schema.shape) > 1 else schema.features
+        settings = {"likelihood": None, "missing": schema.missing, **fixed, **options}
+        if settings["likelihood"] is None:
+            settings["likelihood"] = head(schema)
+        return model(shape, latents, **settings)
+
+    return build
+
+
+def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Builds a linear-Gaussian model, dequantised where the data are whole numbers."""
+
+    def build(schema: Schema, latents: int, **options: Any) -> Any:
+        pair = model(schema.features, latents, **{"missing": schema.missing, **options})
+        return pair if schema.kind == "real" else Dequantised(pair)
+
+    return build
+
+
+def _sparse(posterior: str) -> Callable[..., Any]:
+    def head(schema: Schema) -> Head:
+        scale = "shared" if posterior != "point" else schema.spread / 4
+        if schema.kind == "real":
+            return likelihoods.Normal(scale)
+        return (
+            likelihoods.DiscretisedNormal(maximum(schema), scale=scale) if schema.kind == "counts" else natural(schema)
+        )
+
+    def build(schema: Schema, latents: int, **options: Any) -> Any:
+        # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
+        rate = 6 / schema.spread if posterior == "point" and schema.kind != "binary" else 1.0
+        rates = {"rate": rate, "learned_rate": posterior != "point"}
+        return _network(SparseAutoencoder, head, posterior=posterior, hidden=(128,), **rates)(
+            schema, latents, **options
+        )
+
+    return build
+
+
+#: name -> model
+CATALOGUE: dict[str, Model] = {
+    "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
+    "factor_analysis": Model(
+        "factor analysis, maximum likelihood", "Rubin & Thayer 1982", _linear(FactorAnalysis), standard=ALL, varying=True
+    ),
+    "sparse_vae": Model(
+        "sparse VAE: Laplace prior and guide, dictionary", "Tonolini et al. 2020", _sparse("laplace"), standard=ALL
+    ),
+    "normal_vae": Model(
+        "VAE, Normal likelihood (rounded, for counts)", "Kingma & Welling 2014", _network(VAE, gaussian),
+        kinds=("counts", "real"), standard=("counts", "real"),
+    ),
+    "binomial_vae": Model(
+        "VAE, Binomial likelihood", "Kingma & Welling 2014",
+        _network(VAE, lambda schema: likelihoods.Binomial(maximum(schema))), kinds=COUNTS, standard=COUNTS,
+    ),
+    "categorical_vae": Model(
+        f"VAE, a class for each count (up to {CLASSES})", "Kingma & Welling 2014",
+        _network(VAE, lambda schema: likelihoods.Categorical(maximum(schema) + 1)), kinds=COUNTS, standard=COUNTS,
+        most=CLASSES - 1,
+    ),
+    "ordinal_vae": Model(
+        f"VAE, ordered levels with cut points of their own (up to {CLASSES})", "McCullagh 1980",
+        _network(VAE, lambda schema: likelihoods.OrderedCategorical(maximum(schema) + 1)), kinds=COUNTS,
+        most=CLASSES - 1,
+    ),
+    "vae": Model(
+        "VAE, with the likelihood that suits the values", "Kingma & Welling 2014", _network(VAE, hidden=(200, 200)),
+        standard=("binary",),
+    ),
+    "conditional_vae": Model(
+        "VAE given labels, with the likelihood that suits the values", "Sohn et al. 2015",
+        lambda schema, latents, **options: _network(VAE, given=schema.classes)(schema, latents, **options), labels=True,
+    ),
+    "linear_vae": Model(
+        "VAE with an affine encoder and decoder", "Lucas et al. 2019", _network(VAE, hidden=())
+    ),
+    "sparse_autoencoder": Model(
+        "sparse autoencoder: Laplace prior, point guide", "Olshausen & Field 1996", _sparse("point")
+    ),
+    "linear_autoencoder": Model(
+        "linear autoencoder: flat prior, affine encoder and decoder", "Baldi & Hornik 1989", _network(Autoencoder, hidden=())
+    ),
+    "autoencoder": Model(
+        "autoencoder: flat prior, point guide", "Hinton & Salakhutdinov 2006", _network(Autoencoder, hidden=(128,)),
+        standard=ALL,
+    ),
+    "stochastic_autoencoder": Model(
+        "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
+        standard=ALL,
+    ),
+}  # fmt: skip
+
+
+def names(kind: Kind | None = None) -> tuple[str, ...]:
+    """The names of the catalogue; those for a kind of data without labels, where one is given.
+
+    Example:
+        >>> "ppca" in names(), "binomial_vae" in names("real")
+        (True, False)
+    """
+    return tuple(n for n, model in CATALOGUE.items() if kind is None or (kind in model.kinds and not model.labels))
+
+
+def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **options: Any) -> Any:
+    """A model by its name, for real data unless another kind is said.
+
+    Args:
+        features: D, the shape of an event, or a `probae.datasets.Schema`, which says all of the data.
+        latents: L.
+        kind: of the data: ``"real"``, ``"counts"`` or ``"binary"``.
+        options: of the model's constructor, instead of those of the catalogue.
+
+    Raises:
+        ValueError: if the name is unknown.
+
+    Example:
+        >>> make("vae", features=64, latents=8).latents
+        8
+    """
+    model = CATALOGUE[one_of("model", name, CATALOGUE)]
+    if isinstance(features, Schema):
+        schema = features
+    else:  # nothing is known of the data: features share a scale, as if one of them did not vary
+        schema = Schema(event_shape("features", features), kind, varies=False)
+    return model.build(schema, latents, **options)
+
+
+def register(name: str, model: Model) -> Model:
+    """Add a model to the catalogue: `make`, `probae compare --models` and the laws then know it.
+
+    Raises:
+        ValueError: if the name is taken, or no name.
+        TypeError: if it is no `Model`.
+
+    Example:
+        >>> from probae.models import CATALOGUE, Model, make, register
+        >>> import probae
+        >>> def build(schema, latents, **options):
+        ...     return probae.VAE(schema.features, latents, hidden=(16,), **options)
+        >>> _ = register("small_vae", Model("a small VAE", "nobody 2025", build, kinds=("real",)))
+        >>> make("small_vae", 5, 2).latents
+        2
+        >>> _ = CATALOGUE.pop("small_vae")
+    """
+    if not isinstance(model, Model):
+        raise TypeError(f"model: expected a probae.models.Model, got {type(model).__name__}")
+    if not name.isidentifier() or name in CATALOGUE:
+        raise ValueError(f"name: expected one that no model has, of letters, digits and underscores, got {name!r:.100}")
+    CATALOGUE[name] = model
+    return model
+
+
+def markdown() -> str:
+    """The catalogue as a table for a page of documentation."""
+    rows = [f"| `{name}` | {m.title} | {', '.join(m.kinds)} | {m.paper} |" for name, m in CATALOGUE.items()]
+    return "\n".join(["| name | what it is | for data | paper |", "|---|---|---|---|", *rows])

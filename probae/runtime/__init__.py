@@ -1,0 +1,1 @@
+"""What surrounds a computation: seeds, threads, processes, precision."""

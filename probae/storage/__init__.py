@@ -1,0 +1,1 @@
+"""What probae writes to disk, and how it is read back."""

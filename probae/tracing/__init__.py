@@ -1,0 +1,1 @@
+"""What Pyro programs are: their sites, plates, masks and terms, found by running them."""
