@@ -69,7 +69,10 @@ def _within_supports(pair: Pair, batch: Batch, signature: Signature) -> bool:
     tensors = {leaf.name: (leaf, tensor) for leaf, (_, tensor) in zip(signature.leaves, leaves(batch), strict=True)}
     with evaluating(pair):
         _, model = run_both(pair, rows_at(batch, torch.arange(min(2, length(batch)))), signature)
-    observed = [(site, signature.variable(site["name"]).leaf) for site in samples(model) if site["is_observed"]]
+    sites = [site for site in samples(model) if site["is_observed"]]
+    if any(is_factor(site["fn"]) for site in sites):  # a density besides, which may be of transformed data
+        return False
+    observed = [(site, signature.variable(site["name"]).leaf) for site in sites]
     if any(leaf is None or not _is_one_for_all(site["fn"]) for site, leaf in observed):
         return False
     for site, name in observed:

@@ -148,8 +148,12 @@ class Signature:
             object.__setattr__(self, kind, tuple(each.name for each in found))
 
     def variable(self, name: str) -> Variable:
-        """The variable of a name."""
-        return next(v for v in self.variables if v.name == name)
+        """The variable of a name.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        return {v.name: v for v in self.variables}[name]
 
     # -- where sites lie ---------------------------------------------------------------------------------------------
 
