@@ -46,6 +46,7 @@ _ROOMS = {
 _MODULES = {
     "corruption",
     "datasets",
+    "figures",
     "likelihoods",
     "missing",
     "models",
@@ -80,6 +81,7 @@ __all__ = [
     "diagnose",
     "encode",
     "expost_prior",
+    "figures",
     "fit",
     "impute",
     "likelihoods",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from probae import (
         corruption,
         datasets,
+        figures,
         likelihoods,
         missing,
         models,

@@ -122,7 +122,10 @@ def _frozen(value: Any) -> Any:
     """Lists and arrays as they are now, whatever becomes of them."""
     if isinstance(value, list | tuple):
         return tuple(_frozen(v) for v in value)
-    return torch.as_tensor(value).clone() if isinstance(value, np.ndarray | Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    # on the CPU, also where a model is built on the meta device
+    return torch.as_tensor(value, device="cpu").clone() if isinstance(value, np.ndarray) else value
 
 
 def to_json(value: Any) -> Any:

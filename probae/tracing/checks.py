@@ -48,7 +48,7 @@ def check(
     where = f"site {signature.observed[0]!r}" if signature.observed else "the data"
     for name, leaf in leaves(batch):
         require_numbers(leaf, where if isinstance(batch, Tensor) else f"the batch's leaf {name!r}", pair.missing)
-    if pair.takes_particles and _within_supports(pair, batch, signature):
+    if pair.takes_particles and not corruptions and _within_supports(pair, batch, signature):
         return signature
     with evaluating(pair):
         for number, rows in enumerate(rows_of(batch, length(batch) if signature.all_rows else _ROWS)):
