@@ -284,6 +284,7 @@ def test_in_80_columns_every_name_and_number_of_the_table_is_whole(job):
 
 
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_the_notes_are_printed(job):
     _, _, folder, out = job
     said = " ".join(out.split())
