@@ -5,7 +5,6 @@ Shapes: β and step sizes are (T, N), a column per datum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,9 +103,3 @@ def _equal_lengths(betas: Tensor, variance: Tensor, distributions: int) -> Tenso
     found = torch.lerp(betas[right - 1], betas[right], ((wanted - left_at) / (right_at - left_at)).clamp(0, 1)).mT
     found[0], found[-1] = 0.0, 1.0
     return found
-
-
-def logsumexp_mean(log_w: Tensor | Sequence[Tensor]) -> Tensor:
-    """log of the mean over chains (N,) of weights whose logarithms (C, N) are given."""
-    log_w = log_w if isinstance(log_w, Tensor) else torch.stack(list(log_w))
-    return torch.logsumexp(log_w, 0) - torch.log(torch.tensor(float(len(log_w)), dtype=log_w.dtype))
