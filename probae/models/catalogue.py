@@ -15,6 +15,7 @@ from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
+from probae.heads.priors import VampPrior
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
@@ -176,6 +177,12 @@ CATALOGUE: dict[str, Model] = {
     "stochastic_autoencoder": Model(
         "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
         standard=ALL,
+    ),
+    "vamp_vae": Model(
+        "VAE whose prior is a mixture of its posteriors at learned inputs", "Tomczak & Welling 2018",
+        lambda schema, latents, **options: _network(VAE, hidden=(200, 200), prior=VampPrior(latents))(
+            schema, latents, **options
+        ),
     ),
 }  # fmt: skip
 
