@@ -59,7 +59,7 @@ Z = np.round(np.random.RandomState(4).randn(N, L) * 4) / 4
 #: what was expected, what came, or what to do
 HELPS = re.compile(
     r"expected|got|needs?|takes?|give|use|make|drop|leave|try|unknown|missing|lacks|outside|cannot|damaged|no file|"
-    r"not numeric|failed|too large|is empty|two names|declare|is no number|is (NaN|nan|-?inf)"
+    r"not numeric|failed|too large|is empty|two names|declare|is not finite|is (NaN|nan|-?inf)"
 )
 
 

@@ -62,7 +62,7 @@ FOREIGN = {
 def test_a_file_of_the_users_is_never_overwritten_by_save(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     before = contents(tmp_path)
-    with pytest.raises(InTheWay, match=rf"{name} is in the way"):
+    with pytest.raises(InTheWay, match=rf"{name} exists"):
         probae.save(model(), tmp_path)
     assert contents(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
@@ -98,7 +98,7 @@ def test_what_has_the_name_of_the_place_where_things_are_prepared_stays(kind, tm
         place.mkdir()
         (place / "notes").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(InTheWay, match="is in the way"):
+    with pytest.raises(InTheWay, match="exists and was not written"):
         probae.save(model(), tmp_path)
     assert contents(tmp_path) == before
 

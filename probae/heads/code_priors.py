@@ -182,7 +182,7 @@ class FlowCodes(CodePrior):
                     if loss < best:
                         best, kept = loss, {name: value.clone() for name, value in self.flow.state_dict().items()}
         if kept is None:
-            raise FloatingPointError("the flow's likelihood of held-out codes is no number: use another kind of prior")
+            raise FloatingPointError("the flow's likelihood of held-out codes is not finite: use another kind of prior")
         self.flow.load_state_dict(kept)
         self.flow.requires_grad_(False)
         return self

@@ -82,7 +82,7 @@ def rotate(
         method: ``"varimax"``, ``"quartimax"`` or ``"oblimin"``.
         kaiser: Whether every feature counts the same: its row has length 1 while rotating.
         starts: How many starts, of which the best is kept: first no rotation, then random ones. Criteria have local
-            optima, and an unrotated solution may sit on a stationary point that is none.
+            optima, and an unrotated solution may be a stationary point that is no optimum.
         seed: Seed of the random starts.
         tolerance: Convergence: the norm of the projected gradient of the criterion's mean over features, for loadings
             scaled to rows of length 1 on average.
