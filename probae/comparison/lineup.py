@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -30,6 +30,7 @@ from probae.runtime.processes import require_shared_memory
 from probae.runtime.seeding import seeded
 from probae.storage import saving
 from probae.training import Run, fit
+from probae.transforms.expost import expost_prior
 
 _VALIDATION = 2000  # rows by which the best step is chosen
 
@@ -212,6 +213,24 @@ def _train_into(
     pair, seconds = train(name, data, latents, steps, seed, compile, progress=False)
     saving.save(pair, Path(folder) / name)
     return seconds
+
+
+def with_priors(fitted: Mapping[str, Pair], data: Dataset, kind: str, seed: int) -> Iterator[tuple[str, Pair, float]]:
+    """Models whose prior is flat once more, each with a prior fitted to its codes, under a name that says so, and the seconds.
+
+    A model that conditions on labels, or has several latents, has none.
+    """
+    for name, pair in fitted.items():
+        rows = rows_for(name, data, "train")
+        signature = pair.remembered or pair.signature(pair.as_batch(rows))
+        if signature.improper and not signature.given and len(signature.latents) == 1 and pair.has("posterior"):
+            start = time.perf_counter()
+            yield named_with_prior(name), expost_prior(pair, rows, kind, seed=seed), time.perf_counter() - start
+
+
+def named_with_prior(name: str) -> str:
+    """The name of a model with an ex-post prior."""
+    return f"{name} with ex-post prior"
 
 
 def images(values: Tensor | Any, data: Dataset) -> Tensor:
