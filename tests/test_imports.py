@@ -137,7 +137,7 @@ ROOMS = (
     *("arguments", "batches", "runtime", "recipe", "tracing", "export", "data", "graphs", "heads", "linear_gaussian"),
     *("missing", "datasets", "likelihoods", "priors", "posteriors", "nn", "corruption", "figures"),  # what users know
     *("programs", "objectives", "pair", "adapter", "evidence", "transforms", "models", "storage", "training"),
-    *("diagnostics", "comparison", "cli"),
+    *("diagnostics", "comparison", "sklearn", "cli"),
 )
 
 
