@@ -17,6 +17,7 @@ _ROOMS = {
     "StochasticAutoencoder": "models",
     "VAE": "models",
     "Independent": "models",
+    "LatentClass": "models",
     "GaussianMixture": "models",
     "Dequantised": "transforms",
     "Transformed": "transforms",
@@ -68,6 +69,7 @@ __all__ = [
     "FactorAnalysis",
     "GaussianMixture",
     "Independent",
+    "LatentClass",
     "Pair",
     "Run",
     "SparseAutoencoder",
@@ -128,6 +130,7 @@ if TYPE_CHECKING:
         FactorAnalysis,
         GaussianMixture,
         Independent,
+        LatentClass,
         SparseAutoencoder,
         StochasticAutoencoder,
     )

@@ -3,6 +3,7 @@
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
+from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
@@ -15,6 +16,7 @@ __all__ = [
     "FactorAnalysis",
     "GaussianMixture",
     "Independent",
+    "LatentClass",
     "Model",
     "SparseAutoencoder",
     "StochasticAutoencoder",

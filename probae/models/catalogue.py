@@ -16,6 +16,7 @@ from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
@@ -82,6 +83,13 @@ def gaussian(schema: Schema) -> Head:
     return likelihoods.DiscretisedNormal(maximum(schema), scale="feature")
 
 
+def of_classes(schema: Schema) -> Head:
+    """The likelihood of a class that suits the values: its scales are its own, and none falls far below the data's."""
+    if schema.kind == "real" and schema.varies:
+        return likelihoods.Normal("predicted", floor=0.05)
+    return natural(schema)
+
+
 def _network(model: Callable[..., Any], head: Callable[[Schema], Head] = natural, **fixed: Any) -> Callable[..., Any]:
     """Builds a model with networks under a likelihood that suits the data."""
 
@@ -101,6 +109,16 @@ def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
     def build(schema: Schema, latents: int, **options: Any) -> Any:
         pair = model(schema.features, latents, **{"missing": schema.missing, **options})
         return pair if schema.kind == "real" else Dequantised(pair)
+
+    return build
+
+
+def _flat(model: Callable[..., Any], head: Callable[[Schema], Head]) -> Callable[..., Any]:
+    """Builds a model without networks, for features in a row, under a likelihood that suits the data."""
+
+    def build(schema: Schema, latents: int, **options: Any) -> Any:
+        settings = {"likelihood": head(schema), "missing": schema.missing, **options}
+        return model(schema.features, latents, **settings)
 
     return build
 
@@ -176,6 +194,9 @@ CATALOGUE: dict[str, Model] = {
     "stochastic_autoencoder": Model(
         "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
         standard=ALL,
+    ),
+    "latent_class": Model(
+        "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
     ),
 }  # fmt: skip
 
