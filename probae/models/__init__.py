@@ -3,6 +3,7 @@
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
+from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
@@ -16,6 +17,7 @@ __all__ = [
     "FactorAnalysis",
     "GaussianMixture",
     "Independent",
+    "ItemResponse",
     "LatentClass",
     "Model",
     "SparseAutoencoder",

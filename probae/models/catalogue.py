@@ -16,6 +16,7 @@ from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
@@ -123,6 +124,12 @@ def _flat(model: Callable[..., Any], head: Callable[[Schema], Head]) -> Callable
     return build
 
 
+def _traits(schema: Schema, latents: int, **options: Any) -> Any:
+    head = likelihoods.OrderedCategorical(maximum(schema) + 1) if schema.kind == "counts" else likelihoods.Bernoulli()
+    settings = {"likelihood": head, "missing": schema.missing, **options}
+    return ItemResponse(schema.features, min(latents, 2), **settings)
+
+
 def _sparse(posterior: str) -> Callable[..., Any]:
     def head(schema: Schema) -> Head:
         scale = "shared" if posterior != "point" else schema.spread / 4
@@ -197,6 +204,10 @@ CATALOGUE: dict[str, Model] = {
     ),
     "latent_class": Model(
         "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
+    ),
+    "item_response": Model(
+        f"item response theory, one or two traits (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
+        kinds=("binary", "counts"), most=CLASSES - 1,
     ),
 }  # fmt: skip
 
