@@ -19,6 +19,7 @@ _ROOMS = {
     "Independent": "models",
     "ItemResponse": "models",
     "LatentClass": "models",
+    "MixtureOfFactorAnalysers": "models",
     "GaussianMixture": "models",
     "Dequantised": "transforms",
     "Transformed": "transforms",
@@ -72,6 +73,7 @@ __all__ = [
     "Independent",
     "ItemResponse",
     "LatentClass",
+    "MixtureOfFactorAnalysers",
     "Pair",
     "Run",
     "SparseAutoencoder",
@@ -134,6 +136,7 @@ if TYPE_CHECKING:
         Independent,
         ItemResponse,
         LatentClass,
+        MixtureOfFactorAnalysers,
         SparseAutoencoder,
         StochasticAutoencoder,
     )

@@ -91,8 +91,8 @@ def maximise(
     .. math:: \theta' = \theta_0 - 2 \alpha r + \alpha^2 v, \quad r = \theta_1 - \theta_0, \quad
               v = (\theta_2 - \theta_1) - r, \quad \alpha = -\lVert r \rVert / \lVert v \rVert,
 
-    and :math:`\theta'` is kept only where what is maximised has not fallen; else :math:`\theta_2` is. So the value rises from
-    step to step, and the fixed points are EM's.
+    and an EM step from :math:`\theta'` is kept only where what is maximised has not fallen; else :math:`\theta_2` is. So the
+    value rises from step to step, and the fixed points are EM's.
 
     Args:
         model: a module whose parameters are free of constraints.
@@ -157,28 +157,44 @@ def _parameters(model: nn.Module) -> Tensor:
 def _ascend(model: nn.Module, step: Callable[[Any], Tensor], tolerance: float, most: int) -> tuple[list[float], bool]:
     """The values along a start, the last one that of the parameters left behind, and whether it converged."""
     path: list[float] = []
-    converged = False
+    converged, longest = False, 4.0
+    before: Tensor | None = None  # where to go back to if the leap that was taken leads down
     while not converged and len(path) < most:
         first = _parameters(model)
-        path.append(_value(step(model)))
+        value = _tried(model, step) if before is not None else _value(step(model))
+        if before is not None and not value >= path[-1]:  # true for NaN too
+            vector_to_parameters(before.clone(), model.parameters())
+            before, longest = None, max(4.0, longest / 4)
+            continue
+        path.append(value)
         second = _parameters(model)
         path.append(_value(step(model)))
-        third = _parameters(model)
+        third, before = _parameters(model), None
         converged = path[-1] - path[-2] < tolerance
         turn = (third - second) - (second - first)
-        length = -float((second - first).norm() / turn.norm().clamp_min(1e-300))
-        if converged or not math.isfinite(length) or length > -1:
+        length = float((second - first).norm() / turn.norm().clamp_min(1e-300))
+        if converged or len(path) >= most or not 1 < length < math.inf:
             continue
-        vector_to_parameters(first - 2 * length * (second - first) + length**2 * turn, model.parameters())
-        value = float(step(model))
-        if value >= path[-1]:  # false for NaN too
-            path.append(value)
-        else:
-            vector_to_parameters(third, model.parameters())
+        longest = 4 * longest if length > longest else longest
+        length = min(length, longest)
+        vector_to_parameters(first + 2 * length * (second - first) + length**2 * turn, model.parameters())
+        # an EM step from there leads back to where parameters may be, and only then the leap is judged
+        failed = math.isnan(_tried(model, step))
+        if failed:
+            vector_to_parameters(third.clone(), model.parameters())
+        before = None if failed else third
     last = _parameters(model)
     path.append(_value(step(model)))
     vector_to_parameters(last, model.parameters())
     return path, converged
+
+
+def _tried(model: nn.Module, step: Callable[[Any], Tensor]) -> float:
+    """The value before a step from where a leap has led; NaN where there is none."""
+    try:
+        return float(step(model))
+    except (torch.linalg.LinAlgError, FloatingPointError):
+        return math.nan
 
 
 def _value(value: Tensor) -> float:

@@ -6,6 +6,7 @@ from probae.models.catalogue import CATALOGUE, Model, make, names, register
 from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 
@@ -19,6 +20,7 @@ __all__ = [
     "Independent",
     "ItemResponse",
     "LatentClass",
+    "MixtureOfFactorAnalysers",
     "Model",
     "SparseAutoencoder",
     "StochasticAutoencoder",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from probae.arguments import one_of
@@ -19,6 +20,7 @@ from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
@@ -208,6 +210,14 @@ CATALOGUE: dict[str, Model] = {
     "item_response": Model(
         f"item response theory, one or two traits (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
         kinds=("binary", "counts"), most=CLASSES - 1,
+    ),
+    "mixture_of_factor_analysers": Model(
+        "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996", _linear(MixtureOfFactorAnalysers),
+        varying=True,
+    ),
+    "mixture_of_ppca": Model(
+        "mixture of three probabilistic PCAs, by EM", "Tipping & Bishop 1999",
+        _linear(partial(MixtureOfFactorAnalysers, noise="isotropic")),
     ),
 }  # fmt: skip
 
