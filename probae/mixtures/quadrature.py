@@ -11,11 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 _PASSES = 5
@@ -60,26 +58,3 @@ def moments_at(z: Tensor, terms: Tensor, narrow: float = 1e-6) -> tuple[Tensor, 
     covariance = ((share * away).unsqueeze(-1) * away.unsqueeze(-2)).sum(0)
     least = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) * narrow**2
     return loc, torch.linalg.cholesky(covariance + least)
-
-
-class Marginal(TorchDistribution):
-    """p(x) of a pair whose ``log_marginal`` is a sum over nodes; drawn by prior and likelihood."""
-
-    arg_constraints: dict[str, Any] = {}
-
-    def __init__(self, pair: Any):
-        self.pair = pair
-        super().__init__(torch.Size(), torch.Size((pair.features,)), validate_args=False)
-
-    @property
-    def support(self) -> Any:  # type: ignore[override]
-        """That of the likelihood."""
-        return self.pair.likelihood(self.pair.zero).support
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), in nats."""
-        return self.pair.log_marginal(value.reshape(-1, *self.event_shape)).reshape(value.shape[:-1])
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws."""
-        return self.pair.likelihood(self.pair.prior().sample(torch.Size(sample_shape))).sample()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probae.heads.likelihoods import Bernoulli, Binomial, Categorical, Head, Normal, Poisson, ScaleHead
 from probae.tracing.missing import observed
+from probae.tracing.sites import support_of
 
 #: the least probability, and the least share of the mean rate: an estimate at the edge would be no finite parameter
 EDGE = 1e-10
@@ -43,6 +44,19 @@ def require_closed_form(head: Head) -> None:
         raise ValueError(
             f"likelihood: EM has a closed step for {', '.join(kind.__name__ for kind in _SOLVERS)}, and not for "
             f"{type(head).__name__}: train this model by probae.fit, whose loss is the exact -log p(x)"
+        )
+
+
+def require_support(head: Head, outputs: Tensor, x: Tensor) -> None:
+    """Raise a ValueError that names the first row of data (N, ...) outside the head's support."""
+    fn = head(outputs[:1].detach())
+    values, _ = observed(x, x[~x.isnan()][0])
+    good = support_of(fn).check(values)
+    if not bool(good.all()):
+        n = int((~good).nonzero()[0, 0])
+        raise ValueError(
+            f"site 'x': expected data within the support of {type(head).__name__}; row {n} is not: "
+            f"{x[n].flatten().tolist()!r:.200}"
         )
 
 

@@ -3,6 +3,7 @@
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
+from probae.models.hidden_markov import HiddenMarkov
 from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
@@ -17,6 +18,7 @@ __all__ = [
     "Autoencoder",
     "FactorAnalysis",
     "GaussianMixture",
+    "HiddenMarkov",
     "Independent",
     "ItemResponse",
     "LatentClass",

@@ -17,6 +17,7 @@ from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.hidden_markov import HiddenMarkov
 from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
@@ -45,6 +46,7 @@ class Model:
         most: the largest count that it is for, or None.
         varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
         labels: whether it conditions on labels, which the data must have.
+        sequences: whether a datum is a sequence, (T, D).
     """
 
     title: str
@@ -56,6 +58,7 @@ class Model:
     most: int | None = None
     varying: bool = False
     labels: bool = False
+    sequences: bool = False
 
     def suits(self, schema: Schema) -> bool:
         """Whether it is for such data."""
@@ -64,6 +67,7 @@ class Model:
             and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
             and (schema.kind != "real" or schema.varies or not self.varying)
             and (schema.classes is not None or not self.labels)
+            and (len(schema.shape) == 2 or not self.sequences)
         )
 
 
@@ -124,6 +128,12 @@ def _flat(model: Callable[..., Any], head: Callable[[Schema], Head]) -> Callable
         return model(schema.features, latents, **settings)
 
     return build
+
+
+def _sequences(schema: Schema, latents: int, **options: Any) -> Any:
+    return HiddenMarkov(
+        schema.shape, latents, **{"likelihood": of_classes(schema), "missing": schema.missing, **options}
+    )
 
 
 def _traits(schema: Schema, latents: int, **options: Any) -> Any:
@@ -219,17 +229,24 @@ CATALOGUE: dict[str, Model] = {
         "mixture of three probabilistic PCAs, by EM", "Tipping & Bishop 1999",
         _linear(partial(MixtureOfFactorAnalysers, noise="isotropic")),
     ),
+    "hidden_markov": Model(
+        "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
+    ),
 }  # fmt: skip
 
 
 def names(kind: Kind | None = None) -> tuple[str, ...]:
-    """The names of the catalogue; those for a kind of data without labels, where one is given.
+    """The names of the catalogue; those for a kind of data in rows without labels, where one is given.
 
     Example:
         >>> "ppca" in names(), "binomial_vae" in names("real")
         (True, False)
     """
-    return tuple(n for n, model in CATALOGUE.items() if kind is None or (kind in model.kinds and not model.labels))
+    return tuple(
+        n
+        for n, model in CATALOGUE.items()
+        if kind is None or (kind in model.kinds and not (model.labels or model.sequences))
+    )
 
 
 def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **options: Any) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from probae.arguments import one_of, positive, size, whole
 from probae.heads.likelihoods import Bernoulli, Head, OrderedCategorical
-from probae.mixtures.quadrature import Marginal, adapted, hermite, moments_at
+from probae.mixtures.marginal import Marginal
+from probae.mixtures.quadrature import adapted, hermite, moments_at
 from probae.mixtures.quasi_newton import minimise, standard_errors
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
@@ -136,7 +137,7 @@ class ItemResponse(Pair):
 
     def marginal(self) -> Any:
         """p(x), by quadrature."""
-        return Marginal(self)
+        return Marginal(self, (self.features,))
 
     def log_marginal(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """log p(x) (N,), by quadrature; of what is observed, where values are missing."""

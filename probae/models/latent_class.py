@@ -14,13 +14,12 @@ from probae.arguments import positive, size
 from probae.heads.likelihoods import Bernoulli, Head
 from probae.heads.nn import event_shape
 from probae.mixtures.expectation_maximisation import Optima, maximise
-from probae.mixtures.weighted_likelihood import at_the_floor, most_likely, require_closed_form
+from probae.mixtures.weighted_likelihood import at_the_floor, most_likely, require_closed_form, require_support
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
-from probae.tracing.missing import known, masked, observed, require_observed
-from probae.tracing.sites import support_of
+from probae.tracing.missing import known, masked, require_observed
 
 _CELLS = 2**22  # data × classes × features at a time
 
@@ -182,7 +181,7 @@ class LatentClass(Pair):
         require_observed(x.flatten(1))
         if len(x) < self.classes:
             raise ValueError(f"site 'x': expected at least as many data as classes, {self.classes}, got {len(x)}")
-        self._require_support(x)
+        require_support(self.head, self.outputs, x)
         self.head.start(x.flatten(1))
         self.initialised.fill_(True)
         self.optima = maximise(
@@ -203,15 +202,6 @@ class LatentClass(Pair):
                 stacklevel=3,
             )
         return self.eval()
-
-    def _require_support(self, x: Tensor) -> None:
-        values, _ = observed(x, x[~x.isnan()][0])
-        good = support_of(self.head(self.outputs)).check(values.unsqueeze(1))
-        if not bool(good.all()):
-            raise ValueError(
-                f"site 'x': expected data within the support of {type(self.head).__name__}; "
-                f"row {int((~good).nonzero()[0, 0])} is not: {x[(~good).nonzero()[0, 0]].flatten().tolist()!r:.200}"
-            )
 
     def _start(self, x: Tensor, generator: torch.Generator) -> None:
         """Each class half a datum drawn at random, half the mean of all data."""
