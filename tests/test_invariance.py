@@ -57,12 +57,6 @@ def data(count=N, seed=0):
     return torch.randn(count, L, generator=draw) @ mixing + noise + torch.tensor([1.0, -2.0, 0.0, 0.5])
 
 
-def codes(model, x):
-    """The codes of all latents, side by side."""
-    found = probae.encode(model, x)
-    return torch.cat([code.flatten(1) for code in found.values()], 1) if isinstance(found, dict) else found
-
-
 MADE = {}
 
 
@@ -197,7 +191,7 @@ def test_names_of_plates_and_sites_do_not_matter(kind, names):
 @pytest.mark.sample(10)
 def test_codes_and_reconstructions_follow_their_rows(name, order):
     x, model = data(), made(name)
-    same(codes(model, x[order]), codes(model, x)[order])
+    same(oracles.codes(model, x[order]), oracles.codes(model, x)[order])
     same(probae.reconstruct(model, x[order]), probae.reconstruct(model, x)[order])
 
 
@@ -404,7 +398,7 @@ def test_rows_are_evaluated_alike_in_batches_of_any_size(name, size):
 @pytest.mark.sample(10)
 def test_codes_are_alike_in_batches_of_any_size(name, size):
     x, model = data(), made(name)
-    same(torch.cat([codes(model, rows) for rows in x.split(size)]), codes(model, x))
+    same(torch.cat([oracles.codes(model, rows) for rows in x.split(size)]), oracles.codes(model, x))
     same(torch.cat([probae.reconstruct(model, rows) for rows in x.split(size)]), probae.reconstruct(model, x))
 
 
