@@ -36,6 +36,8 @@ _ROOMS = {
     "expost_prior": "transforms.expost",
     "compare": "comparison",
     "Comparison": "comparison",
+    "select": "comparison",
+    "Selection": "comparison",
     "sample": "adapter",
     "encode": "adapter",
     "decode": "adapter",
@@ -78,6 +80,7 @@ __all__ = [
     "MixtureOfFactorAnalysers",
     "Pair",
     "Run",
+    "Selection",
     "SparseAutoencoder",
     "StochasticAutoencoder",
     "Transformed",
@@ -108,6 +111,7 @@ __all__ = [
     "sandwich",
     "savable",
     "save",
+    "select",
     "transforms",
 ]
 
@@ -126,7 +130,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from probae.adapter import decode, encode, impute, reconstruct, sample
-    from probae.comparison import Comparison, compare
+    from probae.comparison import Comparison, Selection, compare, select
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
     from probae.models import (
