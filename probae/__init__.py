@@ -17,6 +17,10 @@ _ROOMS = {
     "StochasticAutoencoder": "models",
     "VAE": "models",
     "Independent": "models",
+    "HiddenMarkov": "models",
+    "ItemResponse": "models",
+    "LatentClass": "models",
+    "MixtureOfFactorAnalysers": "models",
     "GaussianMixture": "models",
     "Dequantised": "transforms",
     "Transformed": "transforms",
@@ -32,6 +36,8 @@ _ROOMS = {
     "expost_prior": "transforms.expost",
     "compare": "comparison",
     "Comparison": "comparison",
+    "select": "comparison",
+    "Selection": "comparison",
     "sample": "adapter",
     "encode": "adapter",
     "decode": "adapter",
@@ -67,9 +73,14 @@ __all__ = [
     "Evidence",
     "FactorAnalysis",
     "GaussianMixture",
+    "HiddenMarkov",
     "Independent",
+    "ItemResponse",
+    "LatentClass",
+    "MixtureOfFactorAnalysers",
     "Pair",
     "Run",
+    "Selection",
     "SparseAutoencoder",
     "StochasticAutoencoder",
     "Transformed",
@@ -100,6 +111,7 @@ __all__ = [
     "sandwich",
     "savable",
     "save",
+    "select",
     "transforms",
 ]
 
@@ -118,7 +130,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from probae.adapter import decode, encode, impute, reconstruct, sample
-    from probae.comparison import Comparison, compare
+    from probae.comparison import Comparison, Selection, compare, select
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
     from probae.models import (
@@ -127,7 +139,11 @@ if TYPE_CHECKING:
         Autoencoder,
         FactorAnalysis,
         GaussianMixture,
+        HiddenMarkov,
         Independent,
+        ItemResponse,
+        LatentClass,
+        MixtureOfFactorAnalysers,
         SparseAutoencoder,
         StochasticAutoencoder,
     )

@@ -191,7 +191,7 @@ def test_names_of_plates_and_sites_do_not_matter(kind, names):
 @pytest.mark.sample(10)
 def test_codes_and_reconstructions_follow_their_rows(name, order):
     x, model = data(), made(name)
-    same(probae.encode(model, x[order]), probae.encode(model, x)[order])
+    same(oracles.codes(model, x[order]), oracles.codes(model, x)[order])
     same(probae.reconstruct(model, x[order]), probae.reconstruct(model, x)[order])
 
 
@@ -398,7 +398,7 @@ def test_rows_are_evaluated_alike_in_batches_of_any_size(name, size):
 @pytest.mark.sample(4)
 def test_codes_are_alike_in_batches_of_any_size(name, size):
     x, model = data(), made(name)
-    same(torch.cat([probae.encode(model, rows) for rows in x.split(size)]), probae.encode(model, x))
+    same(torch.cat([oracles.codes(model, rows) for rows in x.split(size)]), oracles.codes(model, x))
     same(torch.cat([probae.reconstruct(model, rows) for rows in x.split(size)]), probae.reconstruct(model, x))
 
 

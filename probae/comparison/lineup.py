@@ -23,6 +23,7 @@ from torch import Tensor
 
 from probae.adapter import as_pair
 from probae.arguments import printable
+from probae.comparison.fits import has_maximum_likelihood
 from probae.data.datasets import Dataset
 from probae.models import CATALOGUE, Model, register
 from probae.pair import Pair
@@ -121,7 +122,7 @@ def train(
     with seeded(seed):
         pair = as_pair(CATALOGUE[name].build(data.schema, latents))
     start = time.perf_counter()
-    if hasattr(pair, "maximum_likelihood") and hasattr(getattr(pair, "inner", pair), "maximum_likelihood"):
+    if has_maximum_likelihood(pair):
         pair.maximum_likelihood(data.train)
         return pair, time.perf_counter() - start
     rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")

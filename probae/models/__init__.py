@@ -3,7 +3,11 @@
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
+from probae.models.hidden_markov import HiddenMarkov
+from probae.models.item_response import ItemResponse
+from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 
@@ -14,7 +18,11 @@ __all__ = [
     "Autoencoder",
     "FactorAnalysis",
     "GaussianMixture",
+    "HiddenMarkov",
     "Independent",
+    "ItemResponse",
+    "LatentClass",
+    "MixtureOfFactorAnalysers",
     "Model",
     "SparseAutoencoder",
     "StochasticAutoencoder",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from probae.arguments import one_of
@@ -17,7 +18,11 @@ from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.heads.priors import VampPrior
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.hidden_markov import HiddenMarkov
+from probae.models.item_response import ItemResponse
+from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
@@ -42,6 +47,7 @@ class Model:
         most: the largest count that it is for, or None.
         varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
         labels: whether it conditions on labels, which the data must have.
+        sequences: whether a datum is a sequence, (T, D).
     """
 
     title: str
@@ -53,6 +59,7 @@ class Model:
     most: int | None = None
     varying: bool = False
     labels: bool = False
+    sequences: bool = False
 
     def suits(self, schema: Schema) -> bool:
         """Whether it is for such data."""
@@ -61,6 +68,7 @@ class Model:
             and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
             and (schema.kind != "real" or schema.varies or not self.varying)
             and (schema.classes is not None or not self.labels)
+            and (len(schema.shape) == 2 or not self.sequences)
         )
 
 
@@ -81,6 +89,13 @@ def gaussian(schema: Schema) -> Head:
     if schema.kind == "real":
         return likelihoods.Normal("feature" if schema.varies else "shared")
     return likelihoods.DiscretisedNormal(maximum(schema), scale="feature")
+
+
+def of_classes(schema: Schema) -> Head:
+    """The likelihood of a class that suits the values: its scales are its own, and none falls far below the data's."""
+    if schema.kind == "real" and schema.varies:
+        return likelihoods.Normal("predicted", floor=0.05)
+    return natural(schema)
 
 
 def _network(model: Callable[..., Any], head: Callable[[Schema], Head] = natural, **fixed: Any) -> Callable[..., Any]:
@@ -104,6 +119,28 @@ def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
         return pair if schema.kind == "real" else Dequantised(pair)
 
     return build
+
+
+def _flat(model: Callable[..., Any], head: Callable[[Schema], Head]) -> Callable[..., Any]:
+    """Builds a model without networks, for features in a row, under a likelihood that suits the data."""
+
+    def build(schema: Schema, latents: int, **options: Any) -> Any:
+        settings = {"likelihood": head(schema), "missing": schema.missing, **options}
+        return model(schema.features, latents, **settings)
+
+    return build
+
+
+def _sequences(schema: Schema, latents: int, **options: Any) -> Any:
+    return HiddenMarkov(
+        schema.shape, latents, **{"likelihood": of_classes(schema), "missing": schema.missing, **options}
+    )
+
+
+def _traits(schema: Schema, latents: int, **options: Any) -> Any:
+    head = likelihoods.OrderedCategorical(maximum(schema) + 1) if schema.kind == "counts" else likelihoods.Bernoulli()
+    settings = {"likelihood": head, "missing": schema.missing, **options}
+    return ItemResponse(schema.features, min(latents, 2), **settings)
 
 
 def _sparse(posterior: str) -> Callable[..., Any]:
@@ -184,17 +221,39 @@ CATALOGUE: dict[str, Model] = {
             schema, latents, **options
         ),
     ),
+    "latent_class": Model(
+        "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
+    ),
+    "item_response": Model(
+        f"item response theory, one or two traits (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
+        kinds=("binary", "counts"), most=CLASSES - 1,
+    ),
+    "mixture_of_factor_analysers": Model(
+        "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996", _linear(MixtureOfFactorAnalysers),
+        varying=True,
+    ),
+    "mixture_of_ppca": Model(
+        "mixture of three probabilistic PCAs, by EM", "Tipping & Bishop 1999",
+        _linear(partial(MixtureOfFactorAnalysers, noise="isotropic")),
+    ),
+    "hidden_markov": Model(
+        "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
+    ),
 }  # fmt: skip
 
 
 def names(kind: Kind | None = None) -> tuple[str, ...]:
-    """The names of the catalogue; those for a kind of data without labels, where one is given.
+    """The names of the catalogue; those for a kind of data in rows without labels, where one is given.
 
     Example:
         >>> "ppca" in names(), "binomial_vae" in names("real")
         (True, False)
     """
-    return tuple(n for n, model in CATALOGUE.items() if kind is None or (kind in model.kinds and not model.labels))
+    return tuple(
+        n
+        for n, model in CATALOGUE.items()
+        if kind is None or (kind in model.kinds and not (model.labels or model.sequences))
+    )
 
 
 def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **options: Any) -> Any:

@@ -3,8 +3,20 @@
 from probae.objectives.bound import Bound
 from probae.objectives.elbo import ELBO
 from probae.objectives.iwae import IWAE
+from probae.objectives.marginal_likelihood import MarginalLikelihood
 from probae.objectives.names import named
 from probae.objectives.objective import Objective, Scaled, Sum, Warmup
 from probae.objectives.reconstruction import Reconstruction
 
-__all__ = ["ELBO", "IWAE", "Bound", "Objective", "Reconstruction", "Scaled", "Sum", "Warmup", "named"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "Bound",
+    "MarginalLikelihood",
+    "Objective",
+    "Reconstruction",
+    "Scaled",
+    "Sum",
+    "Warmup",
+    "named",
+]
