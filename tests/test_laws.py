@@ -36,6 +36,8 @@ def data(name, n=N, dtype=torch.float32):
     x = (z @ mix + 0.3 * torch.randn(n, D, generator=generator, dtype=torch.float64) + 1).to(dtype)
     if schema(name).kind == "counts":
         x = (2 * x + 3).round().clamp(0, 9)
+    if schema(name).kind == "binary":
+        x = (x > 1).to(dtype)
     return (x, torch.arange(n) % CLASSES) if CATALOGUE[name].labels else x
 
 

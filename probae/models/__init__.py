@@ -5,6 +5,7 @@ from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 
@@ -17,6 +18,7 @@ __all__ = [
     "GaussianMixture",
     "Independent",
     "LatentClass",
+    "MixtureOfTrees",
     "Model",
     "SparseAutoencoder",
     "StochasticAutoencoder",

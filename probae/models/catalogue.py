@@ -18,6 +18,7 @@ from probae.heads.nn import event_shape
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
@@ -143,6 +144,12 @@ def _sparse(posterior: str) -> Callable[..., Any]:
     return build
 
 
+def _trees(schema: Schema, latents: int, **options: Any) -> Any:
+    if schema.missing is not None:
+        raise ValueError("mixture_of_trees: expected data without missing values; latent_class takes them")
+    return MixtureOfTrees(schema.features, latents, **{"values": maximum(schema) + 1, **options})
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -197,6 +204,10 @@ CATALOGUE: dict[str, Model] = {
     ),
     "latent_class": Model(
         "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
+    ),
+    "mixture_of_trees": Model(
+        "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
+        kinds=("binary", "counts"), most=CLASSES - 1,
     ),
 }  # fmt: skip
 
