@@ -310,7 +310,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_pa
     assert tables[0]["log_evidence"]["ppca"] == read(folder)["log_evidence"]["ppca"]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, monkeypatch):
     _, file, _, _ = job
     monkeypatch.chdir(tmp_path)
@@ -491,6 +491,7 @@ def runs(file, folder, *arguments):
     return read(folder / "out")
 
 
+@pytest.mark.slow
 def test_counts_whose_largest_is_in_the_test_rows_alone_are_compared(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.poisson(3.0, (60, 4))

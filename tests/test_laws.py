@@ -157,6 +157,7 @@ def test_every_parameter_has_a_gradient_and_moves(name):
 
 
 @EVERY
+@pytest.mark.sample(6)
 def test_the_loss_falls(name):
     instance = model(name)
     run = probae.fit(instance, data(name), steps=60, every=1, lr=0.03, progress=False)
@@ -177,6 +178,7 @@ def test_two_instances_are_independent(name):
 
 
 @EVERY
+@pytest.mark.sample(8)
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_stream(name):
     one, two = model(name), model(name)
     torch.manual_seed(7)
@@ -191,6 +193,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_stream(name):
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.sample(14)
 def test_precision(name, dtype):
     instance = model(name, dtype)
     run = probae.fit(instance, data(name, dtype=torch.float64), steps=3, progress=False)
@@ -325,6 +328,7 @@ def first_code(instance, x):
 
 
 @EVERY
+@pytest.mark.sample(6)
 def test_a_model_stands_in_a_comparison_and_is_diagnosed(name):
     instance, x = fitted(name), data(name)
     table = probae.compare({name: instance}, x, particles=50, refined={"steps": 20}, ais={"distributions": 20}).table

@@ -31,6 +31,7 @@ def compare(*arguments):
     return err if code else out
 
 
+@pytest.mark.slow
 def test_the_same_run_replaces_its_results_and_leaves_what_else_is_there(file, tmp_path):
     out = tmp_path / "out"
     assert "written to" in compare("--data", file, "--out", out)
@@ -102,7 +103,7 @@ def test_a_result_that_the_user_has_changed_is_the_users(force, file, tmp_path):
         (["--data", "b/mine.npy"], "checksum of the data"),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_results_of_another_run_are_refused_by_name_and_replaced_by_force(change, named, file, tmp_path):
     (tmp_path / "b").mkdir()
     np.save(tmp_path / "b" / "mine.npy", np.load(file) + 1e-3)

@@ -242,6 +242,7 @@ def test_another_process_waits_for_its_turn_and_is_told_when_there_is_none(tmp_p
 
 
 @unix
+@pytest.mark.slow
 def test_processes_that_save_into_one_folder_leave_a_model_that_loads(tmp_path):
     script = "import sys, probae\nfor i in range(40): probae.save(probae.PPCA(5, 2, seed=i), sys.argv[1])"
     processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]

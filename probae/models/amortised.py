@@ -15,6 +15,7 @@ from probae.heads.distributions import parts
 from probae.heads.likelihoods import Head, Normal
 from probae.heads.nn import MLP, ConvEncoder, event_shape, widths
 from probae.heads.nn import moments as scaled
+from probae.heads.priors import Prior, VampPrior
 from probae.pair import Pair
 from probae.tracing.missing import known, moments, observed, require_observed
 from probae.tracing.sites import PROGRAM_ERRORS
@@ -82,6 +83,12 @@ class Amortised(Pair):
         for name, network, (inputs, outputs) in (("encoder", encoder, sizes[0]), ("decoder", decoder, sizes[1])):
             if network is not None:
                 _check_network(name, network, inputs, outputs)
+        if isinstance(prior, Prior):
+            if self.given is not None and isinstance(prior, VampPrior):
+                raise ValueError(
+                    "prior: a VampPrior has no labels or covariates to give to the encoder; use another prior"
+                )
+            prior.bind(self.posterior, shape)
 
     @property
     def keeps_precision(self) -> bool:  # type: ignore[override]
@@ -122,6 +129,8 @@ class Amortised(Pair):
             self.fill.copy_(high), self.fill_low.copy_(low)
         if isinstance(self.encoder, MLP | ConvEncoder):
             self.encoder.standardise(x)
+        if isinstance(self.prior, Prior):
+            self.prior.start(x.unflatten(1, self.event_shape))
         for covariates in (c for c in given if c.dim() == 2):
             loc, scale = scaled(covariates)
             self.given_origin.copy_(loc), self.given_unit.copy_(scale)

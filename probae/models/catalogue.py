@@ -15,6 +15,7 @@ from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
+from probae.heads.priors import VampPrior
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
@@ -208,6 +209,12 @@ CATALOGUE: dict[str, Model] = {
     "mixture_of_trees": Model(
         "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
         kinds=("binary", "counts"), most=CLASSES - 1,
+    ),
+    "vamp_vae": Model(
+        "VAE whose prior is a mixture of its posteriors at learned inputs", "Tomczak & Welling 2018",
+        lambda schema, latents, **options: _network(VAE, hidden=(200, 200), prior=VampPrior(latents))(
+            schema, latents, **options
+        ),
     ),
 }  # fmt: skip
 
