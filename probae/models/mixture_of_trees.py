@@ -162,8 +162,17 @@ class MixtureOfTrees(Pair):
             work._maximise(indicators, torch.softmax(joint, -1), prior)
             return value / len(x)
 
-        given = {"restarts": restarts if self.classes > 1 else 1, "seed": seed, "tolerance": tolerance}
-        self.optima = maximise(self, start, step, len(x), max_iterations=max_iterations, accelerated=False, **given)
+        self.optima = maximise(
+            self,
+            start,
+            step,
+            len(x),
+            restarts=restarts if self.classes > 1 else 1,
+            seed=seed,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            accelerated=False,
+        )
         return self.eval()
 
     def _maximise(self, indicators: Tensor, share: Tensor, prior: Tensor) -> None:
