@@ -83,6 +83,7 @@ def maximise(
     seed: int = 0,
     tolerance: float = 1e-10,
     max_iterations: int = 2_000,
+    accelerated: bool = True,
 ) -> Optima:
     r"""Set a model's parameters to the best optimum that EM finds from several starts; the work is in float64.
 
@@ -97,12 +98,13 @@ def maximise(
     Args:
         model: a module whose parameters are free of constraints.
         start: sets the parameters of a copy of the model to a start, with draws of a generator.
-        step: moves those parameters by one EM step, in place; gives the value before the step, nats per datum.
+        step: moves those parameters, and buffers, by one EM step, in place; gives the value before the step, nats per datum.
         size: N, for the record.
         restarts: how many starts.
         seed: of the starts.
         tolerance: the gain of an EM step, nats per datum, below which a start ends.
         max_iterations: the most EM steps of a start.
+        accelerated: whether to go further on the line of two steps; False where a step moves buffers, which have no line.
 
     Returns:
         The `Optima`.
@@ -121,17 +123,14 @@ def maximise(
     seed, tolerance = checked_seed(seed), positive("tolerance", tolerance, zero=True)
     work: nn.Module = copy.deepcopy(model).double()
     found: list[tuple[list[float], bool]] = []
-    best: Tensor | None = None
+    best: dict[str, Tensor] = {}
     for number in range(restarts):
         start(work, torch.Generator().manual_seed(derived(seed, number)))
-        path, converged = _ascend(work, step, tolerance, max_iterations)
-        if best is None or path[-1] > max(values[-1] for values, _ in found):
-            best = _parameters(work)
+        path, converged = _ascend(work, step, tolerance, max_iterations, accelerated)
+        if not found or path[-1] > max(values[-1] for values, _ in found):
+            best = _state(work)
         found.append((path, converged))
-    assert best is not None
-    vector_to_parameters(best, work.parameters())
-    for mine, theirs in zip(model.parameters(), work.parameters(), strict=True):
-        mine.copy_(theirs)
+    model.load_state_dict(best)
     ends = torch.tensor([path[-1] for path, _ in found], dtype=torch.float64)
     path, converged = found[int(ends.argmax())]
     if not converged:
@@ -154,7 +153,13 @@ def _parameters(model: nn.Module) -> Tensor:
     return parameters_to_vector(model.parameters()).clone()
 
 
-def _ascend(model: nn.Module, step: Callable[[Any], Tensor], tolerance: float, most: int) -> tuple[list[float], bool]:
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _ascend(
+    model: nn.Module, step: Callable[[Any], Tensor], tolerance: float, most: int, accelerated: bool
+) -> tuple[list[float], bool]:
     """The values along a start, the last one that of the parameters left behind, and whether it converged."""
     path: list[float] = []
     converged, longest = False, 4.0
@@ -173,7 +178,7 @@ def _ascend(model: nn.Module, step: Callable[[Any], Tensor], tolerance: float, m
         converged = path[-1] - path[-2] < tolerance
         turn = (third - second) - (second - first)
         length = float((second - first).norm() / turn.norm().clamp_min(1e-300))
-        if converged or len(path) >= most or not 1 < length < math.inf:
+        if converged or not accelerated or len(path) >= most or not 1 < length < math.inf:
             continue
         longest = 4 * longest if length > longest else longest
         length = min(length, longest)
@@ -183,9 +188,9 @@ def _ascend(model: nn.Module, step: Callable[[Any], Tensor], tolerance: float, m
         if failed:
             vector_to_parameters(third.clone(), model.parameters())
         before = None if failed else third
-    last = _parameters(model)
+    last = _state(model)
     path.append(_value(step(model)))
-    vector_to_parameters(last, model.parameters())
+    model.load_state_dict(last)
     return path, converged
 
 

@@ -8,6 +8,7 @@ from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
+from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 
@@ -23,6 +24,7 @@ __all__ = [
     "ItemResponse",
     "LatentClass",
     "MixtureOfFactorAnalysers",
+    "MixtureOfTrees",
     "Model",
     "SparseAutoencoder",
     "StochasticAutoencoder",

@@ -23,6 +23,7 @@ from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
+from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
@@ -163,6 +164,12 @@ def _sparse(posterior: str) -> Callable[..., Any]:
     return build
 
 
+def _trees(schema: Schema, latents: int, **options: Any) -> Any:
+    if schema.missing is not None:
+        raise ValueError("mixture_of_trees: expected data without missing values; latent_class takes them")
+    return MixtureOfTrees(schema.features, latents, **{"values": maximum(schema) + 1, **options})
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -238,6 +245,10 @@ CATALOGUE: dict[str, Model] = {
     ),
     "hidden_markov": Model(
         "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
+    ),
+    "mixture_of_trees": Model(
+        "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
+        kinds=("binary", "counts"), most=CLASSES - 1,
     ),
 }  # fmt: skip
 
