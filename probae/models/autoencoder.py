@@ -9,6 +9,7 @@ from torch import nn
 
 from probae.arguments import size
 from probae.heads import likelihoods, priors
+from probae.heads.corruption import Corruption
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.heads.posteriors import Point
@@ -30,13 +31,16 @@ class Autoencoder(Amortised):
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers; the decoder's are the same, reversed.
         likelihood: a head of `probae.likelihoods`; a Normal with one learned scale by default.
-        activation, encoder, decoder, missing, given: as for `VAE`; the encoder maps to L outputs.
+        activation, encoder, decoder, missing, given, tied: as for `VAE`; the encoder maps to L outputs.
+        corruption: one of `probae.corruption`, for a denoising autoencoder: its code is that of corrupted data, its target
+            the clean ones.
 
     Raises:
         ValueError: if a scale is to be learned with as many latents as features: data copied without error would send
             it to zero.
 
-    References: Baldi & Hornik (1989); Hinton & Salakhutdinov (2006), *Science* 313.
+    References: Baldi & Hornik (1989); Hinton & Salakhutdinov (2006), *Science* 313; Vincent et al. (2010), JMLR 11, for
+    the corruption.
 
     Example:
         >>> import torch
@@ -56,6 +60,8 @@ class Autoencoder(Amortised):
         decoder: nn.Module | None = None,
         missing: str | None = None,
         given: int | None = None,
+        tied: bool = False,
+        corruption: Corruption | None = None,
     ):
         likelihood = likelihood if likelihood is not None else likelihoods.Normal()
         if size("latents", latents) >= math.prod(event_shape("features", features)) and getattr(
@@ -67,7 +73,19 @@ class Autoencoder(Amortised):
             )
         prior = priors.Flat(latents)
         super().__init__(
-            features, latents, prior, Point(), likelihood, hidden, activation, encoder, decoder, missing, given
+            features,
+            latents,
+            prior,
+            Point(),
+            likelihood,
+            hidden,
+            activation,
+            encoder,
+            decoder,
+            missing,
+            given,
+            tied,
+            corruption,
         )
 
 
@@ -82,7 +100,7 @@ class StochasticAutoencoder(Amortised):
     Args:
         scale: τ, a number; or None to predict it for each datum and latent, never below ``floor``.
         floor: the least scale when it is predicted.
-        features, latents, hidden, likelihood, activation, encoder, decoder, missing, given: as for `VAE`.
+        features, latents, hidden, likelihood, activation, encoder, decoder, missing, given, tied, corruption: as for `VAE`.
 
     Reference: Goodfellow, Bengio & Courville (2016), *Deep Learning*, §14.4.
 
@@ -107,13 +125,27 @@ class StochasticAutoencoder(Amortised):
         decoder: nn.Module | None = None,
         missing: str | None = None,
         given: int | None = None,
+        tied: bool = False,
+        corruption: Corruption | None = None,
     ):
         code = likelihoods.Normal("predicted", floor=floor) if scale is None else likelihoods.Normal(scale)
         prior = priors.Flat(latents)
         super().__init__(
-            features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing, given
+            features,
+            latents,
+            prior,
+            code,
+            likelihood,
+            hidden,
+            activation,
+            encoder,
+            decoder,
+            missing,
+            given,
+            tied,
+            corruption,
         )
 
     def default_objective(self) -> Objective:
         """The reconstruction alone: a flat prior has no density to be near to."""
-        return Reconstruction()
+        return Reconstruction(corruption=self.corruption)

@@ -13,6 +13,7 @@ from typing import Any
 from probae.arguments import one_of
 from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
+from probae.heads.corruption import Corruption, Gaussian, SaltAndPepper
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
@@ -125,6 +126,16 @@ def _sparse(posterior: str) -> Callable[..., Any]:
     return build
 
 
+def corruption(schema: Schema) -> Corruption:
+    """Noise that suits the values: a fifth of binary ones drawn anew, others by half a standard deviation."""
+    return SaltAndPepper(0.2) if schema.kind == "binary" else Gaussian(schema.spread / 2)
+
+
+def _denoising(schema: Schema, latents: int, **options: Any) -> Any:
+    settings = {"hidden": (128,), "corruption": corruption(schema), **options}
+    return _network(Autoencoder)(schema, latents, **settings)
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -176,6 +187,9 @@ CATALOGUE: dict[str, Model] = {
     "stochastic_autoencoder": Model(
         "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
         standard=ALL,
+    ),
+    "denoising_autoencoder": Model(
+        "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
     ),
 }  # fmt: skip
 
