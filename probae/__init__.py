@@ -30,6 +30,8 @@ _ROOMS = {
     "diagnose": "diagnostics",
     "Diagnosis": "diagnostics",
     "expost_prior": "transforms.expost",
+    "score": "geometry",
+    "langevin": "geometry",
     "compare": "comparison",
     "Comparison": "comparison",
     "sample": "adapter",
@@ -47,6 +49,7 @@ _MODULES = {
     "corruption",
     "datasets",
     "figures",
+    "geometry",
     "likelihoods",
     "missing",
     "models",
@@ -83,7 +86,9 @@ __all__ = [
     "expost_prior",
     "figures",
     "fit",
+    "geometry",
     "impute",
+    "langevin",
     "likelihoods",
     "load",
     "log_evidence",
@@ -100,6 +105,7 @@ __all__ = [
     "sandwich",
     "savable",
     "save",
+    "score",
     "transforms",
 ]
 
@@ -108,6 +114,7 @@ if TYPE_CHECKING:
         corruption,
         datasets,
         figures,
+        geometry,
         likelihoods,
         missing,
         models,
@@ -121,6 +128,7 @@ if TYPE_CHECKING:
     from probae.comparison import Comparison, compare
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
+    from probae.geometry import langevin, score
     from probae.models import (
         PPCA,
         VAE,

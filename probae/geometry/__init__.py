@@ -1,0 +1,7 @@
+"""What a pair says of the space of data: the score, chains that follow it, the loss under small noise, tangents."""
+
+from probae.geometry.langevin_chains import langevin
+from probae.geometry.noise_limit import SmallNoise, small_noise
+from probae.geometry.scores import curl, score
+
+__all__ = ["SmallNoise", "curl", "langevin", "score", "small_noise"]

@@ -1,0 +1,75 @@
+"""The code and the reconstruction of a pair as functions of x that can be differentiated, and their Jacobians."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probae.batches import Batch, leaves
+from probae.tracing.sites import base
+
+Map = Callable[[Tensor], Tensor]
+
+
+def apart(pair: Any, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """The data x of a batch as numbers, flat (N, D), and what is given beside them."""
+    x, *given = (leaf for _, leaf in leaves(batch))
+    return (x if x.is_floating_point() else x.to(pair.dtype)).flatten(1), given
+
+
+def code_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
+    """x (..., N, D) -> the mean of q(z | x) (..., N, L), and x itself; what is given stays.
+
+    Raises:
+        ValueError: if the pair has no ``posterior(x)``, or its mean has no closed form.
+    """
+    pair.need("posterior")
+    x, given = apart(pair, batch)
+    shape = tuple(next(leaves(batch))[1].shape[1:])
+
+    def code(x: Tensor) -> Tensor:
+        with pair.own_parameters():
+            return _mean("posterior", pair.posterior(x.unflatten(-1, shape), *given))
+
+    return code, x
+
+
+def reconstruction_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
+    """x (..., N, D) -> r(x) (..., N, D), the mean of p(x | z) at the mean of q(z | x), and x itself; what is given stays.
+
+    Raises:
+        ValueError: if the pair has no ``posterior(x)`` or ``likelihood(z)``, or a mean has no closed form.
+    """
+    pair.need("posterior", "likelihood")
+    code, x = code_of(pair, batch)
+    _, given = apart(pair, batch)
+    dims = next(leaves(batch))[1].dim() - 1
+
+    def reconstruction(x: Tensor) -> Tensor:
+        with pair.own_parameters():
+            return _mean("likelihood", pair.likelihood(code(x), *given)).flatten(-dims)
+
+    return reconstruction, x
+
+
+def jacobian(function: Map, x: Tensor) -> Tensor:
+    """∂f_l/∂x_d (N, L, D) of a function (N, D) -> (N, L) whose rows do not depend on each other, in one batched pass."""
+    output, pullback = torch.func.vjp(function, x)
+    latents = output.shape[-1]
+    basis = torch.eye(latents, dtype=output.dtype, device=output.device)[:, None].expand(latents, *output.shape)
+    (rows,) = torch.func.vmap(pullback)(basis)
+    return rows.movedim(0, 1)
+
+
+def _mean(name: str, law: Any) -> Tensor:
+    kind = type(base(law)).__name__
+    try:
+        if "Categorical" in kind:  # classes have none, and torch gives NaN
+            raise NotImplementedError(kind)
+        mean: Tensor = law.mean
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{name}: expected a distribution whose mean has a closed form, got {kind}") from error
+    return mean
