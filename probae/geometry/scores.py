@@ -12,7 +12,7 @@ from probae.arguments import positive
 from probae.batches import Batch, call, leaves
 from probae.heads.corruption import Gaussian
 from probae.pair import Pair
-from probae.programs.smooth import Map, apart, jacobian, reconstruction_of
+from probae.programs.smooth import Map, jacobian, reconstruction_of, score_of
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating
 from probae.tracing.missing import require_numbers
@@ -24,7 +24,8 @@ def score(model: Any, x: Any, *, scale: float | None = None) -> Tensor:
 
     .. math:: s(x) = \nabla_x \log p(x) \qquad \text{or} \qquad s(x) = \frac{r(x) - x}{\sigma^2}
 
-    The first where log p(x) is known (PPCA, factor analysis, any pair with a ``marginal``). The second of an autoencoder
+    The first where log p(x) is known (PPCA, factor analysis, any pair with a ``marginal``), or known but for a constant, by a
+    method ``log_unnormalised(x)``. The second of an autoencoder
     trained on squared error from :math:`x + \sigma\epsilon`: its best r is :math:`E[x \mid x + \sigma\epsilon]`, and s is then
     the score of the data's density blurred by that noise, :math:`p_\sigma = p * N(0, \sigma^2 I)` (Tweedie's formula).
 
@@ -90,23 +91,13 @@ def curl(model: Any, x: Any, *, scale: float | None = None) -> Tensor:
 
 def field(pair: Pair, batch: Batch, scale: float | None) -> tuple[Map, Tensor]:
     """x (N, D) -> s(x) (N, D), and x itself."""
-    if pair.tractable:
+    if pair.tractable or pair.own("log_unnormalised") is not None:
         if scale is not None:
             raise ValueError("scale: expected none, since log p(x) of this pair is known: its gradient has no noise")
-        return _gradient_of(pair, batch)
+        return score_of(pair, batch)
     reconstruction, x = reconstruction_of(pair, batch)
     variance = _noise(pair, scale) ** 2
     return lambda x: (reconstruction(x) - x) / variance, x
-
-
-def _gradient_of(pair: Pair, batch: Batch) -> tuple[Map, Tensor]:
-    x, given = apart(pair, batch)
-    shape = tuple(next(leaves(batch))[1].shape[1:])
-
-    def total(x: Tensor) -> Tensor:
-        return pair.log_marginal(x.unflatten(-1, shape), *given).sum()
-
-    return torch.func.grad(total), x
 
 
 def _noise(pair: Pair, scale: float | None) -> float:

@@ -1,10 +1,26 @@
 """What is minimised: one objective a file, each a module (pair, batch, size, step) -> one scalar loss in nats per datum."""
 
 from probae.objectives.bound import Bound
+from probae.objectives.denoising_score_matching import DenoisingScoreMatching
 from probae.objectives.elbo import ELBO
 from probae.objectives.iwae import IWAE
 from probae.objectives.names import named
 from probae.objectives.objective import Objective, Scaled, Sum, Warmup
 from probae.objectives.reconstruction import Reconstruction
+from probae.objectives.score_matching import ScoreMatching
+from probae.objectives.sliced_score_matching import SlicedScoreMatching
 
-__all__ = ["ELBO", "IWAE", "Bound", "Objective", "Reconstruction", "Scaled", "Sum", "Warmup", "named"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "Bound",
+    "DenoisingScoreMatching",
+    "Objective",
+    "Reconstruction",
+    "Scaled",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+    "Sum",
+    "Warmup",
+    "named",
+]

@@ -55,6 +55,28 @@ def reconstruction_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
     return reconstruction, x
 
 
+def score_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
+    """x (N, D) -> ∇ log p(x) (N, D), and x itself; of ``log_marginal(x)``, or of a model's own ``log_unnormalised(x)`` (N,).
+
+    Raises:
+        ValueError: if the pair has neither.
+    """
+    x, given = apart(pair, batch)
+    shape = tuple(next(leaves(batch))[1].shape[1:])
+    density = pair.log_marginal if pair.tractable else pair.own("log_unnormalised")
+    if density is None:
+        raise ValueError(
+            "this needs log p(x) as a function of x, up to a constant: a pair with marginal(), whose log density is known, or "
+            f"with a method log_unnormalised(x) -> (N,); {type(pair).__name__} has neither"
+        )
+
+    def total(x: Tensor) -> Tensor:
+        with pair.own_parameters():
+            return density(x.unflatten(-1, shape), *given).sum()
+
+    return torch.func.grad(total), x
+
+
 def jacobian(function: Map, x: Tensor) -> Tensor:
     """∂f_l/∂x_d (N, L, D) of a function (N, D) -> (N, L) whose rows do not depend on each other, in one batched pass."""
     output, pullback = torch.func.vjp(function, x)
