@@ -14,6 +14,7 @@ _ROOMS = {
     "FactorAnalysis": "models",
     "Autoencoder": "models",
     "SparseAutoencoder": "models",
+    "SpikeAndSlab": "models",
     "StochasticAutoencoder": "models",
     "VAE": "models",
     "Independent": "models",
@@ -71,6 +72,7 @@ __all__ = [
     "Pair",
     "Run",
     "SparseAutoencoder",
+    "SpikeAndSlab",
     "StochasticAutoencoder",
     "Transformed",
     "__version__",
@@ -129,6 +131,7 @@ if TYPE_CHECKING:
         GaussianMixture,
         Independent,
         SparseAutoencoder,
+        SpikeAndSlab,
         StochasticAutoencoder,
     )
     from probae.pair import Pair

@@ -48,9 +48,7 @@ def test_a_fixed_number_of_iterations_comes_to_the_same_and_an_unmet_tolerance_i
     columns, x = dictionary(), normal(2, 3, 8, seed=1)
     best = fista(x, columns, RATE, SCALE, tolerance=1e-14)
     assert best.shape == (2, 3, 14)
-    torch.testing.assert_close(
-        fista(x, columns, RATE, SCALE, tolerance=None, iterations=500), best, atol=1e-9, rtol=0
-    )
+    torch.testing.assert_close(fista(x, columns, RATE, SCALE, tolerance=None, iterations=500), best, atol=1e-9, rtol=0)
     with pytest.warns(RuntimeWarning, match="tolerance"):
         fista(x, columns, RATE, SCALE, iterations=2)
     with pytest.raises(ValueError, match=r"x: expected \(..., 8\)"):
