@@ -14,6 +14,7 @@ _ROOMS = {
     "FactorAnalysis": "models",
     "Autoencoder": "models",
     "SparseAutoencoder": "models",
+    "SpikeAndSlab": "models",
     "StochasticAutoencoder": "models",
     "VAE": "models",
     "Independent": "models",
@@ -74,6 +75,7 @@ __all__ = [
     "Pair",
     "Run",
     "SparseAutoencoder",
+    "SpikeAndSlab",
     "StochasticAutoencoder",
     "Transformed",
     "__version__",
@@ -137,6 +139,7 @@ if TYPE_CHECKING:
         GaussianMixture,
         Independent,
         SparseAutoencoder,
+        SpikeAndSlab,
         StochasticAutoencoder,
     )
     from probae.pair import Pair

@@ -19,6 +19,7 @@ from probae.heads.nn import event_shape
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
 
@@ -187,6 +188,10 @@ CATALOGUE: dict[str, Model] = {
     "stochastic_autoencoder": Model(
         "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
         standard=ALL,
+    ),
+    "spike_and_slab": Model(
+        "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
+        _network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
     ),
     "denoising_autoencoder": Model(
         "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
