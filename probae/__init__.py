@@ -33,6 +33,7 @@ _ROOMS = {
     "expost_prior": "transforms.expost",
     "score": "geometry",
     "langevin": "geometry",
+    "tangents": "geometry",
     "compare": "comparison",
     "Comparison": "comparison",
     "sample": "adapter",
@@ -108,6 +109,7 @@ __all__ = [
     "savable",
     "save",
     "score",
+    "tangents",
     "transforms",
 ]
 
@@ -130,7 +132,7 @@ if TYPE_CHECKING:
     from probae.comparison import Comparison, compare
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
-    from probae.geometry import langevin, score
+    from probae.geometry import langevin, score, tangents
     from probae.models import (
         PPCA,
         VAE,

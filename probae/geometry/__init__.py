@@ -3,5 +3,6 @@
 from probae.geometry.langevin_chains import langevin
 from probae.geometry.noise_limit import SmallNoise, small_noise
 from probae.geometry.scores import curl, score
+from probae.geometry.tangent_space import Tangents, tangents
 
-__all__ = ["SmallNoise", "curl", "langevin", "score", "small_noise"]
+__all__ = ["SmallNoise", "Tangents", "curl", "langevin", "score", "small_noise", "tangents"]

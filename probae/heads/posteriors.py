@@ -82,6 +82,15 @@ class Point(PointHead):
         return (torch.relu(output) if self.positive else output), None
 
 
+@recorded(role="posterior")
+class Sigmoid(PointHead):
+    """A point between 0 and 1: the code of a layer of sigmoid units, as contractive autoencoders have it."""
+
+    def activate(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sigmoid of the output."""
+        return torch.sigmoid(output), None
+
+
 class _Largest(PointHead):
     """At most k latents of a datum, or k on average."""
 

@@ -109,12 +109,16 @@ class Amortised(Pair):
 
     def posterior(self, x: Tensor, *given: Tensor) -> Any:
         """q(z | x): the code head at the encoder's output."""
+        x = self.entering(x, *given)
+        return self.code(self.encoder(x if isinstance(self.encoder, MLP) else x.to(self.head.origin.dtype)))
+
+    def entering(self, x: Tensor, *given: Tensor) -> Tensor:
+        """What the encoder sees: x, flat, and beside it what was observed and what is given."""
         x = x.flatten(-self.event_dim)
         if self.missing is not None:
             values, seen = observed(x, self.fill.to(x.dtype) + self.fill_low)
             x = torch.cat([values, seen.to(x.dtype)], -1)
-        x = self._beside(x, given)
-        return self.code(self.encoder(x if isinstance(self.encoder, MLP) else x.to(self.head.origin.dtype)))
+        return self._beside(x, given)
 
     def _beside(self, values: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """Numbers (..., M), and beside them the classes as indicators, or the covariates, (..., G)."""

@@ -16,6 +16,7 @@ from probae.heads import likelihoods
 from probae.heads.corruption import Corruption, Gaussian, SaltAndPepper
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
+from probae.heads.posteriors import Sigmoid
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
@@ -137,6 +138,12 @@ def _denoising(schema: Schema, latents: int, **options: Any) -> Any:
     return _network(Autoencoder)(schema, latents, **settings)
 
 
+def _contractive(schema: Schema, latents: int, **options: Any) -> Any:
+    # in squared units of the data, so that the penalty is the same in any
+    settings = {"posterior": Sigmoid(), "tied": True, "contraction": 0.1 * schema.spread**2, **options}
+    return _network(Autoencoder)(schema, latents, **settings)
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -195,6 +202,10 @@ CATALOGUE: dict[str, Model] = {
     ),
     "denoising_autoencoder": Model(
         "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
+    ),
+    "contractive_autoencoder": Model(
+        "contractive autoencoder: flat prior, sigmoid code, tied weights, a penalty on its Jacobian", "Rifai et al. 2011",
+        _contractive,
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from probae.objectives.bound import Bound
 from probae.objectives.denoising_score_matching import DenoisingScoreMatching
 from probae.objectives.elbo import ELBO
 from probae.objectives.iwae import IWAE
+from probae.objectives.jacobian_penalty import JacobianPenalty
 from probae.objectives.names import named
 from probae.objectives.objective import Objective, Scaled, Sum, Warmup
 from probae.objectives.reconstruction import Reconstruction
@@ -15,6 +16,7 @@ __all__ = [
     "IWAE",
     "Bound",
     "DenoisingScoreMatching",
+    "JacobianPenalty",
     "Objective",
     "Reconstruction",
     "Scaled",

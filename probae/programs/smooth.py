@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from probae.batches import Batch, leaves
+from probae.heads.distributions import Translated
 from probae.tracing.sites import base
 
 Map = Callable[[Tensor], Tensor]
@@ -37,8 +38,11 @@ def code_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
     return code, x
 
 
-def reconstruction_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
-    """x (..., N, D) -> r(x) (..., N, D), the mean of p(x | z) at the mean of q(z | x), and x itself; what is given stays.
+def decoding_of(pair: Any, batch: Batch, origin: bool = True) -> tuple[Map, Tensor]:
+    """z (..., N, L) -> the mean of p(x | z) (..., N, D), and the codes z(x) of the batch.
+
+    Without ``origin`` the constant of the data's units is left out: a Jacobian needs none, and whether it needs float64 is read
+    from its value, which no trace can do.
 
     Raises:
         ValueError: if the pair has no ``posterior(x)`` or ``likelihood(z)``, or a mean has no closed form.
@@ -48,11 +52,22 @@ def reconstruction_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
     _, given = apart(pair, batch)
     dims = next(leaves(batch))[1].dim() - 1
 
-    def reconstruction(x: Tensor) -> Tensor:
+    def decoding(z: Tensor) -> Tensor:
         with pair.own_parameters():
-            return _mean("likelihood", pair.likelihood(code(x), *given)).flatten(-dims)
+            return _mean("likelihood", pair.likelihood(z, *given), origin).flatten(-dims)
 
-    return reconstruction, x
+    return decoding, code(x)
+
+
+def reconstruction_of(pair: Any, batch: Batch, origin: bool = True) -> tuple[Map, Tensor]:
+    """x (..., N, D) -> r(x) (..., N, D), the mean of p(x | z) at the mean of q(z | x), and x itself; what is given stays.
+
+    Raises:
+        ValueError: as `decoding_of` does.
+    """
+    decoding, _ = decoding_of(pair, batch, origin)
+    code, x = code_of(pair, batch)
+    return lambda x: decoding(code(x)), x
 
 
 def score_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
@@ -86,8 +101,11 @@ def jacobian(function: Map, x: Tensor) -> Tensor:
     return rows.movedim(0, 1)
 
 
-def _mean(name: str, law: Any) -> Tensor:
-    kind = type(base(law)).__name__
+def _mean(name: str, law: Any, origin: bool = True) -> Tensor:
+    inner = base(law)
+    kind = type(inner).__name__
+    if isinstance(inner, Translated) and not origin:
+        law = inner.base
     try:
         if "Categorical" in kind:  # classes have none, and torch gives NaN
             raise NotImplementedError(kind)
