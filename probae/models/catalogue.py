@@ -144,6 +144,12 @@ def _contractive(schema: Schema, latents: int, **options: Any) -> Any:
     return _network(Autoencoder)(schema, latents, **settings)
 
 
+def _predictive(schema: Schema, latents: int, **options: Any) -> Any:
+    # the code's distance from its prediction weighs as much as the datum's from its reconstruction: α = 1/2σ²
+    settings = {"prediction": 8 / schema.spread**2, **options}
+    return _sparse("point")(schema, latents, **settings)
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -206,6 +212,10 @@ CATALOGUE: dict[str, Model] = {
     "contractive_autoencoder": Model(
         "contractive autoencoder: flat prior, sigmoid code, tied weights, a penalty on its Jacobian", "Rifai et al. 2011",
         _contractive,
+    ),
+    "predictive_sparse_decomposition": Model(
+        "predictive sparse decomposition: Laplace prior, inferred codes, an encoder that predicts them",
+        "Kavukcuoglu et al. 2008", _predictive, kinds=("real",),
     ),
 }  # fmt: skip
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from probae.arguments import flag, one_of, size
+from probae.arguments import flag, one_of, positive, size
 from probae.heads import likelihoods, priors
 from probae.heads.likelihoods import Head
 from probae.heads.posteriors import PointHead, named
 from probae.models.amortised import Amortised
 from probae.models.dictionary import Dictionary, share_unit
+from probae.objectives import Objective, PredictiveSparse
 from probae.recipe import recorded
 
 #: priors with a rate, by name; a flat one has none
@@ -48,13 +49,16 @@ class SparseAutoencoder(Amortised):
         likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
             learned otherwise.
         activation, encoder, decoder, missing: as for `VAE`.
+        prediction: α, for predictive sparse decomposition: the dictionary learns at inferred codes, which the encoder learns to
+            predict; see `probae.objectives.PredictiveSparse`.
 
     Raises:
         ValueError: if a point guide meets a learned scale and at least as many latents as features: data copied without
             error would send the scale to zero. If a point guide meets a horseshoe, whose density at 0 is infinite; if the
             codes of a guide are negative and the prior's are not; if a flat prior is to learn a rate.
 
-    References: Olshausen & Field (1996), *Nature* 381; Tonolini, Jensen & Murray-Smith (2020).
+    References: Olshausen & Field (1996), *Nature* 381; Tonolini, Jensen & Murray-Smith (2020); Kavukcuoglu, Ranzato &
+    LeCun (2008) for ``prediction``.
 
     Example:
         >>> model = SparseAutoencoder(features=64, latents=128, rate=2.0)
@@ -77,6 +81,7 @@ class SparseAutoencoder(Amortised):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         missing: str | None = None,
+        prediction: float | None = None,
     ):
         one_of("prior", prior, PRIORS)
         code = named(posterior, positive=prior == "exponential")
@@ -96,6 +101,11 @@ class SparseAutoencoder(Amortised):
             decoder = Dictionary(latents, features)
         p = _prior(prior, latents, rate, flag("learned_rate", learned_rate))
         super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
+        self.prediction = None if prediction is None else positive("prediction", prediction)
+        if prediction is not None and learned_rate:
+            raise ValueError(
+                "prediction: expected a rate that is given: at the best codes the density grows with it without end"
+            )
 
     def initialise(self, x: Tensor, *given: Tensor) -> None:
         """As for every autoencoder, but with one unit for all features that share a scale; see `share_unit`."""
@@ -103,6 +113,10 @@ class SparseAutoencoder(Amortised):
         super().initialise(x, *given)
         if not before:
             share_unit(self.head, self.code, *([self.decoder] if isinstance(self.decoder, Dictionary) else []))
+
+    def default_objective(self) -> Objective:
+        """The ELBO; with ``prediction``, that of predictive sparse decomposition."""
+        return super().default_objective() if self.prediction is None else PredictiveSparse(self.prediction)
 
 
 def _prior(name: str, latents: int, rate: float, learned: bool) -> priors.Prior:

@@ -7,6 +7,7 @@ from probae.objectives.iwae import IWAE
 from probae.objectives.jacobian_penalty import JacobianPenalty
 from probae.objectives.names import named
 from probae.objectives.objective import Objective, Scaled, Sum, Warmup
+from probae.objectives.predictive_sparse import PredictiveSparse
 from probae.objectives.reconstruction import Reconstruction
 from probae.objectives.score_matching import ScoreMatching
 from probae.objectives.sliced_score_matching import SlicedScoreMatching
@@ -18,6 +19,7 @@ __all__ = [
     "DenoisingScoreMatching",
     "JacobianPenalty",
     "Objective",
+    "PredictiveSparse",
     "Reconstruction",
     "Scaled",
     "ScoreMatching",
