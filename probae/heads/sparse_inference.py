@@ -56,7 +56,8 @@ def fista(
         raise ValueError(f"x: expected (..., {dictionary.shape[0]}), as the dictionary's rows, got {tuple(x.shape)}")
     with torch.no_grad():
         gram, match = dictionary.mT @ dictionary, x @ dictionary
-        curvature = torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(x.dtype).tiny)
+        # not eigvalsh: a traced one runs this algorithm, whose last digits differ
+        curvature = torch.linalg.eigh(gram).eigenvalues[-1].clamp_min(torch.finfo(x.dtype).tiny)
         threshold = torch.as_tensor(rate, dtype=x.dtype, device=x.device) * scale**2 / curvature
         least = None
         if tolerance is not None:
