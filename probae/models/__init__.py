@@ -3,6 +3,7 @@
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
+from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.spike_and_slab import SpikeAndSlab
@@ -15,6 +16,7 @@ __all__ = [
     "Autoencoder",
     "FactorAnalysis",
     "GaussianMixture",
+    "GenerativeStochasticNetwork",
     "Independent",
     "Model",
     "SparseAutoencoder",

@@ -18,6 +18,7 @@ from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
 from probae.heads.posteriors import Sigmoid
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
 from probae.models.spike_and_slab import SpikeAndSlab
@@ -138,6 +139,10 @@ def _denoising(schema: Schema, latents: int, **options: Any) -> Any:
     return _network(Autoencoder)(schema, latents, **settings)
 
 
+def _chain(schema: Schema, latents: int, **options: Any) -> Any:
+    return _network(GenerativeStochasticNetwork)(schema, latents, **{"corruption": corruption(schema), **options})
+
+
 def _contractive(schema: Schema, latents: int, **options: Any) -> Any:
     # in squared units of the data, so that the penalty is the same in any
     settings = {"posterior": Sigmoid(), "tied": True, "contraction": 0.1 * schema.spread**2, **options}
@@ -216,6 +221,9 @@ CATALOGUE: dict[str, Model] = {
     "predictive_sparse_decomposition": Model(
         "predictive sparse decomposition: Laplace prior, inferred codes, an encoder that predicts them",
         "Kavukcuoglu et al. 2008", _predictive, kinds=("real",),
+    ),
+    "generative_stochastic_network": Model(
+        "generative stochastic network: a denoising chain, drawn from but without log p(x)", "Bengio et al. 2014", _chain
     ),
 }  # fmt: skip
 

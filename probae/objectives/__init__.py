@@ -11,6 +11,7 @@ from probae.objectives.predictive_sparse import PredictiveSparse
 from probae.objectives.reconstruction import Reconstruction
 from probae.objectives.score_matching import ScoreMatching
 from probae.objectives.sliced_score_matching import SlicedScoreMatching
+from probae.objectives.walkback import Walkback
 
 __all__ = [
     "ELBO",
@@ -25,6 +26,7 @@ __all__ = [
     "ScoreMatching",
     "SlicedScoreMatching",
     "Sum",
+    "Walkback",
     "Warmup",
     "named",
 ]
