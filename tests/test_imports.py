@@ -137,7 +137,18 @@ ROOMS = (
     *("arguments", "batches", "runtime", "recipe", "tracing", "export", "data", "graphs", "heads"),
     *("linear_gaussian", "mixtures"),  # solvers
     *("missing", "datasets", "likelihoods", "priors", "posteriors", "nn", "corruption", "figures"),  # what users know
-    *("programs", "objectives", "pair", "adapter", "evidence", "transforms", "models", "storage", "training"),
+    *(
+        "programs",
+        "objectives",
+        "pair",
+        "adapter",
+        "evidence",
+        "transforms",
+        "geometry",
+        "models",
+        "storage",
+        "training",
+    ),
     *("diagnostics", "comparison", "sklearn", "cli"),
 )
 

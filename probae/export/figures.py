@@ -97,6 +97,23 @@ def diagnosis_figure(diagnosis: Diagnosis) -> Any:
     return figure
 
 
+def spectrum_figure(spectrum: Tensor, label: str, ax: Any = None) -> Any:
+    """Singular values (N, M), the largest first: the mean of each over the data, and the middle 80% of them."""
+    if ax is None:
+        _, ax = pyplot().subplots(figsize=(5, 3.2), layout="constrained")
+    values = spectrum.detach().double().cpu()
+    index = range(1, values.shape[1] + 1)
+    low, high = (values.quantile(share, 0) for share in (0.1, 0.9))
+    ax.fill_between(index, low, high, color=_COLOURS["model"], alpha=0.2, linewidth=0, label="middle 80% of the data")
+    ax.plot(index, values.mean(0), color=_COLOURS["model"], marker="o", markersize=3, label="mean")
+    ax.set(xlabel="rank", ylabel=label, ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return ax
+
+
 def image_rows(rows: dict[str, Tensor], title: str = "") -> Any:
     """A grid of images: a labelled row (N, H, W) of values in 0..1 for each name."""
     count = max(len(images) for images in rows.values())

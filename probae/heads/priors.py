@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from probae.arguments import flag, positive, size
+from probae.heads.horseshoe import Horseshoe as HorseshoeDistribution
 from probae.recipe import recorded
 from probae.tracing.missing import moments, observed
 
@@ -94,6 +95,20 @@ class StudentT(_Rated):
     def forward(self) -> Any:
         """p(z), with event shape (L,)."""
         return dist.StudentT(self.df, self.zero, 1 / self.rate, validate_args=False).to_event(1)
+
+
+@recorded(role="prior")
+class Horseshoe(_Rated):
+    r"""z_l ~ Horseshoe with scale 1/λ, λ the ``rate``, given or learned: a pole at 0, and tails as heavy as Cauchy's.
+
+    At 0 the density is infinite, so that a point guide has no best code under it; guides with a density have.
+
+    Reference: Carvalho, Polson & Scott (2010), *Biometrika* 97.
+    """
+
+    def forward(self) -> Any:
+        """p(z), with event shape (L,)."""
+        return HorseshoeDistribution(1 / self.rate + self.zero).to_event(1)
 
 
 class MixtureLaw(dist.MixtureSameFamily):  # type: ignore[misc]

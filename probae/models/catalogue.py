@@ -14,10 +14,13 @@ from typing import Any
 from probae.arguments import one_of
 from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
+from probae.heads.corruption import Corruption, Gaussian, SaltAndPepper
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
+from probae.heads.posteriors import Sigmoid
 from probae.heads.priors import VampPrior
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
 from probae.models.hidden_markov import HiddenMarkov
 from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
@@ -25,6 +28,7 @@ from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
 from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
 
@@ -170,6 +174,32 @@ def _trees(schema: Schema, latents: int, **options: Any) -> Any:
     return MixtureOfTrees(schema.features, latents, **{"values": maximum(schema) + 1, **options})
 
 
+def corruption(schema: Schema) -> Corruption:
+    """Noise that suits the values: a fifth of binary ones drawn anew, others by half a standard deviation."""
+    return SaltAndPepper(0.2) if schema.kind == "binary" else Gaussian(schema.spread / 2)
+
+
+def _denoising(schema: Schema, latents: int, **options: Any) -> Any:
+    settings = {"hidden": (128,), "corruption": corruption(schema), **options}
+    return _network(Autoencoder)(schema, latents, **settings)
+
+
+def _chain(schema: Schema, latents: int, **options: Any) -> Any:
+    return _network(GenerativeStochasticNetwork)(schema, latents, **{"corruption": corruption(schema), **options})
+
+
+def _contractive(schema: Schema, latents: int, **options: Any) -> Any:
+    # in squared units of the data, so that the penalty is the same in any
+    settings = {"posterior": Sigmoid(), "tied": True, "contraction": 0.1 * schema.spread**2, **options}
+    return _network(Autoencoder)(schema, latents, **settings)
+
+
+def _predictive(schema: Schema, latents: int, **options: Any) -> Any:
+    # the code's distance from its prediction weighs as much as the datum's from its reconstruction: α = 1/2σ²
+    settings = {"prediction": 8 / schema.spread**2, **options}
+    return _sparse("point")(schema, latents, **settings)
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -249,6 +279,24 @@ CATALOGUE: dict[str, Model] = {
     "mixture_of_trees": Model(
         "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
         kinds=("binary", "counts"), most=CLASSES - 1,
+    ),
+    "spike_and_slab": Model(
+        "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
+        _network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
+    ),
+    "denoising_autoencoder": Model(
+        "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
+    ),
+    "contractive_autoencoder": Model(
+        "contractive autoencoder: flat prior, sigmoid code, tied weights, a penalty on its Jacobian", "Rifai et al. 2011",
+        _contractive,
+    ),
+    "predictive_sparse_decomposition": Model(
+        "predictive sparse decomposition: Laplace prior, inferred codes, an encoder that predicts them",
+        "Kavukcuoglu et al. 2008", _predictive, kinds=("real",),
+    ),
+    "generative_stochastic_network": Model(
+        "generative stochastic network: a denoising chain, drawn from but without log p(x)", "Bengio et al. 2014", _chain
     ),
 }  # fmt: skip
 
