@@ -15,6 +15,7 @@ from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
+from probae.heads.posteriors import TopK
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
@@ -106,9 +107,12 @@ def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _sparse(posterior: str) -> Callable[..., Any]:
+def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
+    """Builds a sparse autoencoder; with the k largest of its latents, a quarter of them, where no posterior is named."""
+    point = posterior not in {"normal", "laplace"}
+
     def head(schema: Schema) -> Head:
-        scale = "shared" if posterior != "point" else schema.spread / 4
+        scale = schema.spread / 4 if point else "shared"
         if schema.kind == "real":
             return likelihoods.Normal(scale)
         return (
@@ -117,11 +121,10 @@ def _sparse(posterior: str) -> Callable[..., Any]:
 
     def build(schema: Schema, latents: int, **options: Any) -> Any:
         # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
-        rate = 6 / schema.spread if posterior == "point" and schema.kind != "binary" else 1.0
-        rates = {"rate": rate, "learned_rate": posterior != "point"}
-        return _network(SparseAutoencoder, head, posterior=posterior, hidden=(128,), **rates)(
-            schema, latents, **options
-        )
+        rate = 6 / schema.spread if point and schema.kind != "binary" else 1.0
+        code = posterior if posterior is not None else TopK(max(1, latents // 4))
+        settings = {"posterior": code, "hidden": (128,), "rate": rate, "learned_rate": not point, **fixed}
+        return _network(SparseAutoencoder, head, **settings)(schema, latents, **options)
 
     return build
 
@@ -181,6 +184,10 @@ CATALOGUE: dict[str, Model] = {
     "spike_and_slab": Model(
         "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
         _network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
+    ),
+    "topk_autoencoder": Model(
+        "sparse autoencoder whose k largest latents are on", "Makhzani & Frey 2014; Gao et al. 2024",
+        _sparse(None, prior="flat"),
     ),
 }  # fmt: skip
 
