@@ -14,6 +14,7 @@ _ROOMS = {
     "FactorAnalysis": "models",
     "Autoencoder": "models",
     "SparseAutoencoder": "models",
+    "SparseCoding": "models",
     "SpikeAndSlab": "models",
     "StochasticAutoencoder": "models",
     "VAE": "models",
@@ -72,6 +73,7 @@ __all__ = [
     "Pair",
     "Run",
     "SparseAutoencoder",
+    "SparseCoding",
     "SpikeAndSlab",
     "StochasticAutoencoder",
     "Transformed",
@@ -131,6 +133,7 @@ if TYPE_CHECKING:
         GaussianMixture,
         Independent,
         SparseAutoencoder,
+        SparseCoding,
         SpikeAndSlab,
         StochasticAutoencoder,
     )

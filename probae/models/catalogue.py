@@ -19,6 +19,7 @@ from probae.heads.posteriors import TopK
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.sparse_coding import SparseCoding
 from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
@@ -129,6 +130,12 @@ def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
     return build
 
 
+def _sparse_coding(schema: Schema, latents: int, **options: Any) -> Any:
+    """Builds sparse coding in the units of the data, as `_sparse` does."""
+    settings = {"likelihood": likelihoods.Normal(schema.spread / 4), "rate": 6 / schema.spread, **options}
+    return SparseCoding(schema.features, latents, **settings)
+
+
 #: name -> model
 CATALOGUE: dict[str, Model] = {
     "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
@@ -188,6 +195,10 @@ CATALOGUE: dict[str, Model] = {
     "topk_autoencoder": Model(
         "sparse autoencoder whose k largest latents are on", "Makhzani & Frey 2014; Gao et al. 2024",
         _sparse(None, prior="flat"),
+    ),
+    "sparse_coding": Model(
+        "sparse coding: Laplace prior, codes by FISTA", "Olshausen & Field 1997; Beck & Teboulle 2009", _sparse_coding,
+        kinds=("real",),
     ),
 }  # fmt: skip
 
