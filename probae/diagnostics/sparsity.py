@@ -190,7 +190,8 @@ def explained_variance(reconstruction: Any, x: Any) -> float:
 def relative_reconstruction_bias(reconstruction: Any, x: Any) -> float:
     r"""By how much reconstructions are too short, seen from the data's mean.
 
-    .. math:: \gamma = \arg\min_\gamma \sum_n \|(\hat x_n - \bar x) / \gamma - (x_n - \bar x)\|^2 = \sum_n \|\hat x_n - \bar x\|^2 / \sum_n (\hat x_n - \bar x)^T (x_n - \bar x)
+    .. math:: \gamma = \arg\min_\gamma \sum_n \|(\hat x_n - \bar x) / \gamma - (x_n - \bar x)\|^2
+              = \sum_n \|\hat x_n - \bar x\|^2 / \sum_n (\hat x_n - \bar x)^T (x_n - \bar x)
 
     1 where there is no bias; below 1 where a penalty shrinks the codes.
 
