@@ -14,6 +14,7 @@ _ROOMS = {
     "FactorAnalysis": "models",
     "Autoencoder": "models",
     "SparseAutoencoder": "models",
+    "SparseCoding": "models",
     "SpikeAndSlab": "models",
     "StochasticAutoencoder": "models",
     "VAE": "models",
@@ -89,6 +90,7 @@ __all__ = [
     "Run",
     "Selection",
     "SparseAutoencoder",
+    "SparseCoding",
     "SpikeAndSlab",
     "StochasticAutoencoder",
     "Transformed",
@@ -160,6 +162,7 @@ if TYPE_CHECKING:
         LatentClass,
         MixtureOfFactorAnalysers,
         SparseAutoencoder,
+        SparseCoding,
         SpikeAndSlab,
         StochasticAutoencoder,
     )

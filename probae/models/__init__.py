@@ -11,6 +11,7 @@ from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
 from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.sparse_coding import SparseCoding
 from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 
@@ -30,6 +31,7 @@ __all__ = [
     "MixtureOfTrees",
     "Model",
     "SparseAutoencoder",
+    "SparseCoding",
     "SpikeAndSlab",
     "StochasticAutoencoder",
     "make",
