@@ -30,6 +30,7 @@ _ROOMS = {
     "diagnose": "diagnostics",
     "Diagnosis": "diagnostics",
     "expost_prior": "transforms.expost",
+    "parallel_analysis": "linear_gaussian.number_of_factors",
     "compare": "comparison",
     "Comparison": "comparison",
     "sample": "adapter",
@@ -92,6 +93,7 @@ __all__ = [
     "models",
     "nn",
     "objectives",
+    "parallel_analysis",
     "posteriors",
     "priors",
     "rate_distortion",
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from probae.comparison import Comparison, compare
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
+    from probae.linear_gaussian.number_of_factors import parallel_analysis
     from probae.models import (
         PPCA,
         VAE,
