@@ -6,5 +6,6 @@ from probae.objectives.iwae import IWAE
 from probae.objectives.names import named
 from probae.objectives.objective import Objective, Scaled, Sum, Warmup
 from probae.objectives.reconstruction import Reconstruction
+from probae.objectives.weight_decay import WeightDecay
 
-__all__ = ["ELBO", "IWAE", "Bound", "Objective", "Reconstruction", "Scaled", "Sum", "Warmup", "named"]
+__all__ = ["ELBO", "IWAE", "Bound", "Objective", "Reconstruction", "Scaled", "Sum", "Warmup", "WeightDecay", "named"]
