@@ -22,6 +22,7 @@ _ROOMS = {
     "Transformed": "transforms",
     "fit": "training",
     "Run": "training",
+    "pretrain": "training",
     "log_weights": "evidence",
     "log_evidence": "evidence",
     "Evidence": "evidence",
@@ -95,6 +96,7 @@ __all__ = [
     "objectives",
     "parallel_analysis",
     "posteriors",
+    "pretrain",
     "priors",
     "rate_distortion",
     "reconstruct",
@@ -137,7 +139,7 @@ if TYPE_CHECKING:
     from probae.pair import Pair
     from probae.recipe import savable
     from probae.storage.saving import load, save
-    from probae.training import Run, fit
+    from probae.training import Run, fit, pretrain
     from probae.transforms import Dequantised, Transformed
     from probae.transforms.expost import expost_prior
 
