@@ -29,6 +29,7 @@ _ROOMS = {
     "Transformed": "transforms",
     "fit": "training",
     "Run": "training",
+    "pretrain": "training",
     "log_weights": "evidence",
     "log_evidence": "evidence",
     "Evidence": "evidence",
@@ -40,6 +41,7 @@ _ROOMS = {
     "score": "geometry",
     "langevin": "geometry",
     "tangents": "geometry",
+    "parallel_analysis": "linear_gaussian.number_of_factors",
     "compare": "comparison",
     "Comparison": "comparison",
     "select": "comparison",
@@ -115,7 +117,9 @@ __all__ = [
     "models",
     "nn",
     "objectives",
+    "parallel_analysis",
     "posteriors",
+    "pretrain",
     "priors",
     "rate_distortion",
     "reconstruct",
@@ -149,6 +153,7 @@ if TYPE_CHECKING:
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
     from probae.geometry import langevin, score, tangents
+    from probae.linear_gaussian.number_of_factors import parallel_analysis
     from probae.models import (
         PPCA,
         VAE,
@@ -169,7 +174,7 @@ if TYPE_CHECKING:
     from probae.pair import Pair
     from probae.recipe import savable
     from probae.storage.saving import load, save
-    from probae.training import Run, fit
+    from probae.training import Run, fit, pretrain
     from probae.transforms import Dequantised, Transformed
     from probae.transforms.expost import expost_prior
 

@@ -57,6 +57,12 @@ def as_batch(
     return batch
 
 
+def column_names(data: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a DataFrame; None of any other array."""
+    columns = getattr(data, "columns", None)
+    return None if columns is None or not hasattr(data, "iloc") else tuple(map(str, columns))
+
+
 def as_matrix(name: str, data: Any, axes: str) -> Tensor:
     """One array with two axes as a tensor of its own dtype.
 

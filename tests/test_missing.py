@@ -255,7 +255,7 @@ def test_at_the_end_the_gradient_vanishes(name, seed):
     x = with_gaps(complete(400, 6, seed), seed=seed)
     model = fitted(name, x, tolerance=1e-8)
     value = model.log_marginal(x).mean()
-    loc, weight, log_scale = torch.autograd.grad(value, [model.shift, model.loadings, model.log_scale])
+    loc, weight, log_scale = torch.autograd.grad(value, [model.shift, model.scaled_weight, model.log_scale])
     loc, weight = loc / model.unit, weight / model.unit.unsqueeze(-1)  # in the data's units
     # the tolerance is per observation of a feature, and in units of its noise; ln ψ² moves twice as fast as ln ψ
     share = (~x.isnan()).double().mean(0)

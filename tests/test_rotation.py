@@ -211,7 +211,7 @@ def test_one_latent_only_has_a_sign():
         (torch.ones(4), {}, r"shape \(D, L\), got \(4,\)"),
         (torch.full((4, 2), math.nan), {}, "finite"),
         (torch.zeros(4, 2), {}, "not all 0"),
-        (torch.ones(4, 2), {"method": "promax"}, r"\['oblimin', 'quartimax', 'varimax'\], got 'promax'"),
+        (torch.ones(4, 2), {"method": "equamax"}, r"\['oblimin', 'promax', 'quartimax', 'varimax'\], got 'equamax'"),
         (torch.ones(4, 2), {"starts": 0}, "starts: expected a whole number of at least 1, got 0"),
     ],
 )

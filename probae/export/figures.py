@@ -57,6 +57,19 @@ def evidence_figure(table: pandas.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
+def scree_figure(table: pandas.DataFrame, ax: Any = None) -> Any:
+    """Eigenvalues of correlations, largest first, beside those of independent data: mean and quantile."""
+    if ax is None:
+        _, ax = pyplot().subplots(figsize=(6, 3.5), layout="constrained")
+    ax.plot(table.index, table["eigenvalue"], "o-", color=_COLOURS["model"], markersize=4, label="data")
+    ax.plot(table.index, table["independent_mean"], ":", color=_COLOURS["baseline"], label="independent data, mean")
+    ax.plot(table.index, table["independent_quantile"], "--", color=_COLOURS["baseline"], label="their quantile")
+    ax.set_xlabel(str(table.index.name))
+    ax.set_ylabel("eigenvalue")
+    ax.legend(frameon=False)
+    return ax
+
+
 def diagnosis_figure(diagnosis: Diagnosis) -> Any:
     """A `Diagnosis`: over the share of the data, k̂ with its limit, and the effective sample size; over the latents, KL, sorted,
     the active ones in blue; and what the ELBO is below log p(x) by, with ± 2 standard errors.

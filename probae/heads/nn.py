@@ -42,6 +42,7 @@ class MLP(nn.Module):
     Args:
         hidden: widths of the hidden layers; none makes the network affine.
         activation: one of `ACTIVATIONS`.
+        activate_input: whether the input, standardised, passes the activation too: it is what another network left linear.
 
     Example:
         >>> MLP(64, 8, (128,))(torch.zeros(5, 64)).shape
@@ -52,11 +53,18 @@ class MLP(nn.Module):
     origin_low: Tensor
     unit: Tensor
 
-    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (), activation: str = "relu"):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: Sequence[int] = (),
+        activation: str = "relu",
+        activate_input: bool = False,
+    ):
         super().__init__()
         one_of("activation", activation, ACTIVATIONS)
         sizes = [size("inputs", inputs), *widths(hidden), size("outputs", outputs)]
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [ACTIVATIONS[activation]()] if flag("activate_input", activate_input) else []
         for i, (a, b) in enumerate(pairwise(sizes)):
             layers += [nn.Linear(a, b), *([ACTIVATIONS[activation]()] if i < len(sizes) - 2 else [])]
         self.layers = nn.Sequential(*layers)

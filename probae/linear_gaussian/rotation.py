@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probae.arguments import flag, one_of, positive, whole
+from probae.arguments import flag, one_of, positive, real, whole
 from probae.batches import as_matrix
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed
@@ -51,6 +51,10 @@ _CRITERIA: dict[str, tuple[_Criterion, bool]] = {
 }
 
 
+#: names of rotations
+METHODS = sorted([*_CRITERIA, "promax"])
+
+
 @torch.no_grad()
 @isolated
 def rotate(
@@ -58,12 +62,13 @@ def rotate(
     method: str = "varimax",
     *,
     kaiser: bool = True,
+    power: float = 4.0,
     starts: int = 4,
     seed: int = 0,
     tolerance: float = 1e-7,
     max_iterations: int = 2_000,
 ) -> Rotation:
-    r"""Rotate loadings to simple structure, orthogonally (varimax, quartimax) or obliquely (oblimin).
+    r"""Rotate loadings to simple structure, orthogonally (varimax, quartimax) or obliquely (oblimin, promax).
 
     .. math:: \Lambda = W T^{-\top}, \qquad \Phi = T^\top T, \qquad \Lambda \Phi \Lambda^\top = W W^\top
 
@@ -74,13 +79,16 @@ def rotate(
         \text{quartimax: } -\tfrac14 \sum_{ij} \lambda_{ij}^4, \quad
         \text{oblimin: } \tfrac14 \sum_i \sum_{j \ne k} \lambda_{ij}^2 \lambda_{ik}^2 .
 
-    Oblimin is the direct kind with parameter 0 (*quartimin*). Columns are sorted by the variance they explain,
-    :math:`(\Lambda^\top \Lambda \Phi)_{jj}`, largest first, and have a positive sum.
+    Oblimin is the direct kind with parameter 0 (*quartimin*). Promax regresses on the varimax loadings :math:`\Lambda_v` the
+    target :math:`\Lambda_v |\Lambda_v|^{m - 1}`, entry by entry: small loadings become smaller still. Columns are sorted by
+    the variance they explain, :math:`(\Lambda^\top \Lambda \Phi)_{jj}`, largest first, and have a positive sum.
 
     Args:
         weight: The loadings to rotate, shape (D, L).
-        method: ``"varimax"``, ``"quartimax"`` or ``"oblimin"``.
-        kaiser: Whether every feature counts the same: its row has length 1 while rotating.
+        method: ``"varimax"``, ``"quartimax"``, ``"oblimin"`` or ``"promax"``.
+        kaiser: Whether every feature counts the same: its row has length 1 while rotating. Promax's target is made of the
+            loadings as they are.
+        power: m >= 1 of promax.
         starts: How many starts, of which the best is kept: first no rotation, then random ones. Criteria have local
             optima, and an unrotated solution may be a stationary point that is no optimum.
         seed: Seed of the random starts.
@@ -99,6 +107,7 @@ def rotate(
         RuntimeWarning: If the best start has not converged; the message holds the residual.
 
     References:
+        Hendrickson & White (1964), Promax: a quick method for rotation to oblique simple structure.
         Bernaards & Jennrich (2005), Gradient projection algorithms and software for arbitrary rotation criteria.
         Barzilai & Borwein (1988), Two-point step size gradient methods.
 
@@ -112,14 +121,17 @@ def rotate(
                 [0.0000, 0.6000]])
     """
     weight = as_matrix("weight", weight, "(D, L)")
-    one_of("method", method, sorted(_CRITERIA))
+    one_of("method", method, METHODS)
+    power = real("power", power)
+    if power < 1:
+        raise ValueError(f"power: expected a number of at least 1, got {power:g}")
     starts, max_iterations = whole("starts", starts), whole("max_iterations", max_iterations, 0)
     tolerance, seed = positive("tolerance", tolerance), checked_seed(seed)
     # hundreds of steps on small matrices: an accelerator only adds latency
     loadings = weight.to("cpu").to(torch.float64)
     if not loadings.isfinite().all() or not loadings.any():
         raise ValueError("weight: expected finite loadings, not all 0")
-    criterion, oblique = _CRITERIA[method]
+    criterion, oblique = _CRITERIA["varimax" if method == "promax" else method]
     lengths = loadings.norm(dim=1, keepdim=True)
     if flag("kaiser", kaiser):
         scaled = torch.where(lengths > 0, loadings / lengths, 0.0)
@@ -141,6 +153,8 @@ def rotate(
             RuntimeWarning,
             stacklevel=3,
         )
+    if method == "promax":
+        matrix = _promax(_apply(loadings, matrix), matrix, power)
     rotated = _apply(loadings, matrix)
     explained = (rotated.mT @ rotated @ (matrix.mT @ matrix)).diagonal()
     order = explained.argsort(descending=True, stable=True)
@@ -148,6 +162,15 @@ def rotate(
     parts = _apply(loadings, matrix), matrix, matrix.mT @ matrix
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     return Rotation(*(part.to(dtype).to(weight.device) for part in parts))
+
+
+def _promax(loadings: Tensor, matrix: Tensor, power: float) -> Tensor:
+    """The oblique rotation that leads from varimax loadings, by ``matrix``, to their own powers, by least squares."""
+    slopes = torch.linalg.lstsq(loadings, loadings * loadings.abs() ** (power - 1), driver="gelsd").solution
+    if torch.linalg.matrix_rank(slopes) < len(slopes):
+        raise ValueError("promax: expected loadings of full rank, got columns that are linearly dependent")
+    turned = torch.linalg.inv(slopes).mT
+    return matrix @ torch.nn.functional.normalize(turned, dim=0)
 
 
 def _apply(loadings: Tensor, matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size, whole
+from probae.batches import column_names
 from probae.heads.distributions import LowRankNormal, Normal, Translated, centred
 from probae.linear_gaussian import maximum_likelihood
 from probae.linear_gaussian.dependence import require_bounded
 from probae.linear_gaussian.expectation_maximisation import expectation_maximisation
-from probae.linear_gaussian.rotation import Rotation, rotate
+from probae.linear_gaussian.factor_tables import FactorTables
 from probae.pair import Pair
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
@@ -23,7 +25,7 @@ from probae.tracing.missing import known, moments, observed, require_observed
 T = TypeVar("T", bound="LinearGaussian")
 
 
-class LinearGaussian(Pair):
+class LinearGaussian(FactorTables, Pair):
     r"""z ~ N(0, I), x | z ~ N(W z + μ, Ψ²) with Ψ a scale, shared or per feature.
 
     .. math:: q(z \mid x) = N\big(P^{-1} W^\top \Psi^{-2} (x - \mu),\; P^{-1}\big), \quad P = I + W^\top \Psi^{-2} W,
@@ -33,8 +35,9 @@ class LinearGaussian(Pair):
     :math:`P_n = I + W^\top \operatorname{diag}(m_n) \Psi^{-2} W`, and posterior and log p(x_observed) stay exact.
 
     ``weight`` W, ``loc`` μ and ``scale`` Ψ are in the data's units; assign to set them. What an optimizer moves is free of
-    units: W = u ``loadings`` and μ = ``origin`` + ``rest`` + u ``shift``, with u the spread of the features (of all of them
-    together where they share the noise) and the origin known to more digits than one float32 holds. ``log_scale`` is ln Ψ.
+    units: W = u ``scaled_weight`` and μ = ``origin`` + ``rest`` + u ``shift``, with u the spread of the features (of all of
+    them together where they share the noise) and the origin known to more digits than one float32 holds. ``log_scale`` is
+    ln Ψ. What psychologists read, loadings and scores say, `FactorTables` has.
     """
 
     #: x may keep a precision above the parameters': it is centred before it is cast
@@ -48,12 +51,15 @@ class LinearGaussian(Pair):
     zero: Tensor
     initialised: Tensor
 
-    def __init__(self, features: int, latents: int, missing: str | None, shared: bool):
+    def __init__(
+        self, features: int, latents: int, missing: str | None, shared: bool, names: Sequence[str] | None = None
+    ):
         super().__init__()
         self.missing = known(missing)
         self.features = size("features", features)
         self.latents = whole("latents", latents, most=self.features)
-        self.loadings = nn.Parameter(torch.randn(features, latents) / features**0.5)
+        self.name_features(names)
+        self.scaled_weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
         self.shift = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(() if shared else features))
         self.register_buffer("origin", torch.zeros(features))
@@ -65,12 +71,12 @@ class LinearGaussian(Pair):
     @property
     def weight(self) -> Tensor:
         """W (D, L)."""
-        return _stored(self.loadings, self._weight)
+        return _stored(self.scaled_weight, self._weight)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         with torch.no_grad():
-            self.loadings.copy_(value.to(self.loadings) / self.unit.unsqueeze(-1))
+            self.scaled_weight.copy_(value.to(self.scaled_weight) / self.unit.unsqueeze(-1))
 
     @property
     def loc(self) -> Tensor:
@@ -94,7 +100,7 @@ class LinearGaussian(Pair):
 
     @property
     def _weight(self) -> Tensor:
-        return self.unit.unsqueeze(-1) * self.loadings
+        return self.unit.unsqueeze(-1) * self.scaled_weight
 
     def prior(self) -> Any:
         """p(z) = N(0, I)."""
@@ -119,7 +125,7 @@ class LinearGaussian(Pair):
     def _marginal(self) -> LowRankNormal:
         # the sums and products in float64: under little noise the rounding of W alone would show
         loc = float64(self.origin) + (float64(self.rest) + float64(self.unit) * float64(self.shift))
-        weight = float64(self.unit).unsqueeze(-1) * float64(self.loadings)
+        weight = float64(self.unit).unsqueeze(-1) * float64(self.scaled_weight)
         return LowRankNormal(loc, weight, float64(self.log_scale).exp(), dtype=self.log_scale.dtype)
 
     def log_marginal(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -167,7 +173,7 @@ class LinearGaussian(Pair):
             unit = spread if scale.dim() else spread.square().mean().sqrt()
             self.unit.copy_(unit)
             self._move_to(float64(solution.loc))
-            self.loadings.copy_(weight / unit.unsqueeze(-1))
+            self.scaled_weight.copy_(weight / unit.unsqueeze(-1))
             self.log_scale.copy_(scale.log())
         self.initialised.fill_(True)
         return self.eval()
@@ -207,6 +213,7 @@ class PPCA(LinearGaussian):
     Args:
         features, latents: D and L.
         missing: ``"mask"`` takes NaN for what is missing at random; posterior and log p(x_observed) stay exact.
+        names: of the features, for tables; those of a DataFrame given to `maximum_likelihood`, unless told.
 
     Raises:
         ValueError: if there are not 1 <= latents <= features, or so many do not fit into memory.
@@ -220,8 +227,8 @@ class PPCA(LinearGaussian):
         torch.Size([200])
     """
 
-    def __init__(self, features: int, latents: int, *, missing: str | None = None):
-        super().__init__(features, latents, missing, shared=True)
+    def __init__(self, features: int, latents: int, *, missing: str | None = None, names: Sequence[str] | None = None):
+        super().__init__(features, latents, missing, True, names)
 
     @isolated
     def maximum_likelihood(self, x: Any, **options: Any) -> PPCA:
@@ -234,6 +241,7 @@ class PPCA(LinearGaussian):
         Raises:
             ValueError: if the data's shape is wrong, or its rank no more than L (the density is then unbounded).
         """
+        self.name_features(column_names(x))
         x = self.as_data(x)
         if x.isnan().any():
             return self._take(expectation_maximisation(x, self.latents, shared=True, **options))
@@ -251,6 +259,7 @@ class FactorAnalysis(LinearGaussian):
     Args:
         features, latents: D and L.
         missing: ``"mask"`` takes NaN for what is missing at random; posterior and log p(x_observed) stay exact.
+        names: of the features, for tables; those of a DataFrame given to `maximum_likelihood`, unless told.
 
     Raises:
         ValueError: if there are not 1 <= latents <= features, or so many do not fit into memory.
@@ -264,26 +273,33 @@ class FactorAnalysis(LinearGaussian):
         torch.Size([5])
     """
 
-    def __init__(self, features: int, latents: int, *, missing: str | None = None):
-        super().__init__(features, latents, missing, shared=False)
+    def __init__(self, features: int, latents: int, *, missing: str | None = None, names: Sequence[str] | None = None):
+        super().__init__(features, latents, missing, False, names)
 
     @isolated
-    def maximum_likelihood(self, x: Any, **options: Any) -> FactorAnalysis:
+    def maximum_likelihood(self, x: Any = None, *, covariance: Any = None, **options: Any) -> FactorAnalysis:
         """Set the parameters to the maximum of the likelihood of data (N, D), without gradients; returns the model.
 
         Args:
             x: the data; where values are missing, what is observed of them is fitted by EM.
-            options: of that; see `probae.linear_gaussian.expectation_maximisation.expectation_maximisation`.
+            covariance: instead of data, their covariances (divided by N) or correlations (D, D); the mean is then 0.
+            options: of the solver; see `probae.linear_gaussian.maximum_likelihood.factor_analysis` and, with missing values,
+                `probae.linear_gaussian.expectation_maximisation.expectation_maximisation`.
 
         Raises:
-            ValueError: if the data's shape is wrong, or a feature does not vary (the density is then unbounded).
+            ValueError: if neither or both are given, if a shape is wrong, or if a feature does not vary (the density is then
+                unbounded).
         """
+        if (x is None) == (covariance is None):
+            raise ValueError(f"expected either x or covariance, got {'neither' if x is None else 'both'}")
+        self.name_features(column_names(x if covariance is None else covariance))
+        if covariance is not None:
+            return self._take(
+                maximum_likelihood.factor_analysis(
+                    covariance=self.as_covariance(covariance), latents=self.latents, **options
+                )
+            )
         x = self.as_data(x)
         if x.isnan().any():
             return self._take(expectation_maximisation(x, self.latents, shared=False, **options))
-        return self._take(maximum_likelihood.factor_analysis(x, self.latents))
-
-    @isolated
-    def rotated(self, method: str = "varimax") -> Rotation:
-        """The loadings W rotated to a simpler structure; see `probae.linear_gaussian.rotation.rotate`."""
-        return rotate(self.weight.detach(), method)
+        return self._take(maximum_likelihood.factor_analysis(x, self.latents, **options))

@@ -17,6 +17,7 @@ from probae.objectives.reconstruction import Reconstruction
 from probae.objectives.score_matching import ScoreMatching
 from probae.objectives.sliced_score_matching import SlicedScoreMatching
 from probae.objectives.walkback import Walkback
+from probae.objectives.weight_decay import WeightDecay
 
 __all__ = [
     "ELBO",
@@ -38,5 +39,6 @@ __all__ = [
     "Sum",
     "Walkback",
     "Warmup",
+    "WeightDecay",
     "named",
 ]

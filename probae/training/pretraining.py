@@ -1,0 +1,238 @@
+"""Greedy layer-by-layer pretraining: a deep model from shallow ones, each trained on the codes of the one before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probae.arguments import one_of, size, whole
+from probae.batches import as_batch
+from probae.data.datasets.dataset import Schema
+from probae.heads import likelihoods
+from probae.heads.likelihoods import Head, ScaleHead
+from probae.heads.nn import ACTIVATIONS, MLP
+from probae.heads.posteriors import Point
+from probae.heads.stacked import Activation, Leading, Rescaled, Stacked, WithScale
+from probae.models.amortised import Amortised
+from probae.models.catalogue import make
+from probae.models.linear_gaussian import LinearGaussian
+from probae.runtime.precision import float64
+from probae.runtime.seeding import checked_seed, derived, seeded
+from probae.training.fitting import fit
+
+Maker = str | Callable[..., Any]
+
+
+def pretrain(
+    data: Any,
+    latents: Sequence[int],
+    *,
+    layer: Maker = "autoencoder",
+    model: Maker = "autoencoder",
+    schema: Schema | None = None,
+    likelihood: Head | None = None,
+    activation: str = "relu",
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    r"""Train a deep model layer by layer, each a shallow model of the codes of the one before; `fit` then trains it jointly.
+
+    .. math:: h_0 = x, \qquad \text{layer } k: \; h_{k-1} \approx d_k(h_k), \quad h_k = e_k(h_{k-1}), \qquad
+              \text{encoder} = e_K \circ \dots \circ e_1, \quad \text{decoder} = d_1 \circ \dots \circ d_K
+
+    Codes h_k are the means of a layer's latents given its data. A layer of the catalogue has an affine encoder and decoder; the
+    next encoder, and its own decoder, begin with the activation, but for the decoder of the innermost code, which is linear.
+    So the composition is a deep network. Rows without networks (``"ppca"``, ``"factor_analysis"``) are fitted by maximum
+    likelihood, and compose to an affine map. A layer may have more latents than its data have features: its likelihood then
+    has a fixed scale.
+
+    Args:
+        data: (N, D), or images (N, C, H, W).
+        latents: how many latents each layer has, the outermost first; the last is the deep model's.
+        layer: the shallow model: a name of the catalogue, or a function (features, latents) -> model.
+        model: the deep model: a name of the catalogue, or a function (features, latents, encoder=, decoder=) -> model, such
+            as `probae.VAE`. One whose guide has a scale gets an affine map for it, which starts at 0.1.
+        schema: of the data, for catalogue models; real numbers that share a scale unless told. A data set has one.
+        likelihood: of the data, for catalogue models, instead of the schema's own; of the codes it is a Normal.
+        activation: of the layers, and between them, where layer is a name.
+        seed: of initial values, order and draws.
+        options: of `fit` for each layer: ``steps``, ``lr``, ``objective``, ``progress``, ...
+
+    Returns:
+        The deep model, in evaluation mode. Its encoder and decoder are the layers' own networks.
+
+    Raises:
+        TypeError: if a layer is no model with an encoder and a decoder (or linear-Gaussian), or the deep model none that
+            takes them.
+        ValueError: if the data are no single array, a name is unknown, or layer and deep model differ in their likelihood.
+
+    References: Hinton & Salakhutdinov (2006), *Science* 313; Bengio, Lamblin, Popovici & Larochelle (2007); Vincent et al.
+    (2010) for denoising layers, ``objective=Reconstruction(corruption=...)``.
+
+    Example:
+        >>> import probae
+        >>> x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+        >>> deep = pretrain(x, (6, 2), steps=5, progress=False)
+        >>> run = probae.fit(deep, x, steps=5, progress=False)
+        >>> deep.encode(x).shape
+        torch.Size([100, 2])
+    """
+    x = as_batch(data)
+    if not isinstance(x, Tensor):
+        raise ValueError(f"data: expected one array, got a {type(x).__name__} of arrays")
+    widths = [size(f"latents, at {i}", width) for i, width in enumerate(latents)]
+    whole("the number of layers", len(widths))
+    one_of("activation", activation, ACTIVATIONS)
+    seed = checked_seed(seed)
+    if schema is None:
+        schema = Schema(tuple(x.shape[1:]), varies=False, spread=float(x.double().std()))
+    deep = _maker(model, schema, widths[-1], likelihood)
+    with seeded(seed, torch.get_default_device()):
+        plain = deep()
+    if not isinstance(plain, Amortised) or plain.given is not None:
+        raise TypeError(f"model: expected one that takes an encoder and a decoder, got {type(plain).__name__}")
+    layers: list[Any] = []
+    for k, width in enumerate(widths):
+        if k:
+            schema = Schema((x.shape[1],), varies=False, spread=float(x.double().std()))
+        build = _shallow(layer, schema, width, None if k else likelihood, activation, k > 0, k < len(widths) - 1)
+        with seeded(derived(seed, k), torch.get_default_device()):
+            layers.append(build())
+        _require(layers[-1], plain if k == 0 else None)
+        if isinstance(layers[-1], LinearGaussian):
+            layers[-1].maximum_likelihood(x)
+        else:
+            fit(layers[-1], x, seed=derived(seed, k), **options)
+        x = layers[-1].encode(x)
+    with seeded(derived(seed, len(widths)), torch.get_default_device()), torch.no_grad():
+        return _joined(deep, plain, layers, as_batch(data, layers[0].dtype))
+
+
+def _maker(model: Maker, schema: Schema, latents: int, head: Head | None) -> Callable[..., Any]:
+    """A function of encoder= and decoder= that makes the deep model."""
+    if not isinstance(model, str):
+        return functools.partial(model, schema.features if len(schema.shape) == 1 else schema.shape, latents)
+    return functools.partial(make, model, schema, latents, **({} if head is None else {"likelihood": head}))
+
+
+def _require(layer: Any, deep: Any) -> None:
+    """Raise unless a layer can be taken apart, and, the first, models the data as the deep model does."""
+    if not isinstance(layer, Amortised | LinearGaussian):
+        raise TypeError(
+            f"layer: expected a model with an encoder and a decoder, or a linear-Gaussian one, got {type(layer).__name__}"
+        )
+    if isinstance(layer, Amortised) and layer.given is not None:
+        raise TypeError("layer: expected a model that conditions on nothing, got one with given=")
+    if deep is None and isinstance(layer, Amortised) and not isinstance(layer.head, ScaleHead):
+        raise TypeError(f"layer: codes need a likelihood with a location and a scale, got {type(layer.head).__name__}")
+    if deep is not None and isinstance(layer, Amortised) and type(layer.head) is not type(deep.head):
+        raise ValueError(
+            "the first layer and the deep model have to agree in the likelihood of the data, got "
+            f"{type(layer.head).__name__} and {type(deep.head).__name__}"
+        )
+    if deep is not None and isinstance(layer, LinearGaussian) and not isinstance(deep.head, ScaleHead):
+        raise ValueError(
+            f"a linear-Gaussian first layer is for real numbers, got the likelihood {type(deep.head).__name__}"
+        )
+
+
+def _shallow(
+    layer: Maker, seen: Schema, width: int, head: Head | None, activation: str, inner: bool, outer: bool
+) -> Callable[[], Any]:
+    """A function that makes a layer: ``inner`` if its data are codes, ``outer`` if another layer follows."""
+
+    def build() -> Any:
+        if not isinstance(layer, str):
+            return layer(seen.features if len(seen.shape) == 1 else seen.shape, width)
+        plain = make(layer, seen, max(1, min(width, seen.features - 1)))
+        if not isinstance(plain, Amortised):
+            return make(layer, seen, width)
+        learned = isinstance(plain.code, Point) and getattr(plain.head, "learned", False)
+        copied = learned and head is None and width >= seen.features
+        own = likelihoods.Normal(seen.spread) if copied else head  # a learned scale would go to 0
+        built = make(layer, seen, width, hidden=(), activation=activation, likelihood=own)
+        for name, nonlinear in (("encoder", inner), ("decoder", outer)):
+            network = getattr(built, name)
+            if nonlinear and isinstance(network, MLP):
+                affine = network.layers[-1]
+                sizes = affine.in_features, affine.out_features
+                setattr(built, name, MLP(*sizes, (), activation, activate_input=True))
+        return built
+
+    return build
+
+
+def _joined(deep: Callable[..., Any], plain: Amortised, layers: list[Any], x: Any) -> Any:
+    """The deep model whose networks are the layers', one after another."""
+    first, last = layers[0], layers[-1]
+    plain.to(first.dtype).initialise(x)
+    whole_code = isinstance(last, Amortised) and last.code.width == plain.code.width > 1
+    encoders = [part for one in layers[:-1] for part in _encoder(one)] + _encoder(last, whole_code)
+    if not whole_code and plain.code.width > 1:
+        encoders.append(WithScale(last.latents))
+    decoders = [part for one in layers[:0:-1] for part in _decoder(one)]
+    decoders.append(first.decoder if isinstance(first, Amortised) else _affine_decoder(first, plain.head))
+    joined = deep(encoder=Stacked(encoders).to(first.dtype), decoder=Stacked(decoders).to(first.dtype)).to(first.dtype)
+    joined.initialise(x)
+    if isinstance(first, Amortised):
+        joined.head.load_state_dict(first.head.state_dict(), strict=False)
+    return joined.eval()
+
+
+def _encoder(layer: Any, whole_code: bool = False) -> list[nn.Module]:
+    """From a layer's data to its codes; with the scale of its guide where the whole code is asked for."""
+    if isinstance(layer, LinearGaussian):
+        return [_affine_encoder(layer)]
+    if whole_code:
+        return [layer.encoder]
+    code, parts = layer.code, [layer.encoder]
+    if code.width > 1:
+        parts.append(Leading(layer.latents))
+    if isinstance(code, Point) and code.positive:
+        parts.append(Activation("relu"))
+    return [*parts, *_rescaled(layer.latents, torch.zeros(()), code.unit)]
+
+
+def _decoder(layer: Any) -> list[nn.Module]:
+    """From a layer's codes to the mean of its data, which are codes themselves."""
+    if isinstance(layer, LinearGaussian):
+        return [_affine_decoder(layer, None)]
+    head = layer.head
+    parts = [layer.decoder, *([Leading(layer.features)] if head.width > 1 else [])]
+    return [*parts, *_rescaled(layer.features, head.origin.double() + head.origin_low.double(), head.unit)]
+
+
+def _rescaled(features: int, origin: Tensor, unit: Tensor) -> list[nn.Module]:
+    if not bool(origin.any()) and bool((unit == 1).all()):
+        return []
+    part = Rescaled(features).to(unit)
+    part.origin.copy_(origin.expand(features)), part.unit.copy_(unit)
+    return [part]
+
+
+@torch.no_grad()
+def _affine_encoder(layer: LinearGaussian) -> MLP:
+    """The posterior mean, P⁻¹ Wᵀ Ψ⁻² (x − μ)."""
+    weight, scale = float64(layer.weight), float64(layer.scale).expand(layer.features)
+    whitened = weight / scale[:, None]
+    precision = torch.eye(layer.latents).to(whitened) + whitened.mT @ whitened
+    network = MLP(layer.features, layer.latents).to(layer.weight)
+    network.origin.copy_(layer.loc), network.unit.copy_(scale)
+    network.layers[0].weight.copy_(torch.linalg.solve(precision, whitened.mT))
+    network.layers[0].bias.zero_()
+    return network
+
+
+@torch.no_grad()
+def _affine_decoder(layer: LinearGaussian, head: ScaleHead | None) -> MLP:
+    """W z + μ, in the units of a head where there is one."""
+    weight, loc = float64(layer.weight), float64(layer.loc)
+    if head is not None:
+        weight, loc = weight / head.unit[:, None], (loc - head.origin - head.origin_low) / head.unit
+    network = MLP(layer.latents, layer.features).to(layer.weight)
+    network.layers[0].weight.copy_(weight), network.layers[0].bias.copy_(loc)
+    return network
