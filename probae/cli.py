@@ -66,7 +66,7 @@ def compare(
         str | None,
         typer.Option(
             help="Models, separated by commas: names of `probae list`, or FILE.py:NAME, which runs the file, and takes a "
-            "model that it registers, or a class.",
+            "model that it registers, or a class; or all.",
             show_default="those that suit the data",
         ),
     ] = None,

@@ -170,7 +170,16 @@ def test_a_file_that_defines_no_such_model_is_told(tmp_path):
 def test_what_a_model_is_for_follows_from_its_line():
     for name, model in CATALOGUE.items():
         assert isinstance(model, Model), name
-        assert model.suits(Schema((4,), model.kinds[0], 3, classes=2)), name
+        shape = (4, 1) if model.sequences else (4,)
+        assert model.suits(Schema(shape, model.kinds[0], 3, classes=2)), name
     assert not CATALOGUE["categorical_vae"].suits(Schema((4,), "counts", 1000))
     assert not CATALOGUE["factor_analysis"].suits(Schema((4,), varies=False))
     assert not CATALOGUE["conditional_vae"].suits(Schema((4,)))
+
+
+def test_all_are_those_that_suit_the_data():
+    pytest.importorskip("sklearn")
+    digits = probae.datasets.load("digits")
+    chosen = lineup.choose(digits, ["all"])
+    assert chosen == [name for name, model in CATALOGUE.items() if model.suits(digits.schema)]
+    assert set(lineup.choose(digits, None)) < set(chosen)

@@ -82,7 +82,7 @@ def labels_of(data: Dataset) -> Any:
 
 
 def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
-    """The line-up for a data set: the names given, or the standard ones that suit its values.
+    """The line-up for a data set: the names given, ``["all"]`` that suit its values, or the standard ones of these.
 
     Raises:
         ValueError: for an unknown name, or one that is not for such values.
@@ -91,6 +91,8 @@ def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
     suited = [name for name, model in CATALOGUE.items() if model.suits(schema)]
     if names is None:
         return [name for name in suited if data.kind in CATALOGUE[name].standard]
+    if list(names) == ["all"]:
+        return suited
     for name in names:
         if name not in CATALOGUE:
             raise ValueError(f"models: expected some of {', '.join(CATALOGUE)}; got {name!r}")
