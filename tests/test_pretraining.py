@@ -88,6 +88,12 @@ def test_a_deep_model_whose_guide_has_a_scale(layer, model, tmp_path):
     assert torch.equal(loaded.encode(x), deep.encode(x))
 
 
+def test_data_far_from_zero_keep_their_digits():
+    x = data()
+    near, far = (probae.pretrain(shifted, (4, 2), **QUICK).encode(shifted) for shifted in (x, x + 1e6))
+    torch.testing.assert_close(far, near, rtol=0, atol=2e-3)
+
+
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_stream():
     x, stream = data(dtype=torch.float32), torch.get_rng_state()
     one, two, other = (probae.pretrain(x, (4, 2), seed=seed, **QUICK).encode(x) for seed in (1, 1, 2))
@@ -147,6 +153,8 @@ def test_the_catalogue_builds_with_convolutions():
     assert model.encode(x).shape == (40, 4)
     assert model.reconstruct(x).shape == x.shape
     assert probae.pretrain(x, (6, 2), schema=schema, **QUICK).reconstruct(x).shape == x.shape
+    noisy = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert probae.pretrain(noisy, (6, 2), layer="ppca", **QUICK).reconstruct(noisy).shape == x.shape
 
 
 # -- the code that memorises -------------------------------------------------------------------------------------------
@@ -200,8 +208,8 @@ def test_a_code_of_one_number_memorises_and_held_out_likelihood_tells():
         log_joint = generative.prior().log_prob(grid) + generative.likelihood(grid).log_prob(held[:, None])
     exact = torch.logsumexp(log_joint, 1) + torch.log(grid[1] - grid[0])
     assert exact.mean() < ppca.log_marginal(held).mean() - 5
-    found = probae.log_evidence(generative, held, "ais", distributions=200, chains=4)
-    assert (found.values - exact).mean() < 4 * found.mean_mc_stderr + 0.1
+    found = probae.log_evidence(generative, held, "refined", steps=50, particles=500)
+    assert (found.values - exact).mean() < 4 * found.mean_mc_stderr
     assert found.mean < probae.log_evidence(ppca, held).mean - 5
 
 

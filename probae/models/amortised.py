@@ -15,6 +15,7 @@ from probae.heads.distributions import parts
 from probae.heads.likelihoods import Head, Normal
 from probae.heads.nn import MLP, ConvEncoder, event_shape, widths
 from probae.heads.nn import moments as scaled
+from probae.heads.stacked import Stacked
 from probae.pair import Pair
 from probae.tracing.missing import known, moments, observed, require_observed
 from probae.tracing.sites import PROGRAM_ERRORS
@@ -99,7 +100,7 @@ class Amortised(Pair):
             values, seen = observed(x, self.fill.to(x.dtype) + self.fill_low)
             x = torch.cat([values, seen.to(x.dtype)], -1)
         x = self._beside(x, given)
-        return self.code(self.encoder(x if isinstance(self.encoder, MLP) else x.to(self.head.origin.dtype)))
+        return self.code(self.encoder(x if _centres(self.encoder) else x.to(self.head.origin.dtype)))
 
     def _beside(self, values: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """Numbers (..., M), and beside them the classes as indicators, or the covariates, (..., G)."""
@@ -126,6 +127,11 @@ class Amortised(Pair):
             loc, scale = scaled(covariates)
             self.given_origin.copy_(loc), self.given_unit.copy_(scale)
         self.initialised.fill_(True)
+
+
+def _centres(network: nn.Module) -> bool:
+    """Whether it takes float64 beside float32 weights, and rounds numbers once they are centred."""
+    return isinstance(network.parts[0] if isinstance(network, Stacked) else network, MLP)
 
 
 def _check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:

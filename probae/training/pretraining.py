@@ -89,7 +89,7 @@ def pretrain(
     one_of("activation", activation, ACTIVATIONS)
     seed = checked_seed(seed)
     if schema is None:
-        schema = Schema(tuple(x.shape[1:]), varies=False, spread=float(x.double().std()))
+        schema = Schema(tuple(x.shape[1:]), varies=False, spread=_spread(x))
     deep = _maker(model, schema, widths[-1], likelihood)
     with seeded(seed, torch.get_default_device()):
         plain = deep()
@@ -98,18 +98,25 @@ def pretrain(
     layers: list[Any] = []
     for k, width in enumerate(widths):
         if k:
-            schema = Schema((x.shape[1],), varies=False, spread=float(x.double().std()))
+            schema = Schema((x.shape[1],), varies=False, spread=_spread(x))
         build = _shallow(layer, schema, width, None if k else likelihood, activation, k > 0, k < len(widths) - 1)
         with seeded(derived(seed, k), torch.get_default_device()):
             layers.append(build())
         _require(layers[-1], plain if k == 0 else None)
         if isinstance(layers[-1], LinearGaussian):
+            x = x.flatten(1)
             layers[-1].maximum_likelihood(x)
         else:
             fit(layers[-1], x, seed=derived(seed, k), **options)
         x = layers[-1].encode(x)
     with seeded(derived(seed, len(widths)), torch.get_default_device()), torch.no_grad():
         return _joined(deep, plain, layers, as_batch(data, layers[0].dtype))
+
+
+def _spread(x: Tensor) -> float:
+    """The standard deviation of all observed values together, 1 where they do not vary."""
+    spread = float(x[~x.isnan()].double().std()) if x.is_floating_point() else float(x.double().std())
+    return spread if spread > 0 else 1.0
 
 
 def _maker(model: Maker, schema: Schema, latents: int, head: Head | None) -> Callable[..., Any]:
