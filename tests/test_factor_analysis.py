@@ -225,6 +225,7 @@ def test_adequacy_is_that_of_partial_correlations_by_regression():
     test = sphericity(plain, 300)
     assert test.statistic == pytest.approx(-(299 - 17 / 6) * np.linalg.slogdet(plain)[1], rel=1e-10)
     assert test.p_value == pytest.approx(stats.chi2.sf(test.statistic, 15), rel=1e-8, abs=1e-300)
+    assert kmo(np.eye(3)).overall == 0
     with pytest.raises(ValueError, match="full rank"):
         kmo(np.ones((3, 3)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,8 @@ def _maker(model: Maker, schema: Schema, latents: int, head: Head | None) -> Cal
     """A function of encoder= and decoder= that makes the deep model."""
     if not isinstance(model, str):
         return functools.partial(model, schema.features if len(schema.shape) == 1 else schema.shape, latents)
-    return functools.partial(make, model, schema, latents, **({} if head is None else {"likelihood": head}))
+    options: dict[str, Any] = {} if head is None else {"likelihood": head}
+    return functools.partial(make, model, schema, latents, **options)
 
 
 def _require(layer: Any, deep: Any) -> None:
@@ -165,9 +166,8 @@ def _shallow(
         for name, nonlinear in (("encoder", inner), ("decoder", outer)):
             network = getattr(built, name)
             if nonlinear and isinstance(network, MLP):
-                affine = network.layers[-1]
-                sizes = affine.in_features, affine.out_features
-                setattr(built, name, MLP(*sizes, (), activation, activate_input=True))
+                outputs, inputs = _affine(network).weight.shape
+                setattr(built, name, MLP(inputs, outputs, (), activation, activate_input=True))
         return built
 
     return build
@@ -182,7 +182,8 @@ def _joined(deep: Callable[..., Any], plain: Amortised, layers: list[Any], x: An
     if not whole_code and plain.code.width > 1:
         encoders.append(WithScale(last.latents))
     decoders = [part for one in layers[:0:-1] for part in _decoder(one)]
-    decoders.append(first.decoder if isinstance(first, Amortised) else _affine_decoder(first, plain.head))
+    head = plain.head if isinstance(plain.head, ScaleHead) else None
+    decoders.append(first.decoder if isinstance(first, Amortised) else _affine_decoder(first, head))
     joined = deep(encoder=Stacked(encoders).to(first.dtype), decoder=Stacked(decoders).to(first.dtype)).to(first.dtype)
     joined.initialise(x)
     if isinstance(first, Amortised):
@@ -229,8 +230,8 @@ def _affine_encoder(layer: LinearGaussian) -> MLP:
     precision = torch.eye(layer.latents).to(whitened) + whitened.mT @ whitened
     network = MLP(layer.features, layer.latents).to(layer.weight)
     network.origin.copy_(layer.loc), network.unit.copy_(scale)
-    network.layers[0].weight.copy_(torch.linalg.solve(precision, whitened.mT))
-    network.layers[0].bias.zero_()
+    affine = _affine(network)
+    affine.weight.copy_(torch.linalg.solve(precision, whitened.mT)), affine.bias.zero_()
     return network
 
 
@@ -241,5 +242,11 @@ def _affine_decoder(layer: LinearGaussian, head: ScaleHead | None) -> MLP:
     if head is not None:
         weight, loc = weight / head.unit[:, None], (loc - head.origin - head.origin_low) / head.unit
     network = MLP(layer.latents, layer.features).to(layer.weight)
-    network.layers[0].weight.copy_(weight), network.layers[0].bias.copy_(loc)
+    affine = _affine(network)
+    affine.weight.copy_(weight), affine.bias.copy_(loc)
     return network
+
+
+def _affine(network: MLP) -> nn.Linear:
+    """The last layer of a network."""
+    return cast("nn.Linear", network.layers[-1])
