@@ -173,7 +173,7 @@ def _from_array(data: Any, what: str) -> Tensor:
             array = _numbers(data)
         except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths, or of what is no array
             raise TypeError(
-                f"{what}: expected {type_names}; got a {type(data).__name__} that is none: {error}"
+                f"{what}: expected {type_names}; got a {type(data).__name__}, which is not one: {error}"
             ) from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{what}: expected {type_names}, of real numbers; got {type(data).__name__} ({array.dtype})")

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from probae.arguments import as_path
+from probae.arguments import as_path, one_of
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
@@ -80,6 +80,13 @@ def compare(
         str | None,
         typer.Option(help="'mask' takes rows with missing values, at random.", show_default="they are refused"),
     ] = None,
+    expost_prior: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate a model whose prior is flat with a prior fitted to its codes too: normal, mixture, flow or hurdle.",
+            show_default="no",
+        ),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that fit models at the same time.")] = 1,
     out: Annotated[
         str | None, typer.Option(help="Folder for the results.", metavar="PATH", show_default="probae-compare/DATA")
@@ -98,9 +105,12 @@ def compare(
     from probae.data import datasets
     from probae.storage.folders import preparing
     from probae.storage.results import KIND, Results, checksum_of
+    from probae.transforms.expost import KINDS
 
     if compile not in COMPILE:
         raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
+    if expost_prior is not None:
+        one_of("--expost-prior", expost_prior, KINDS)
     console = Console(markup=False, highlight=False)
     loaded = datasets.load(data, seed=seed, missing=missing)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
@@ -109,12 +119,13 @@ def compare(
     test = subset(loaded.test, test_rows, seed)
     held = test if not lineup.conditions(chosen) else (test, subset(lineup.labels_of(loaded), test_rows, seed))
     settings: dict[str, Any] = {"latents": latents, "steps": steps, "test_rows": test_rows, "particles": particles}
-    settings |= {"seed": seed, "compile": compile, "missing": missing}
+    settings |= {"seed": seed, "compile": compile, "missing": missing, "expost_prior": expost_prior}
     whole = checksum_of((loaded.train, loaded.validation, loaded.test))
     run = {"data": loaded.name, "checksum of the data": whole, "models": chosen, **settings}
     with preparing(folder, KIND) as place:
         results = Results(folder, run, loaded.files, force)
-        results.require_free(written_names(chosen, loaded.image_shape is not None))
+        priors = [] if expost_prior is None else [lineup.named_with_prior(name).replace(" ", "_") for name in chosen]
+        results.require_free(written_names([*chosen, *priors], loaded.image_shape is not None))
         console.print(in_print(f"{loaded.name}: {loaded.description}"))
         console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n")
 
@@ -124,6 +135,10 @@ def compare(
         for name, model, took in lineup.train_all(chosen, *how, progress=sys.stderr.isatty()):
             fitted[name], seconds[name] = model, took
             console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
+        if expost_prior is not None:
+            for name, model, took in list(lineup.with_priors(fitted, loaded, expost_prior, seed)):
+                fitted[name], seconds[name] = model, took
+                console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
         result = comparison.compare(
             fitted, held, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
         )

@@ -1,5 +1,5 @@
 """Posterior heads: q(z | x) at an encoder's output; a likelihood head of latents is one too."""
 
-from probae.heads.posteriors import Point, named
+from probae.heads.posteriors import BatchTopK, Gated, JumpReLU, Point, Sigmoid, TopK, named
 
-__all__ = ["Point", "named"]
+__all__ = ["BatchTopK", "Gated", "JumpReLU", "Point", "Sigmoid", "TopK", "named"]

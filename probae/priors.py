@@ -1,5 +1,5 @@
 """Priors: modules whose call gives p(z)."""
 
-from probae.heads.priors import Exponential, Flat, Laplace, Normal, Prior, StudentT
+from probae.heads.priors import Exponential, Flat, Horseshoe, Laplace, Mixture, Normal, Prior, StudentT, VampPrior
 
-__all__ = ["Exponential", "Flat", "Laplace", "Normal", "Prior", "StudentT"]
+__all__ = ["Exponential", "Flat", "Horseshoe", "Laplace", "Mixture", "Normal", "Prior", "StudentT", "VampPrior"]

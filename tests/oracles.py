@@ -239,6 +239,20 @@ def kalman_filter(x, step, process, noise, there):
     return total
 
 
+# -- what a model makes of data --------------------------------------------------------------------------------------
+
+
+def codes_by_site(model, x):
+    """The codes of each latent, of models with one of them too."""
+    found = probae.encode(model, x)
+    return found if isinstance(found, dict) else {"z": found}
+
+
+def codes(model, x):
+    """The codes of all latents, side by side (N, L)."""
+    return torch.cat([code.flatten(1) for code in codes_by_site(model, x).values()], 1)
+
+
 # -- Pyro's own losses ---------------------------------------------------------------------------------------------
 
 

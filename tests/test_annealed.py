@@ -164,7 +164,7 @@ def test_a_trajectory_without_finite_numbers_is_rejected():
 
 
 @pytest.mark.parametrize(("kind", "latents"), [(probae.PPCA, 2), (probae.FactorAnalysis, 2), (probae.PPCA, 10)])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_estimates_of_p_are_unbiased_and_markovs_inequality_holds(kind, latents):
     model = linear_gaussian(kind, 12, latents)
     x = copies(probae.sample(model, 2, seed=3), 500)
@@ -216,6 +216,7 @@ def test_an_exact_guide_gives_chains_of_one_weight():
         assert evidence.reliable.all()
 
 
+@pytest.mark.slow
 def test_a_start_at_another_guide_is_unbiased_too():
     model = probae.VAE(3, 2, None, likelihood=likelihoods.Normal(scale=0.7), seed=0).double()
     x = copies(normal(1, 3), 800)
@@ -226,7 +227,7 @@ def test_a_start_at_another_guide_is_unbiased_too():
 
 
 @pytest.mark.parametrize("schedule", schedules.SCHEDULES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_every_schedule_is_unbiased(schedule):
     model = linear_gaussian()
     x = copies(probae.sample(model, 1, seed=3), 600)
@@ -235,7 +236,7 @@ def test_every_schedule_is_unbiased(schedule):
 
 
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_schedule_rises_from_zero_to_one(kind):
     model = linear_gaussian()
     annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(schedule=kind, chains=4), 0, "flat")

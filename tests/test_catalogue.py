@@ -48,6 +48,7 @@ def test_it_is_trained_evaluated_and_diagnosed(trained):
     assert probae.diagnose(model, data, particles=50).active_units.keys() == {"cluster", "code"}
 
 
+@pytest.mark.sample(1)
 def test_evidence_is_the_sum_over_clusters_of_integrals_over_codes(trained):
     """Against quadrature on a grid, within 4 standard errors where these are reliable."""
     model, (x, y), _ = trained
@@ -107,6 +108,7 @@ def test_it_is_saved_and_loaded_with_its_signature(trained, tmp_path):
     assert torch.equal(*values)
 
 
+@pytest.mark.slow
 def test_it_is_bounded_from_both_sides(trained):
     model, data, _ = trained
     bounds = probae.sandwich(model, n=4, like=data, chains=4, distributions=100)

@@ -310,7 +310,25 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_pa
     assert tables[0]["log_evidence"]["ppca"] == read(folder)["log_evidence"]["ppca"]
 
 
-@pytest.mark.sample(2)
+def test_a_flat_prior_is_evaluated_with_one_fitted_to_its_codes_if_asked(tmp_path):
+    x = np.random.default_rng(0).normal(size=(80, 3)) @ np.random.default_rng(1).normal(size=(3, 5))
+    np.save(tmp_path / "x.npy", x + 0.3 * np.random.default_rng(2).normal(size=x.shape))
+    given = ["--data", tmp_path / "x.npy", "--models", "ppca,linear_autoencoder", *QUICK, "--out", tmp_path / "out"]
+    code, _, err = command("compare", *given, "--expost-prior", "normal")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "out" / "table.csv", index_col="model")
+    name = "linear_autoencoder with ex-post prior"
+    assert math.isnan(table["log_evidence"]["linear_autoencoder"])
+    assert math.isfinite(table["log_evidence"][name])
+    assert "ppca with ex-post prior" not in table.index
+    loaded = probae.load(tmp_path / "out" / "models" / name.replace(" ", "_"))
+    assert loaded.label == "decoder + ex-post prior"
+    code, _, err = command("compare", *given, "--expost-prior", "flat")
+    assert code != 0
+    assert "--expost-prior: expected one of" in err
+
+
+@pytest.mark.sample(1)
 def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, monkeypatch):
     _, file, _, _ = job
     monkeypatch.chdir(tmp_path)
@@ -491,6 +509,7 @@ def runs(file, folder, *arguments):
     return read(folder / "out")
 
 
+@pytest.mark.slow
 def test_counts_whose_largest_is_in_the_test_rows_alone_are_compared(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.poisson(3.0, (60, 4))

@@ -254,7 +254,7 @@ def test_a_point_guide_under_a_proper_prior_has_no_evidence_by_its_own_weights()
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, x), lambda x: {"x": x, "y": x}])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_models_without_evidence_alone_are_listed_for_every_form_of_batch(wrap):
     class Copy:
         def model(self, x, y=None):

@@ -406,7 +406,7 @@ def test_masks_of_different_shapes_in_model_and_guide(model_each, guide_each):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_mask_far_beyond_the_first_rows_counts_too(how):
     count, row = 6000, 5000
     x = torch.linspace(-4.0, 5.0, count)
@@ -522,6 +522,7 @@ def test_padded_state_space_sequences_have_the_density_of_what_is_observed(how):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sample(2)
 def test_padded_sequences_under_a_guide_without_masks(method):
     x, there = padded_sequences()
     truth = oracles.kalman_filter(x, STEP, PROCESS, NOISE, there)
@@ -845,7 +846,7 @@ def test_a_state_marked_sequential_trains_by_its_sum_or_not_at_all():
 
 @pytest.mark.parametrize("how", ["parallel", "sequential"])
 @pytest.mark.parametrize("method", ["elbo", "iwae", "refined", "auto"])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_states_are_summed_however_they_are_marked(how, method):
     truth = np.log(0.7 * stats.norm.pdf(X, 0, math.sqrt(2)) + 0.3 * stats.norm.pdf(X, 3, math.sqrt(2)))
     node, weight = oracles.panels(np.linspace(-12, 12, 49))
@@ -983,6 +984,7 @@ def test_a_site_observed_in_the_guide_counts_as_pyro_counts_it():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sample(2)
 def test_a_site_observed_in_the_guide_is_no_density_of_a_latent(method):
     both, truth = outcomes()
     right_or_refused(lambda: evidence(outcome_model, outcome_guide, both, method), truth)

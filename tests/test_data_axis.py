@@ -256,7 +256,7 @@ def wordings(without=()):
 
 
 @wordings()
-@pytest.mark.sample(15)
+@pytest.mark.sample(6)
 def test_the_loss_is_the_same_in_every_wording(name):
     x, (model, guide) = data(), WORDINGS[name]()
     same_loss(model, guide, x, -truth_of(name, x).mean(), particles=1, nesting=2)
@@ -264,7 +264,7 @@ def test_the_loss_is_the_same_in_every_wording(name):
 
 @wordings()
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 12])
-@pytest.mark.sample(36)
+@pytest.mark.sample(12)
 def test_the_weights_are_log_p_in_every_wording(name, count):
     """Two features, and numbers of rows that a trial run may take for another axis."""
     x, (model, guide) = data(count), WORDINGS[name]()
@@ -536,7 +536,7 @@ def has_pyros_loss(model, guide, batch, analytic_kl=True, size=None):
 
 
 @autoguides
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 def test_an_autoguide_over_latents_of_each_datum_has_pyros_loss(kind):
     torch.manual_seed(0)
     has_pyros_loss(scalar_story, AUTOGUIDES[kind](scalar_story), data(15, 1)[:, 0])
@@ -568,6 +568,7 @@ def test_an_autoguide_over_latents_of_each_datum_in_minibatches(kind):
 
 @autoguides
 @pytest.mark.parametrize("rows", [1, 6, 20])
+@pytest.mark.sample(8)
 def test_an_autoguide_of_other_rows_is_no_guide_of_these(kind, rows):
     x, other = data(12, 1)[:, 0], 3 + data(rows, 1)[:, 0]
     pair = probae.Pair(scalar_story, AUTOGUIDES[kind](scalar_story))
@@ -594,6 +595,7 @@ def test_a_point_autoguide_over_latents_of_each_datum():
     trained_in_minibatches(probae.Pair(scalar_story, auto.AutoDelta(scalar_story)), x, scalar_truth(x))
 
 
+@pytest.mark.slow
 def test_a_laplace_autoguide_over_latents_of_each_datum():
     """Before it is turned into a Normal it is a point: an objective, and no weights."""
     x = data(12, 1)[:, 0]

@@ -363,6 +363,17 @@ def test_bfi_keeps_complete_cases_as_counts_from_zero(tmp_path):
     assert "complete cases" in data.description
 
 
+def test_law_school_answers_are_bits_of_named_items(tmp_path):
+    rows = [f"{n},{n % 2},{n % 3 // 2},1,0,{n // 500}" for n in range(1_000)]
+    write_csv(tmp_path / "item_response/lsat7.csv", "\n".join(["rownames,Q1,Q2,Q3,Q4,Q5", *rows]))
+    data = load("lsat7", root=tmp_path)
+    assert (data.kind, data.feature_names) == ("binary", ("Q1", "Q2", "Q3", "Q4", "Q5"))
+    assert np.concatenate((data.train, data.validation, data.test)).sum(0).tolist() == [500, 333, 1_000, 0, 500]
+    write_csv(tmp_path / "item_response/lsat7.csv", "\n".join(["rownames,Q1,Q2,Q3,Q4,Q5", *rows[:-1], "999,2,0,1,0,1"]))
+    with pytest.raises(ValueError, match=r"lsat7\.csv: expected answers 0 or 1"):
+        load("lsat7", root=tmp_path)
+
+
 @pytest.mark.parametrize("wrong", [{"complete": 2_400}, {"highest": 9}])
 def test_wrong_bfi_is_named(wrong, tmp_path):
     write_csv(tmp_path / "psychometrics/bfi.csv", answers(**wrong))
@@ -673,6 +684,8 @@ PINS = {
     "oil_flow": (2683190104, 809285905, 1609337184),
     "holzinger_swineford": (2466860484, 796255878, 3192042693),
     "bfi": (1002899009, 1338892558, 645969280),
+    "lsat6": (183011433, 3221098239, 2920276277),
+    "lsat7": (1258145300, 1100984890, 201773413),
     "bsds300": (3421816722, 910301920, 300407019),
 }
 

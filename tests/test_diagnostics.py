@@ -450,6 +450,7 @@ def test_discrete_latents(kind):
         assert apart.amortisation is apart.approximation is None
 
 
+@pytest.mark.slow
 def test_batches_of_several_arrays_and_plates_of_their_own():
     def model(y, x):
         with pyro.plate("latents", 3, dim=-2):
@@ -651,7 +652,7 @@ class Tractable(MeanField):
 
 
 @pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.25, 1.0), (0.0, 0.6), (-0.3, 1.5)])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_the_gaps_are_the_known_ones(shift, stretch):
     model, x, _ = rotated(count=200)
     gaps = probae.diagnose(Tractable(model, shift, stretch), x, particles=500, gaps=True).gaps

@@ -30,6 +30,7 @@ def ppca():
         ("auto", {}, Auto()),
     ],
 )
+@pytest.mark.sample(2)
 def test_a_name_with_options_is_the_object(ppca, name, options, estimator):
     by_name = probae.log_evidence(ppca, X, name, seed=3, compile=False, **options)
     by_object = probae.log_evidence(ppca, X, estimator, seed=3, compile=False)

@@ -596,6 +596,7 @@ def test_a_point_by_any_name_is_a_point(point):
         probae.log_evidence(blind, x, method="iwae")
 
 
+@pytest.mark.slow
 def test_what_is_replaced_after_an_evaluation_counts_from_then_on():
     """A prior, a guide or a head given to a model later: nothing of the old one may be remembered."""
     x = torch.zeros(4, 3)
@@ -786,7 +787,7 @@ def test_dropout_is_off_while_evaluating():
 
 
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_chunks_change_the_draws_and_nothing_else(memory):
     model, x = linear_gaussian(probae.FactorAnalysis)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)

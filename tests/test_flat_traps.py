@@ -379,7 +379,7 @@ def test_what_a_callback_changes_is_seen(name):
 
 @pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_what_a_callback_changes_is_seen_by_whole_steps(name):
     close(changing(name))
 
@@ -606,7 +606,7 @@ MODIFYING = {
 
 
 @pytest.mark.parametrize("name", MODIFYING)
-@pytest.mark.sample(11)
+@pytest.mark.sample(4)
 def test_programs_that_modify_something_while_they_run_are_refused_and_run_as_often_as_eager_ones(name):
     case, named = MODIFYING[name]
     flat = same_bits(case)
@@ -649,7 +649,7 @@ READING = {
 
 
 @pytest.mark.parametrize("name", READING)
-@pytest.mark.sample(6)
+@pytest.mark.sample(2)
 def test_programs_that_read_values_are_refused(name):
     case, named = READING[name]
     flat = same_bits(case)
@@ -686,7 +686,7 @@ EITHER = {
 
 
 @pytest.mark.parametrize("case", cases(EITHER))
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_other_programs_have_the_same_bits_traced_or_not(case):
     same_bits(case)
 
@@ -759,7 +759,7 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("case", cases(GRADIENTS))
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_gradients_as_they_lie_in_memory(case):
     same_bits(case)
 
@@ -769,7 +769,7 @@ OF_WHOLE_STEPS = ["expanded", "expanded, clipped", "one for two, clipped", "tied
 
 @pytest.mark.parametrize("name", OF_WHOLE_STEPS)
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_gradients_of_whole_steps(name):
     close(GRADIENTS[name])
 
@@ -1255,14 +1255,14 @@ OPTIMIZING = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZING)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_optimizers_and_schedules(name):
     assert same_bits(OPTIMIZING[name]).ran[-1] == "flat"
 
 
 @pytest.mark.parametrize("case", cases(OPTIMIZING | {"ragged batches": ragged_batches}))
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_optimizers_and_schedules_of_whole_steps(case):
     close(case)
 
@@ -1341,7 +1341,7 @@ def test_an_error_in_a_callback_comes_through(way):
 
 @pytest.mark.parametrize("how", ["interrupted", "callback", "patience"])
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_runs_that_end_early_end_alike(how):
     def stop(run):
         if len(run.records) == 2 and how == "interrupted":

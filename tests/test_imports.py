@@ -134,10 +134,22 @@ def rooms(path):
 
 # from the ground up: a room imports its own files and those of rooms that stand before it, lazily or not
 ROOMS = (
-    *("arguments", "batches", "runtime", "recipe", "tracing", "export", "data", "graphs", "heads", "linear_gaussian"),
+    *("arguments", "batches", "runtime", "recipe", "tracing", "export", "data", "graphs", "heads"),
+    *("linear_gaussian", "mixtures"),  # solvers
     *("missing", "datasets", "likelihoods", "priors", "posteriors", "nn", "corruption", "figures"),  # what users know
-    *("programs", "objectives", "pair", "adapter", "evidence", "transforms", "models", "storage", "training"),
-    *("diagnostics", "comparison", "cli"),
+    *(
+        "programs",
+        "objectives",
+        "pair",
+        "adapter",
+        "evidence",
+        "transforms",
+        "geometry",
+        "models",
+        "storage",
+        "training",
+    ),
+    *("diagnostics", "comparison", "sklearn", "cli"),
 )
 
 

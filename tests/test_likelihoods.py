@@ -2,11 +2,13 @@
 
 import math
 
+import mpmath
 import numpy as np
 import oracles
 import pytest
 import torch
 from scipy import integrate, stats
+from scipy.special import logsumexp
 
 import probae
 from probae.heads import likelihoods, posteriors, priors
@@ -403,7 +405,15 @@ PRIORS = {
     "exponential": (priors.Exponential(3, rate=RATE), lambda z: math.log(RATE) - RATE * z),
     "student_t": (priors.StudentT(3, rate=RATE, df=4.5), lambda z: stats.t.logpdf(z, 4.5, scale=1 / RATE)),
     "student_t of 3": (priors.StudentT(3), lambda z: stats.t.logpdf(z, 3)),
+    "horseshoe": (priors.Horseshoe(3, rate=RATE), np.vectorize(lambda z: horseshoe(z, 1 / RATE))),
 }
+
+
+def horseshoe(z, scale):
+    """log ∫ N(z; 0, (scale s)²) (2 / π) / (1 + s²) ds, s > 0, by quadrature in log s."""
+    s = np.exp(np.linspace(-40, 40, 4001))
+    terms = stats.norm.logpdf(z, 0, scale * s) + stats.halfcauchy.logpdf(s) + np.log(s)
+    return logsumexp(terms) + math.log(0.02)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -423,7 +433,7 @@ def test_the_flat_prior_adds_nothing():
     assert priors.Flat(3)().log_prob(z).tolist() == [0.0] * 5
 
 
-@pytest.mark.parametrize("kind", [priors.Laplace, priors.Exponential, priors.StudentT])
+@pytest.mark.parametrize("kind", [priors.Laplace, priors.Exponential, priors.StudentT, priors.Horseshoe])
 def test_a_rate_is_given_or_learned(kind):
     assert list(kind(2, rate=3.0).parameters()) == []
     learned = kind(2, rate=3.0, learned=True)
@@ -434,6 +444,27 @@ def test_a_rate_is_given_or_learned(kind):
             kind(2, rate=rate)
     with pytest.raises(ValueError, match="latents"):
         kind(0)
+
+
+def test_the_horseshoe_is_exact_from_its_pole_to_its_tails_and_draws_what_it_says():
+    law = priors.Horseshoe(1).double()()
+    z = torch.tensor([[1e-150], [1e-8], [0.3], [1.4], [1.5], [30.0], [1e8]], **float64, requires_grad=True)
+    found = law.log_prob(z)
+    with mpmath.workdps(30):
+        t = [mpmath.mpf(v.item()) ** 2 / 2 for v in z]
+        expected = [mpmath.log(mpmath.exp(v) * mpmath.e1(v) / mpmath.sqrt(2 * mpmath.pi**3)) for v in t[:-1]]
+        expected.append(-mpmath.log(t[-1] * mpmath.sqrt(2 * mpmath.pi**3)))
+        slopes = [1 - mpmath.exp(-v) / (v * mpmath.e1(v)) for v in t[:-1]]
+    assert np.abs(found.detach().numpy() - np.array(expected, float)).max() < 1e-12
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+    np.testing.assert_allclose(gradient[:-1, 0], np.array(slopes, float) * z[:-1, 0].detach().numpy(), rtol=1e-9)
+    assert torch.isfinite(law.log_prob(torch.zeros(1, **float64)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = law.sample((4000,))[:, 0].abs().sort().values
+    grid = np.exp(np.linspace(-30, math.log(3.0), 2001))
+    mass = 2 * np.trapezoid(grid * law.log_prob(torch.as_tensor(grid)[:, None]).exp().numpy(), np.log(grid))
+    assert abs(float((draws < 3.0).double().mean()) - mass) < 4 * math.sqrt(mass * (1 - mass) / 4000)
 
 
 def test_degrees_of_freedom_are_positive():

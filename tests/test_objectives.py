@@ -244,7 +244,7 @@ def test_iwae_refuses_latents_that_all_data_share():
 
 @pytest.mark.parametrize("data_dim", [-1, -2])
 @pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_dreg_with_a_feature_plate_beside_the_data_plate(data_dim, particles):
     """x_nd ~ N(z_nd, 1): in a plate of features on either side, the same as an event of them."""
     grid = (lambda x: x) if data_dim == -2 else (lambda x: x.mT)
@@ -348,7 +348,7 @@ def test_kl_of_two_latents_against_brute_force(order):
         (IWAE(3, corruption=Gaussian(1.0)), IWAE(3, "dreg", corruption=Gaussian(1.0))),
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_gradients_of_two_latents_that_depend_on_each_other_are_unbiased(order, plain, other):
     pair, x = as_pair(Chain(order)), f64([[0.5]]).expand(300, 1)
     assert unbiased(gradients(other, pair, x), gradients(plain, pair, x, seed=1))
@@ -436,7 +436,7 @@ class Shift(Corruption):
 
 
 @pytest.mark.parametrize(("particles", "infer"), [(1, None), (3, None), (1, "parallel"), (3, "parallel")])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_discrete_latents_at_corrupted_data_against_enumeration(particles, infer):
     class Flat(Binary):
         """Without event axes, so that Pyro can sum the latents out."""
@@ -484,6 +484,7 @@ def test_reconstruction_of_discrete_latents_has_the_score_function_gradient():
         assert unbiased(draws, -torch.cat(torch.autograd.grad(exact, parameters, retain_graph=True)))
 
 
+@pytest.mark.slow
 def test_a_discrete_latent_that_all_data_share():
     """The score of a global draw earns the mean over data plus its own divergence over the size."""
     q, size = nn.Parameter(f64(0.3)), 40

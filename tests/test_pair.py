@@ -463,7 +463,7 @@ class Module(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Plain, PlainParameter, PlainParam, Module])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_any_object_with_model_and_guide_is_trained_and_stays_so(kind):
     thing, x = kind(), data(100).float()
     before = probae.log_evidence(thing, x, "elbo").mean
@@ -483,7 +483,7 @@ def test_a_bare_parameter_of_a_plain_class_moves():
 
 
 @pytest.mark.parametrize("auto", [AutoNormal, AutoDelta, AutoMultivariateNormal])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_autoguides_of_global_latents(auto):
     """Bayesian linear regression with known noise: the posterior mean is known."""
 

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import codes_by_site
 from scipy import special, stats
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -318,7 +319,7 @@ def real(name):
 
 @pytest.mark.parametrize("name", [n for n in probae.models.names("real") if n not in {"ppca", "factor_analysis"}])
 @pytest.mark.parametrize("of", ["digits", "breast_cancer", "wine"])
-@pytest.mark.sample(9)
+@pytest.mark.sample(4)
 def test_a_float32_model_has_the_log_p_of_the_same_model_in_float64(name, of):
     x = real(of)
     torch.manual_seed(0)
@@ -326,13 +327,12 @@ def test_a_float32_model_has_the_log_p_of_the_same_model_in_float64(name, of):
     probae.fit(model, x, steps=30, lr=0.01, progress=False)
     double, sizes = copy.deepcopy(model).double(), []
     with torch.no_grad():
-        z = model.posterior(model.as_batch(x)).mean
-        for one, code in ((model, z), (double, z.double())):
-            sizes.append(one.likelihood(code).log_prob(one.as_batch(x)).double())
+        codes = codes_by_site(model, x)
+        for one in (model, double):
+            values = {site: code.to(one.dtype) for site, code in codes.items()}
+            sizes.append(one.replay(one.as_batch(x), values, 1).likelihood().local[0].double())
     # a sum of D terms, each rounded, and the residuals' rounding from matrix products of so many terms
-    spread = (
-        (double.likelihood(z.double()).log_prob(double.as_batch(x)).abs() + x.shape[1]) * 64 * EPS * x.shape[1] ** 0.5
-    )
+    spread = (sizes[1].abs() + x.shape[1]) * 64 * EPS * x.shape[1] ** 0.5
     assert ((sizes[0] - sizes[1]).abs() <= spread).all()
 
 

@@ -37,6 +37,8 @@ LAYERS = {
     "vae": lambda d, k: probae.VAE(d, k, ()),
     "predicted scale": lambda d, k: probae.VAE(d, k, (), likelihood=probae.likelihoods.Normal("predicted")),
     "rectified": lambda d, k: probae.SparseAutoencoder(d, k, prior="exponential"),
+    "tied": lambda d, k: probae.Autoencoder(d, k, (5,), activation="tanh", tied=True),
+    "sigmoid": lambda d, k: make("contractive_autoencoder", d, k),
     "ppca": probae.PPCA,
     "factor analysis": probae.FactorAnalysis,
 }
@@ -63,8 +65,8 @@ def test_the_deep_model_is_the_composition_of_its_layers(kind):
 def test_any_shallow_row_of_the_catalogue_is_a_layer_or_is_refused(name):
     x = data(dtype=torch.float32)
     row = make(name, Schema((D,)), 3)
-    if not isinstance(row, Amortised | LinearGaussian):
-        with pytest.raises(TypeError, match="layer: expected a model with an encoder and a decoder"):
+    if not isinstance(row, Amortised | LinearGaussian) or row.signature(x).latents != ("z",):
+        with pytest.raises(TypeError, match=r"layer: expected a model (with an encoder|whose codes are)"):
             probae.pretrain(x, (3, 2), layer=name, **QUICK)
         return
     deep = probae.pretrain(x, (3, 2), layer=name, **QUICK)
@@ -123,6 +125,7 @@ def test_counts_gaps_and_more_latents_than_features():
         ({"model": "ppca"}, TypeError, "model: expected one that takes an encoder"),
         ({"model": functools.partial(probae.VAE, likelihood=probae.likelihoods.Laplace())}, ValueError, "agree in the"),
         ({"activation": "sine"}, ValueError, "activation"),
+        ({"model": "contractive_autoencoder"}, ValueError, "the innermost codes of the layers are linear"),
         ({"latents": (2 * D,)}, ValueError, "fewer latents than features"),
     ],
 )

@@ -362,6 +362,7 @@ def test_what_fails_in_one_process_ends_all(told, name):
     assert FAILURES[name][1] in second
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_process_is_told_by_all_with_its_rows(told):
     first, second = (found["no number"] for found in told)
     assert first.startswith(

@@ -765,7 +765,7 @@ class Rows(Dataset):
 
 @pytest.mark.parametrize("particles", [1, 3])
 @cases()
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
     program = make(name)
     pair = program.pair()
@@ -779,7 +779,7 @@ def test_the_loss_is_pyros_over_the_size_of_the_data(name, particles):
 
 # of a score-function gradient there are several: Pyro leaves out a term of mean zero that probae keeps
 @cases(without=["ss-vae unlabelled, sized, sampled"])
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_training_takes_the_steps_of_svi(name):
     program = make(name)
     pair = program.pair()
@@ -799,7 +799,7 @@ def test_training_takes_the_steps_of_svi(name):
 
 
 @cases()
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_fit_trains_the_programs_and_leaves_pyros_store_alone(name):
     program = make(name)
     pair = program.pair()
@@ -853,7 +853,7 @@ def test_a_flat_graph_takes_the_same_steps(name):
 
 
 @cases()
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_two_fits_do_not_see_each_other(name):
     programs = make(name), make(name)
     first, second = pairs = [program.pair() for program in programs]
@@ -927,7 +927,7 @@ def test_evidence_follows_from_the_weights_of_pyros_traces(name):
 
 
 @cases(without=["mixture of parameters"])
-@pytest.mark.sample(16)
+@pytest.mark.sample(6)
 def test_codes_are_the_centres_of_the_guide(name):
     program = make(name)
     pair = program.pair()
@@ -940,6 +940,7 @@ def test_codes_are_the_centres_of_the_guide(name):
 @cases(
     without=[name for name in PROGRAMS if name.startswith(("mixture", "logistic"))],
 )
+@pytest.mark.sample(6)
 def test_reconstructions_are_means_at_the_codes(name):
     program = make(name)
     pair = program.pair()
@@ -950,6 +951,7 @@ def test_reconstructions_are_means_at_the_codes(name):
 
 
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])
+@pytest.mark.sample(8)
 def test_samples_have_the_form_of_the_observed_sites(name):
     program = make(name)
     pair = program.pair()
@@ -977,7 +979,7 @@ def sites(drawn):
 
 
 @cases(without=["logistic, 4 of 40", "logistic, 10 of 40"])
-@pytest.mark.sample(7)
+@pytest.mark.sample(3)
 def test_validation_watches_a_bound(name):
     program = make(name)
     run = probae.fit(

@@ -200,6 +200,7 @@ def log_prior(kind):
 
 @pytest.mark.parametrize("include_prior", [True, False])
 @pytest.mark.parametrize("kind", HMMS)
+@pytest.mark.sample(3)
 def test_hidden_markov_models_have_pyros_loss(kind, include_prior):
     """Point values of all that is shared, everything else summed out: nothing is left to chance."""
     notes, lengths = songs()
@@ -718,6 +719,7 @@ def points():
     return torch.randn(POINTS, 2) + torch.tensor([[-2.0, 0.0], [2.0, 1.0]]).repeat(POINTS // 2, 1)
 
 
+@pytest.mark.slow
 def test_a_dirichlet_process_trains_on_all_points():
     x = points()
     theirs, error = oracles.pyros_losses(process, process_guide, x, particles=1, repeats=150)
@@ -785,7 +787,7 @@ def test_causal_effects_train_by_pyros_loss():
 
 
 @pytest.mark.parametrize("method", ["elbo", "iwae", "refined", "auto"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_causal_effects_are_evaluated_or_refused(method):
     """log p(x, t, y) by draws of the two confounders' prior."""
     model, guide = effects()
@@ -828,6 +830,7 @@ class FirstVAE(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.slow
 def test_the_first_autoencoder_takes_svis_steps_on_grey_pixels():
     x = torch.rand(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theirs, ours = FirstVAE(), FirstVAE()

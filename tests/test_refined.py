@@ -208,6 +208,7 @@ def sparse(prior, latents=2, features=3, rate=1.7, scale=0.6, posterior="point")
 
 
 @pytest.mark.parametrize("posterior", ["point", "laplace"])
+@pytest.mark.sample(1)
 def test_laplace_codes_reach_the_closed_form(posterior):
     model, columns, bias = sparse("laplace", posterior=posterior)
     x = normal(5, 3, seed=2)
@@ -215,6 +216,7 @@ def test_laplace_codes_reach_the_closed_form(posterior):
     assert_within(refined(model, x, particles=20_000), truth)
 
 
+@pytest.mark.slow
 def test_a_direction_that_the_data_leave_alone_has_the_priors_tails():
     """No Gaussian has bounded weights there; the defence has."""
     model, columns, bias = sparse("laplace", rate=1.0, scale=50.0)
@@ -228,6 +230,7 @@ def test_a_direction_that_the_data_leave_alone_has_the_priors_tails():
 
 
 @pytest.mark.parametrize("prior", ["student_t", "exponential"])
+@pytest.mark.sample(1)
 def test_other_sparse_codes_reach_the_integral(prior):
     """Exponential codes start at the ReLU's zeros, on the edge of their support."""
     model, columns, bias = sparse(prior, latents=1)
@@ -431,6 +434,7 @@ def test_the_same_seed_gives_the_same_bits_and_others_do_not():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_what_is_reported_does_not_depend_on_how_many_steps_drew_before():
     """Fresh draws: two guides that end alike get the same noise, whatever came before."""
     model, x = linear_gaussian()

@@ -248,7 +248,7 @@ def test_a_refined_guide_in_one_of_two_modes_is_not_reliable(method):
         ("ais", {"chains": 8, "distributions": 10, "leapfrog": 2}),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_the_lower_bound_holds_with_its_confidence(method, options):
     """A guide of tail index 0.9: the bound exceeds log p(x) in at most a share α of the runs, to 4 standard errors."""
     evidence = probae.log_evidence(gaussian(0.9), copies(0.5, 2_000), method, **options)
@@ -396,7 +396,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-@pytest.mark.sample(2)
+@pytest.mark.slow
 def test_a_transformed_prior_has_the_coordinates_of_its_base(name):
     """log p(x) by quadrature over the base's quantiles."""
     start, parts = MOVED[name]
@@ -507,6 +507,7 @@ def test_a_flow_for_a_prior_is_refined_and_annealed():
         assert (np.abs(evidence.values.numpy() - truth) < 4.5 * evidence.mc_stderr.numpy() + 1e-3).all()
 
 
+@pytest.mark.slow
 def test_a_point_autoguide_starts_guides_of_each_datums_own():
     def model(x):
         with pyro.plate("data", len(x), dim=-1):

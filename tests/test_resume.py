@@ -186,7 +186,7 @@ def made(options):
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_what_decides_the_bits_is_told_apart_by_name(name, tmp_path):
     first, second, words = DIFFERENCES[name]
     fit(tmp_path, **made(first))
@@ -217,7 +217,7 @@ def test_all_differences_are_in_one_message(tmp_path):
     ],
     ids=["steps", "every", "callbacks", "initial values", "flat", "progress"],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_what_decides_no_bits_may_change(change, tmp_path):
     fit(tmp_path)
     whole = probae.fit(vae(), data(), **{**BASE, "steps": change.get("steps", 20)})
@@ -225,6 +225,7 @@ def test_what_decides_no_bits_may_change(change, tmp_path):
 
 
 @pytest.mark.parametrize("make", [vae, Own, functions], ids=["ours", "a module", "functions"])
+@pytest.mark.sample(1)
 def test_the_very_object_that_was_trained_goes_on(make, tmp_path):
     model, whole = make(), make()
     fit(tmp_path, model)
@@ -358,7 +359,7 @@ def test_a_schedule_goes_on_as_it_would_have(scheduler, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Adagrad", "ASGD", "NAdam", "RMSprop", "Rprop", "Adafactor"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_any_optimizer_goes_on_as_it_would_have(name, tmp_path):
     def optimizer(groups):
         return getattr(torch.optim, name)(groups, lr=0.01)
@@ -510,7 +511,7 @@ def stop(run):
 
 
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_data_with_random_streams_of_any_kind_resume_to_the_same_bits(name, tmp_path):
     options = {"steps": 21, "every": 7}
     whole = probae.fit(vae(), SAME[name](), **{**BASE, **options})

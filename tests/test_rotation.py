@@ -58,6 +58,7 @@ def rows(loadings, kaiser):
 @pytest.mark.parametrize("kaiser", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("features", "latents"), [(9, 2), (24, 5), (6, 1), (4, 4)])
+@pytest.mark.sample(4)
 def test_the_model_is_unchanged(method, kaiser, features, latents):
     weight = draw(features, latents, seed=features)
     with warnings.catch_warnings():
@@ -121,7 +122,7 @@ def test_stationary_by_automatic_differentiation(method, kaiser):
 @pytest.mark.parametrize("kaiser", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.sample(2)
+@pytest.mark.slow
 def test_brute_force_in_two_dimensions(method, seed, kaiser):
     weight = draw(8, 2, seed=seed)
     found = rotate(weight, method, kaiser=kaiser, tolerance=1e-9, starts=6, max_iterations=5_000)

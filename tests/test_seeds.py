@@ -157,7 +157,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("make", [lazy, by_numpy, autoguide])
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 def test_what_programs_make_at_their_first_run_starts_by_the_seed_of_the_call(make, call):
     found = []
     for number, seed in enumerate((0, 0, 1)):
@@ -214,7 +214,7 @@ def losses(data, seed=3, **options):
 
 
 @pytest.mark.parametrize("library", ["numpy", "python", "torch"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_data_set_gives_the_same_rows_whatever_the_workers(library):
     found = []
     for number, workers in enumerate((0, 0, 1, 2)):
@@ -228,7 +228,7 @@ def test_a_data_set_gives_the_same_rows_whatever_the_workers(library):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("library", ["numpy", "python", "torch"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_data_loader_gives_the_same_rows_twice(library, workers):
     found = []
     for number in range(2):

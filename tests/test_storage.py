@@ -197,6 +197,7 @@ def distinct(model):
 
 
 @pytest.mark.parametrize("make", [Tied, tied_after, one_network])
+@pytest.mark.sample(2)
 def test_layers_that_share_their_weights_share_them_again(make, tmp_path):
     x = data("real")
     torch.manual_seed(0)
@@ -523,7 +524,7 @@ def last_loss(model, x):
 
 
 @pytest.mark.parametrize("name", OWN)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_a_run_is_loaded_like_its_model_and_goes_on_alike(name, tmp_path):
     x = data("counts").astype("float32")
     torch.manual_seed(0)
@@ -537,6 +538,7 @@ def test_a_run_is_loaded_like_its_model_and_goes_on_alike(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["AutoNormal", "pyro.param", "partials", "around pyro.param", "lazy PyroModule"])
+@pytest.mark.sample(2)
 def test_what_was_loaded_and_not_run_is_saved_and_copied_whole(name, tmp_path):
     x = data("counts").astype("float32")
     model = OWN[name]()
@@ -631,6 +633,7 @@ def test_what_was_loaded_into_a_users_pair_can_be_fitted_on(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.sample(3)
 def test_a_users_own_model_without_into_gets_an_error_that_says_so(name, tmp_path):
     model = OWN[name]()
     value(model, data("counts").astype("float32"))
@@ -867,6 +870,7 @@ def test_a_flipped_byte_of_the_tensors_is_refused(draw, folder):
 
 
 @pytest.mark.parametrize("draw", range(30))
+@pytest.mark.slow
 def test_a_flipped_byte_of_the_json_is_refused_or_harmless(draw, folder):
     x, sound = data("counts"), probae.load(folder)
     rng, content = np.random.default_rng(draw), bytearray((folder / JSON).read_bytes())

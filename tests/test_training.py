@@ -60,6 +60,7 @@ def same(a, b):
 # -- optima that are known ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ppca_trained_by_gradients_comes_to_the_maximum_of_the_likelihood():
     x = data()
     model = seeded(probae.PPCA, D, L).double()
@@ -68,6 +69,7 @@ def test_ppca_trained_by_gradients_comes_to_the_maximum_of_the_likelihood():
     assert maximum_likelihood(x) - 0.01 < reached <= maximum_likelihood(x) + 1e-10
 
 
+@pytest.mark.slow
 def test_a_linear_vae_comes_to_ppca():
     x = data()
     model = seeded(probae.VAE, D, L, hidden=()).double()
@@ -100,6 +102,7 @@ def test_a_linear_autoencoder_spans_the_principal_subspace():
 
 
 @pytest.mark.parametrize("objective", [None, IWAE(3)])
+@pytest.mark.slow
 def test_the_best_parameters_are_kept(objective):
     """A learning rate that is far too large spoils the model after its best step."""
     x, held = data(60), data(200, seed=1)
@@ -170,6 +173,7 @@ def test_what_is_watched_is_log_p_where_it_is_known():
     assert run.history["validation"].iloc[-1] == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_patience_stops():
     x = data(60)
     model = seeded(probae.VAE, D, L, hidden=(64,)).double()
@@ -463,6 +467,7 @@ FLOW = """
 """
 
 
+@pytest.mark.slow
 def test_a_flow_of_zuko_as_a_users_posterior():
     pytest.importorskip("importlib.metadata").version("zuko")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(FLOW)], capture_output=True, text=True, check=False)

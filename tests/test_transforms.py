@@ -475,6 +475,7 @@ def test_images_are_dequantised_too():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
+@pytest.mark.sample(1)
 def test_a_users_pair_that_knows_no_particles_is_dequantised_all_the_same(rows):
     user = Plain()
     x = counts(rows, 2, high=1)

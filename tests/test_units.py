@@ -51,6 +51,7 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("name", AMORTISED)
 @pytest.mark.parametrize("power", [-40, 30])
+@pytest.mark.sample(4)
 def test_one_unit_for_all_features_moves_the_trained_objective_by_the_log_determinant(name, power):
     """A unit that is a power of two: every step of training has the same bits."""
     models, options, c = [], {}, 2.0**power
@@ -68,6 +69,7 @@ def test_one_unit_for_all_features_moves_the_trained_objective_by_the_log_determ
 @pytest.mark.parametrize("kind", ["feature", "predicted"])
 @pytest.mark.parametrize("family", [likelihoods.Normal, likelihoods.Laplace])
 @pytest.mark.parametrize("hidden", [(), (8,)])
+@pytest.mark.sample(3)
 def test_a_unit_for_each_feature_moves_log_p_by_the_log_determinant(kind, family, hidden):
     models, found = [], []
     for c in (np.ones(D), POWERS):
@@ -78,6 +80,7 @@ def test_a_unit_for_each_feature_moves_log_p_by_the_log_determinant(kind, family
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_units_that_are_no_powers_of_two_and_origins_matter_no_more_than_rounding():
     means = []
     for scale, origin in ((np.ones(D), np.zeros(D)), (ANY, np.array([3e-5, 1e6, -20.0, 5e4, 0.0]))):
@@ -87,6 +90,7 @@ def test_units_that_are_no_powers_of_two_and_origins_matter_no_more_than_roundin
     assert means[1] == pytest.approx(means[0], abs=0.02)  # 300 steps of Adam spread rounding errors
 
 
+@pytest.mark.slow
 def test_a_column_that_does_not_vary_blinds_nothing():
     """A year beside five features: a linear VAE comes to probabilistic PCA, as it does without."""
     x, held = (np.hstack([part, np.full((len(part), 1), 2015.0)]) for part in (X, HELD))

@@ -62,7 +62,7 @@ FOREIGN = {
 def test_a_file_of_the_users_is_never_overwritten_by_save(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     before = contents(tmp_path)
-    with pytest.raises(InTheWay, match=rf"{name} is in the way"):
+    with pytest.raises(InTheWay, match=rf"{name} exists"):
         probae.save(model(), tmp_path)
     assert contents(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
@@ -98,7 +98,7 @@ def test_what_has_the_name_of_the_place_where_things_are_prepared_stays(kind, tm
         place.mkdir()
         (place / "notes").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(InTheWay, match="is in the way"):
+    with pytest.raises(InTheWay, match="exists and was not written"):
         probae.save(model(), tmp_path)
     assert contents(tmp_path) == before
 
@@ -242,6 +242,7 @@ def test_another_process_waits_for_its_turn_and_is_told_when_there_is_none(tmp_p
 
 
 @unix
+@pytest.mark.slow
 def test_processes_that_save_into_one_folder_leave_a_model_that_loads(tmp_path):
     script = "import sys, probae\nfor i in range(40): probae.save(probae.PPCA(5, 2, seed=i), sys.argv[1])"
     processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]

@@ -3,5 +3,6 @@
 from probae.comparison.comparing import compare
 from probae.comparison.entry import Entry
 from probae.comparison.result import Comparison
+from probae.comparison.selection import Selection, select
 
-__all__ = ["Comparison", "Entry", "compare"]
+__all__ = ["Comparison", "Entry", "Selection", "compare", "select"]

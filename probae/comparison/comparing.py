@@ -126,7 +126,7 @@ def _named(models: Any) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, fits in models.items():
         if str(name) in found:
-            raise ValueError(f"models: two names print as {str(name)!r}")
+            raise ValueError(f"models: two models have the name {str(name)!r}")
         found[str(name)] = list(fits) if isinstance(fits, Sequence) else [fits]
         if not found[str(name)]:
             raise ValueError(f"models: the list of fits of {name!r} is empty")

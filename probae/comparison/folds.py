@@ -35,11 +35,12 @@ def held_out(
     seed: int,
     bar: Any,
     notes: list[str],
+    baselines: bool = True,
 ) -> list[Entry]:
     """An entry for each name and baseline, with the evidence of every datum by the fit that had not seen it.
 
-    ``estimator`` is for the models, ``direct`` for baselines. ``notes`` takes a sentence for each baseline that is left
-    out, since it cannot be fitted to all folds.
+    ``estimator`` is for the models, ``direct`` for ``baselines``, where there are to be any. ``notes`` takes a sentence for
+    each that is left out, since it cannot be fitted to all folds.
     """
     batch = as_batch(x)
     if not 2 <= folds <= length(batch):
@@ -58,7 +59,7 @@ def held_out(
             entries.append(evaluated(name, [function(train) for function in functions], test, False, estimator, at))
             bar.update()
         require_one_measure((entry.name, entry.measure) for entry in entries)
-        if isinstance(batch, Tensor) and batch.dim() == 2:
+        if baselines and isinstance(batch, Tensor) and batch.dim() == 2:
             here: list[str] = []
             mass = entries[0].measure == "mass"
             for name, model in fit_baselines(train, mass, at, batch, here).items():

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from probae.adapter import as_pair
 from probae.arguments import printable
+from probae.comparison.fits import has_maximum_likelihood
 from probae.data.datasets import Dataset
 from probae.models import CATALOGUE, Model, register
 from probae.pair import Pair
@@ -30,6 +31,7 @@ from probae.runtime.processes import require_shared_memory
 from probae.runtime.seeding import seeded
 from probae.storage import saving
 from probae.training import Run, fit
+from probae.transforms.expost import expost_prior
 
 _VALIDATION = 2000  # rows by which the best step is chosen
 
@@ -120,7 +122,7 @@ def train(
     with seeded(seed):
         pair = as_pair(CATALOGUE[name].build(data.schema, latents))
     start = time.perf_counter()
-    if hasattr(pair, "maximum_likelihood") and hasattr(getattr(pair, "inner", pair), "maximum_likelihood"):
+    if has_maximum_likelihood(pair):
         pair.maximum_likelihood(data.train)
         return pair, time.perf_counter() - start
     rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
@@ -212,6 +214,24 @@ def _train_into(
     pair, seconds = train(name, data, latents, steps, seed, compile, progress=False)
     saving.save(pair, Path(folder) / name)
     return seconds
+
+
+def with_priors(fitted: Mapping[str, Pair], data: Dataset, kind: str, seed: int) -> Iterator[tuple[str, Pair, float]]:
+    """Models whose prior is flat once more, each with a prior fitted to its codes, under a name that says so, and the seconds.
+
+    A model that conditions on labels, or has several latents, has none.
+    """
+    for name, pair in fitted.items():
+        rows = rows_for(name, data, "train")
+        signature = pair.remembered or pair.signature(pair.as_batch(rows))
+        if signature.improper and not signature.given and len(signature.latents) == 1 and pair.has("posterior"):
+            start = time.perf_counter()
+            yield named_with_prior(name), expost_prior(pair, rows, kind, seed=seed), time.perf_counter() - start
+
+
+def named_with_prior(name: str) -> str:
+    """The name of a model with an ex-post prior."""
+    return f"{name} with ex-post prior"
 
 
 def images(values: Tensor | Any, data: Dataset) -> Tensor:

@@ -59,5 +59,5 @@ def exact(pair: Pair, batch: Batch, signature: Signature) -> Evidence:
     with evaluating(pair):
         values = torch.cat([as_values(call(pair.log_marginal, rows)) for rows in rows_of(batch, _ROWS)])
     if values.isnan().any():
-        raise FloatingPointError(f"log p(x) of datum {int(values.isnan().nonzero()[0])} is no number")
+        raise FloatingPointError(f"log p(x) of datum {int(values.isnan().nonzero()[0])} is NaN")
     return Evidence(values, torch.zeros_like(values), "exact", "exact", signature.measure)

@@ -57,7 +57,7 @@ def require_marginal(pair: Pair, batch: Tensor, signature: Signature) -> None:
         raise ValueError(
             f"marginal() is not that of the model: for one datum it gives log p(x) = {claimed[n]:.4g}, and {_PARTICLES} "
             f"importance weights of model and guide give {claimed[n] + found[n]:.4g}. Correct marginal(), the model or the "
-            "guide's density, or leave marginal() away and use method='iwae'"
+            "guide's density, or remove marginal() and use method='iwae'"
         )
 
 

@@ -33,7 +33,7 @@ class Own(Estimator):
 
         Raises:
             ValueError: if the model has no such method, or its values are not one for each datum.
-            FloatingPointError: if a value is no number.
+            FloatingPointError: if a value is NaN.
         """
         method = pair.own("estimate_log_prob")
         if method is None:
@@ -48,5 +48,5 @@ class Own(Estimator):
             shape = tuple(found.values.shape) if isinstance(found, Evidence) else type(found).__name__
             raise ValueError(f"estimate_log_prob: expected log p(x) of each datum, ({length(batch)},), got {shape}")
         if found.values.isnan().any():
-            raise FloatingPointError(f"log p(x) of datum {int(found.values.isnan().nonzero()[0])} is no number")
+            raise FloatingPointError(f"log p(x) of datum {int(found.values.isnan().nonzero()[0])} is NaN")
         return replace(found, measure=signature.measure if signature.observed else found.measure)

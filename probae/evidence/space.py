@@ -233,9 +233,9 @@ class Space:
             lost = float(_at_the_edge(z, site.transform).sum()) / (_EDGE_DRAWS * length(rows))
             if lost > _EDGE_SHARE:
                 raise ValueError(
-                    f"site {name!r}: {lost:.2g} numbers of a draw from the prior lie at the edge of their support, where "
-                    f"{z.dtype} does not tell them from it, so that their density there is not known: use float64, numbers of "
-                    "another scale (their logarithm, say), or method='iwae'"
+                    f"site {name!r}: {lost:.2g} values of a draw from the prior are rounded to the edge of the support in "
+                    f"{z.dtype}. Their density there is not known. Use float64, a latent of another scale (its logarithm, "
+                    "say), or method='iwae'"
                 )
 
     def _drawn_by_guide(self, rows: Batch, discrete: list[str]) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ class Space:
             return batch, values, particles, size
         if self.signature.all_rows or self.signature.nesting > 1:
             raise ValueError(
-                "the programs take no particle axis and run on all of the data at once alone: use method='iwae'"
+                "the programs take no particle axis, and run only on all of the data at once: use method='iwae'"
             )
         rows = each(lambda leaf: leaf.repeat(particles, *(1 for _ in leaf.shape[1:])), batch)
         return rows, {name: v.flatten(0, 1) for name, v in values.items()}, 1, particles * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,23 @@ def diagnosis_figure(diagnosis: Diagnosis) -> Any:
     return figure
 
 
+def spectrum_figure(spectrum: Tensor, label: str, ax: Any = None) -> Any:
+    """Singular values (N, M), the largest first: the mean of each over the data, and the middle 80% of them."""
+    if ax is None:
+        _, ax = pyplot().subplots(figsize=(5, 3.2), layout="constrained")
+    values = spectrum.detach().double().cpu()
+    index = range(1, values.shape[1] + 1)
+    low, high = (values.quantile(share, 0) for share in (0.1, 0.9))
+    ax.fill_between(index, low, high, color=_COLOURS["model"], alpha=0.2, linewidth=0, label="middle 80% of the data")
+    ax.plot(index, values.mean(0), color=_COLOURS["model"], marker="o", markersize=3, label="mean")
+    ax.set(xlabel="rank", ylabel=label, ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return ax
+
+
 def image_rows(rows: dict[str, Tensor], title: str = "") -> Any:
     """A grid of images: a labelled row (N, H, W) of values in 0..1 for each name."""
     count = max(len(images) for images in rows.values())
@@ -127,4 +145,35 @@ def image_rows(rows: dict[str, Tensor], title: str = "") -> Any:
             spine.set_visible(False)
     if title:
         figure.suptitle(title)
+    return figure
+
+
+def dictionary_tiles(
+    columns: Tensor, shape: tuple[int, int], order: Tensor | None = None, across: int | None = None
+) -> Any:
+    """The columns of a dictionary (D, L) as tiles of H × W pixels, each on a scale of its own about 0, which is grey.
+
+    Args:
+        columns: (H W, L), as they are in pixels; filters of whitened data have to be turned back first.
+        shape: (H, W).
+        order: (L,) of numbers, firing densities say, by which tiles are sorted, largest first.
+        across: tiles in a row; about as many as there are rows, if it is not said.
+    """
+    height, width = shape
+    if columns.dim() != 2 or len(columns) != height * width:
+        raise ValueError(
+            f"columns: expected ({height * width}, L) for tiles of {height} × {width}, got {tuple(columns.shape)}"
+        )
+    tiles = columns.detach().cpu().mT
+    if order is not None:
+        tiles = tiles[order.detach().cpu().argsort(descending=True)]
+    tiles = (tiles / tiles.abs().amax(1, keepdim=True).clamp_min(1e-12)).reshape(-1, height, width)
+    across = across if across is not None else math.ceil(len(tiles) ** 0.5)
+    rows = math.ceil(len(tiles) / across)
+    padded = torch.ones(rows * across, height + 1, width + 1)
+    padded[: len(tiles), :height, :width] = tiles
+    sheet = padded.reshape(rows, across, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)[:-1, :-1]
+    figure, ax = pyplot().subplots(figsize=(0.4 * across, 0.4 * rows), layout="constrained")
+    ax.imshow(sheet.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
     return figure

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution, TransformedDistribution, constraints
 
 from probae.arguments import whole
-from probae.heads.priors import Prior
+from probae.heads.priors import MixtureLaw, Prior
 from probae.recipe import recorded
 from probae.runtime.seeding import derived, seeded
 
@@ -63,12 +63,6 @@ class NormalCodes(CodePrior):
         return self
 
 
-class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
-    """A mixture over all of R^L, which the one it is made from says in a way that no transform is known for."""
-
-    support = constraints.real_vector
-
-
 @recorded
 class MixtureCodes(CodePrior):
     """A mixture of Gaussians with full covariances."""
@@ -88,7 +82,7 @@ class MixtureCodes(CodePrior):
         """p(z), with event shape (L,)."""
         parts = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         weights = dist.Categorical(logits=self.logits, validate_args=False)
-        return _Mixture(weights, parts, validate_args=False)
+        return MixtureLaw(weights, parts, validate_args=False)
 
     def fit(self, codes: Tensor, seed: int = 0) -> MixtureCodes:
         """By scikit-learn's EM."""
@@ -188,7 +182,7 @@ class FlowCodes(CodePrior):
                     if loss < best:
                         best, kept = loss, {name: value.clone() for name, value in self.flow.state_dict().items()}
         if kept is None:
-            raise FloatingPointError("the flow's likelihood of held-out codes is no number: use another kind of prior")
+            raise FloatingPointError("the flow's likelihood of held-out codes is not finite: use another kind of prior")
         self.flow.load_state_dict(kept)
         self.flow.requires_grad_(False)
         return self

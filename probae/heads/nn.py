@@ -83,9 +83,13 @@ class MLP(nn.Module):
         high, low = parts(origin, self.origin, unit)
         self.origin[:d], self.origin_low[:d], self.unit[:d] = high, low, unit.to(self.unit.dtype)
 
+    def standardised(self, x: Tensor) -> Tensor:
+        """What enters the first layer."""
+        return centred(x, self.origin, self.origin_low) / self.unit
+
     def forward(self, x: Tensor) -> Tensor:
         """The network's output at x."""
-        return self.layers(centred(x, self.origin, self.origin_low) / self.unit)
+        return self.layers(self.standardised(x))
 
 
 @recorded

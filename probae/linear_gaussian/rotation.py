@@ -90,7 +90,7 @@ def rotate(
             loadings as they are.
         power: m >= 1 of promax.
         starts: How many starts, of which the best is kept: first no rotation, then random ones. Criteria have local
-            optima, and an unrotated solution may sit on a stationary point that is none.
+            optima, and an unrotated solution may be a stationary point that is no optimum.
         seed: Seed of the random starts.
         tolerance: Convergence: the norm of the projected gradient of the criterion's mean over features, for loadings
             scaled to rows of length 1 on average.

@@ -3,8 +3,16 @@
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.baselines import GaussianMixture, Independent
 from probae.models.catalogue import CATALOGUE, Model, make, names, register
+from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
+from probae.models.hidden_markov import HiddenMarkov
+from probae.models.item_response import ItemResponse
+from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
+from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.sparse_coding import SparseCoding
+from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 
 __all__ = [
@@ -14,9 +22,17 @@ __all__ = [
     "Autoencoder",
     "FactorAnalysis",
     "GaussianMixture",
+    "GenerativeStochasticNetwork",
+    "HiddenMarkov",
     "Independent",
+    "ItemResponse",
+    "LatentClass",
+    "MixtureOfFactorAnalysers",
+    "MixtureOfTrees",
     "Model",
     "SparseAutoencoder",
+    "SparseCoding",
+    "SpikeAndSlab",
     "StochasticAutoencoder",
     "make",
     "names",

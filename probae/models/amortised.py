@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probae.arguments import size
+from probae.arguments import flag, size
+from probae.heads.corruption import Corruption
 from probae.heads.distributions import parts
-from probae.heads.likelihoods import Head, Normal
+from probae.heads.likelihoods import Head, Normal, ScaleHead
 from probae.heads.nn import MLP, ConvEncoder, event_shape, widths
 from probae.heads.nn import moments as scaled
+from probae.heads.priors import Prior, VampPrior
 from probae.heads.stacked import Stacked
+from probae.heads.tied import TransposedMLP
+from probae.objectives import ELBO, Objective
 from probae.pair import Pair
 from probae.tracing.missing import known, moments, observed, require_observed
 from probae.tracing.sites import PROGRAM_ERRORS
@@ -27,10 +31,13 @@ class Amortised(Pair):
     Shapes: x (..., D) or (..., *shape), z (..., L); the encoder maps D numbers to ``code.width * L`` outputs, the decoder L to
     ``head.width * D``, both flat. With ``missing="mask"`` the encoder takes 2 D inputs: x, with the training data's mean where
     a value is missing, and 1 where it was observed, 0 where not. With ``given`` the programs take a second argument, c, classes
-    (N,) or covariates (N, G), and both networks have G further inputs.
+    (N,) or covariates (N, G), and both networks have G further inputs. With ``tied`` the decoder's weights are the encoder's,
+    transposed; then both work in one unit, that of each feature, or of all of them where they share a scale. With a
+    ``corruption`` it is a denoising model: its default objective shows the posterior corrupted data.
 
     Raises:
-        ValueError, TypeError: if a number of features or latents is below 1, or a given network has another shape.
+        ValueError, TypeError: if a number of features or latents is below 1, a given network has another shape, or weights are
+            to be tied where one network is no mirror of the other.
     """
 
     initialised: Tensor
@@ -52,9 +59,14 @@ class Amortised(Pair):
         decoder: nn.Module | None,
         missing: str | None,
         given: int | None = None,
+        tied: bool = False,
+        corruption: Corruption | None = None,
     ):
         super().__init__()
         self.missing = known(missing)
+        if corruption is not None and not isinstance(corruption, Corruption):
+            raise TypeError(f"corruption: expected one of probae.corruption, got {type(corruption).__name__}")
+        self.corruption = corruption
         if likelihood is not None and not isinstance(likelihood, Head):
             raise TypeError(f"likelihood: expected a head of probae.likelihoods, got {type(likelihood).__name__}")
         if not isinstance(prior, nn.Module):
@@ -78,11 +90,21 @@ class Amortised(Pair):
         beside = self.given or 0
         sizes = (seen + beside, self.code.width * latents), (latents + beside, self.head.width * features)
         self.encoder = encoder if encoder is not None else MLP(*sizes[0], layers, activation)
+        if tied := flag("tied", tied):
+            _check_mirror(self.head.width, decoder, self.given)
+            decoder = TransposedMLP(self.encoder, latents, features)
+        self.tied = tied
         self.decoder = decoder if decoder is not None else MLP(*sizes[1], layers[::-1], activation)
         self.register_buffer("initialised", torch.tensor(False))
         for name, network, (inputs, outputs) in (("encoder", encoder, sizes[0]), ("decoder", decoder, sizes[1])):
             if network is not None:
                 _check_network(name, network, inputs, outputs)
+        if isinstance(prior, Prior):
+            if self.given is not None and isinstance(prior, VampPrior):
+                raise ValueError(
+                    "prior: a VampPrior has no labels or covariates to give to the encoder; use another prior"
+                )
+            prior.bind(self.posterior, shape)
 
     @property
     def keeps_precision(self) -> bool:  # type: ignore[override]
@@ -95,12 +117,16 @@ class Amortised(Pair):
 
     def posterior(self, x: Tensor, *given: Tensor) -> Any:
         """q(z | x): the code head at the encoder's output."""
+        x = self.entering(x, *given)
+        return self.code(self.encoder(x if _centres(self.encoder) else x.to(self.head.origin.dtype)))
+
+    def entering(self, x: Tensor, *given: Tensor) -> Tensor:
+        """What the encoder sees: x, flat, and beside it what was observed and what is given."""
         x = x.flatten(-self.event_dim)
         if self.missing is not None:
             values, seen = observed(x, self.fill.to(x.dtype) + self.fill_low)
             x = torch.cat([values, seen.to(x.dtype)], -1)
-        x = self._beside(x, given)
-        return self.code(self.encoder(x if _centres(self.encoder) else x.to(self.head.origin.dtype)))
+        return self._beside(x, given)
 
     def _beside(self, values: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """Numbers (..., M), and beside them the classes as indicators, or the covariates, (..., G)."""
@@ -123,10 +149,46 @@ class Amortised(Pair):
             self.fill.copy_(high), self.fill_low.copy_(low)
         if isinstance(self.encoder, MLP | ConvEncoder):
             self.encoder.standardise(x)
+        if isinstance(self.prior, Prior):
+            self.prior.start(x.unflatten(1, self.event_shape))
+        if self.tied:
+            self._share_units()
         for covariates in (c for c in given if c.dim() == 2):
             loc, scale = scaled(covariates)
             self.given_origin.copy_(loc), self.given_unit.copy_(scale)
         self.initialised.fill_(True)
+
+    def _share_units(self) -> None:
+        """One unit for what enters and what leaves, so that in it the networks are transposes; logits have none."""
+        head = self.head
+        if not isinstance(head, ScaleHead):
+            return
+        unit, spread = self.encoder.unit[: self.features].clone(), head.unit.clone()
+        if head.fixed or head.kind == "shared":
+            unit = spread.double().square().mean().sqrt().to(unit).expand_as(unit)
+        self.encoder.unit[: self.features] = unit
+        head.unit.copy_(unit)
+        if not head.fixed:
+            with torch.no_grad():
+                head.log_scale.copy_((spread / unit).log() if head.kind == "feature" else torch.zeros(()))
+
+    def default_objective(self) -> Objective:
+        """The ELBO, at corrupted data where the model has a corruption."""
+        return ELBO(corruption=self.corruption)
+
+
+def _check_mirror(width: int, decoder: nn.Module | None, given: int | None) -> None:
+    """Raise a ValueError unless a decoder can have the encoder's weights."""
+    if decoder is not None:
+        raise ValueError("tied=True: expected no decoder, whose weights are the encoder's, got one")
+    if given is not None:
+        raise ValueError(
+            "tied=True: expected no given=, which enters the decoder too and has no weights to be transposed"
+        )
+    if width != 1:
+        raise ValueError(
+            f"tied=True: expected a likelihood that takes one output for each feature, got one that takes {width}"
+        )
 
 
 def _centres(network: nn.Module) -> bool:

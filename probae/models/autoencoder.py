@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from probae.arguments import size
+from probae.arguments import positive, size
 from probae.heads import likelihoods, priors
+from probae.heads.corruption import Corruption
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
-from probae.heads.posteriors import Point
+from probae.heads.posteriors import PointHead, named
 from probae.models.amortised import Amortised
-from probae.objectives import Objective, Reconstruction
+from probae.objectives import JacobianPenalty, Objective, Reconstruction
 from probae.recipe import recorded
 
 
@@ -31,13 +32,19 @@ class Autoencoder(Amortised):
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers; the decoder's are the same, reversed.
         likelihood: a head of `probae.likelihoods`; a Normal with one learned scale by default.
-        activation, encoder, decoder, missing, given: as for `VAE`; the encoder maps to L outputs.
+        activation, encoder, decoder, missing, given, tied: as for `VAE`; the encoder maps to L outputs.
+        posterior: the head of the code, ``"point"`` or one of the point heads of `probae.posteriors`.
+        corruption: one of `probae.corruption`, for a denoising autoencoder: its code is that of corrupted data, its target
+            the clean ones.
+        contraction: λ, for a contractive autoencoder: λ times `probae.objectives.JacobianPenalty` joins the default objective.
+            Tie the weights: else codes shrink while the decoder grows, and the penalty goes to zero.
 
     Raises:
         ValueError: if a scale is to be learned with as many latents as features: data copied without error would send
             it to zero.
 
-    References: Baldi & Hornik (1989); Hinton & Salakhutdinov (2006), *Science* 313.
+    References: Baldi & Hornik (1989); Hinton & Salakhutdinov (2006), *Science* 313; Vincent et al. (2010), JMLR 11, for
+    the corruption; Rifai et al. (2011), ICML, for the contraction.
 
     Example:
         >>> import torch
@@ -57,6 +64,10 @@ class Autoencoder(Amortised):
         decoder: nn.Module | None = None,
         missing: str | None = None,
         given: int | None = None,
+        tied: bool = False,
+        posterior: str | Head = "point",
+        corruption: Corruption | None = None,
+        contraction: float = 0.0,
     ):
         likelihood = likelihood if likelihood is not None else likelihoods.Normal()
         if size("latents", latents) >= math.prod(event_shape("features", features)) and getattr(
@@ -66,10 +77,33 @@ class Autoencoder(Amortised):
                 f"a learned scale needs fewer latents than features, got {latents} latents and {features} features: the "
                 "code could copy the data and the scale shrink to zero; give a number, likelihoods.Normal(scale=1.0)"
             )
+        code = named(posterior)
+        if not isinstance(code, PointHead):
+            raise ValueError(
+                f"posterior: expected a point head, got {type(code).__name__}: with a noisy code it is a StochasticAutoencoder"
+            )
+        self.contraction = positive("contraction", contraction, zero=True)
         prior = priors.Flat(latents)
         super().__init__(
-            features, latents, prior, Point(), likelihood, hidden, activation, encoder, decoder, missing, given
+            features,
+            latents,
+            prior,
+            code,
+            likelihood,
+            hidden,
+            activation,
+            encoder,
+            decoder,
+            missing,
+            given,
+            tied,
+            corruption,
         )
+
+    def default_objective(self) -> Objective:
+        """The reconstruction, of corrupted data where there is a corruption, and the penalty where there is a contraction."""
+        objective = super().default_objective()
+        return objective + self.contraction * JacobianPenalty() if self.contraction > 0 else objective
 
 
 @recorded
@@ -83,7 +117,7 @@ class StochasticAutoencoder(Amortised):
     Args:
         scale: τ, a number; or None to predict it for each datum and latent, never below ``floor``.
         floor: the least scale when it is predicted.
-        features, latents, hidden, likelihood, activation, encoder, decoder, missing, given: as for `VAE`.
+        features, latents, hidden, likelihood, activation, encoder, decoder, missing, given, tied, corruption: as for `VAE`.
 
     Reference: Goodfellow, Bengio & Courville (2016), *Deep Learning*, §14.4.
 
@@ -108,13 +142,27 @@ class StochasticAutoencoder(Amortised):
         decoder: nn.Module | None = None,
         missing: str | None = None,
         given: int | None = None,
+        tied: bool = False,
+        corruption: Corruption | None = None,
     ):
         code = likelihoods.Normal("predicted", floor=floor) if scale is None else likelihoods.Normal(scale)
         prior = priors.Flat(latents)
         super().__init__(
-            features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing, given
+            features,
+            latents,
+            prior,
+            code,
+            likelihood,
+            hidden,
+            activation,
+            encoder,
+            decoder,
+            missing,
+            given,
+            tied,
+            corruption,
         )
 
     def default_objective(self) -> Objective:
         """The reconstruction alone: a flat prior has no density to be near to."""
-        return Reconstruction()
+        return Reconstruction(corruption=self.corruption)

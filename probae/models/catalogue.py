@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from probae.arguments import one_of
 from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
+from probae.heads.corruption import Corruption, Gaussian, SaltAndPepper
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
+from probae.heads.posteriors import Sigmoid, TopK
+from probae.heads.priors import VampPrior
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
+from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
+from probae.models.hidden_markov import HiddenMarkov
+from probae.models.item_response import ItemResponse
+from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
+from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
+from probae.models.mixture_of_trees import MixtureOfTrees
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.sparse_coding import SparseCoding
+from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
 
@@ -41,6 +53,7 @@ class Model:
         most: the largest count that it is for, or None.
         varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
         labels: whether it conditions on labels, which the data must have.
+        sequences: whether a datum is a sequence, (T, D).
     """
 
     title: str
@@ -52,6 +65,7 @@ class Model:
     most: int | None = None
     varying: bool = False
     labels: bool = False
+    sequences: bool = False
 
     def suits(self, schema: Schema) -> bool:
         """Whether it is for such data."""
@@ -60,6 +74,7 @@ class Model:
             and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
             and (schema.kind != "real" or schema.varies or not self.varying)
             and (schema.classes is not None or not self.labels)
+            and (len(schema.shape) == 2 or not self.sequences)
         )
 
 
@@ -80,6 +95,13 @@ def gaussian(schema: Schema) -> Head:
     if schema.kind == "real":
         return likelihoods.Normal("feature" if schema.varies else "shared")
     return likelihoods.DiscretisedNormal(maximum(schema), scale="feature")
+
+
+def of_classes(schema: Schema) -> Head:
+    """The likelihood of a class that suits the values: its scales are its own, and none falls far below the data's."""
+    if schema.kind == "real" and schema.varies:
+        return likelihoods.Normal("predicted", floor=0.05)
+    return natural(schema)
 
 
 def _network(model: Callable[..., Any], head: Callable[[Schema], Head] = natural, **fixed: Any) -> Callable[..., Any]:
@@ -105,9 +127,34 @@ def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _sparse(posterior: str) -> Callable[..., Any]:
+def _flat(model: Callable[..., Any], head: Callable[[Schema], Head]) -> Callable[..., Any]:
+    """Builds a model without networks, for features in a row, under a likelihood that suits the data."""
+
+    def build(schema: Schema, latents: int, **options: Any) -> Any:
+        settings = {"likelihood": head(schema), "missing": schema.missing, **options}
+        return model(schema.features, latents, **settings)
+
+    return build
+
+
+def _sequences(schema: Schema, latents: int, **options: Any) -> Any:
+    return HiddenMarkov(
+        schema.shape, latents, **{"likelihood": of_classes(schema), "missing": schema.missing, **options}
+    )
+
+
+def _traits(schema: Schema, latents: int, **options: Any) -> Any:
+    head = likelihoods.OrderedCategorical(maximum(schema) + 1) if schema.kind == "counts" else likelihoods.Bernoulli()
+    settings = {"likelihood": head, "missing": schema.missing, **options}
+    return ItemResponse(schema.features, min(latents, 2), **settings)
+
+
+def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
+    """Builds a sparse autoencoder; with the k largest of its latents, a quarter of them, where no posterior is named."""
+    point = posterior not in {"normal", "laplace"}
+
     def head(schema: Schema) -> Head:
-        scale = "shared" if posterior != "point" else schema.spread / 4
+        scale = schema.spread / 4 if point else "shared"
         if schema.kind == "real":
             return likelihoods.Normal(scale)
         return (
@@ -116,13 +163,50 @@ def _sparse(posterior: str) -> Callable[..., Any]:
 
     def build(schema: Schema, latents: int, **options: Any) -> Any:
         # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
-        rate = 6 / schema.spread if posterior == "point" and schema.kind != "binary" else 1.0
-        rates = {"rate": rate, "learned_rate": posterior != "point"}
-        return _network(SparseAutoencoder, head, posterior=posterior, hidden=(128,), **rates)(
-            schema, latents, **options
-        )
+        rate = 6 / schema.spread if point and schema.kind != "binary" else 1.0
+        code = posterior if posterior is not None else TopK(max(1, latents // 4))
+        settings = {"posterior": code, "hidden": (128,), "rate": rate, "learned_rate": not point, **fixed}
+        return _network(SparseAutoencoder, head, **settings)(schema, latents, **options)
 
     return build
+
+
+def _trees(schema: Schema, latents: int, **options: Any) -> Any:
+    if schema.missing is not None:
+        raise ValueError("mixture_of_trees: expected data without missing values; latent_class takes them")
+    return MixtureOfTrees(schema.features, latents, **{"values": maximum(schema) + 1, **options})
+
+
+def corruption(schema: Schema) -> Corruption:
+    """Noise that suits the values: a fifth of binary ones drawn anew, others by half a standard deviation."""
+    return SaltAndPepper(0.2) if schema.kind == "binary" else Gaussian(schema.spread / 2)
+
+
+def _denoising(schema: Schema, latents: int, **options: Any) -> Any:
+    settings = {"hidden": (128,), "corruption": corruption(schema), **options}
+    return _network(Autoencoder)(schema, latents, **settings)
+
+
+def _chain(schema: Schema, latents: int, **options: Any) -> Any:
+    return _network(GenerativeStochasticNetwork)(schema, latents, **{"corruption": corruption(schema), **options})
+
+
+def _contractive(schema: Schema, latents: int, **options: Any) -> Any:
+    # in squared units of the data, so that the penalty is the same in any
+    settings = {"posterior": Sigmoid(), "tied": True, "contraction": 0.1 * schema.spread**2, **options}
+    return _network(Autoencoder)(schema, latents, **settings)
+
+
+def _predictive(schema: Schema, latents: int, **options: Any) -> Any:
+    # the code's distance from its prediction weighs as much as the datum's from its reconstruction: α = 1/2σ²
+    settings = {"prediction": 8 / schema.spread**2, **options}
+    return _sparse("point")(schema, latents, **settings)
+
+
+def _sparse_coding(schema: Schema, latents: int, **options: Any) -> Any:
+    """Builds sparse coding in the units of the data, as `_sparse` does."""
+    settings = {"likelihood": likelihoods.Normal(schema.spread / 4), "rate": 6 / schema.spread, **options}
+    return SparseCoding(schema.features, latents, **settings)
 
 
 #: name -> model
@@ -177,17 +261,75 @@ CATALOGUE: dict[str, Model] = {
         "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
         standard=ALL,
     ),
+    "vamp_vae": Model(
+        "VAE whose prior is a mixture of its posteriors at learned inputs", "Tomczak & Welling 2018",
+        lambda schema, latents, **options: _network(VAE, hidden=(200, 200), prior=VampPrior(latents))(
+            schema, latents, **options
+        ),
+    ),
+    "latent_class": Model(
+        "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
+    ),
+    "item_response": Model(
+        f"item response theory, one or two traits (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
+        kinds=("binary", "counts"), most=CLASSES - 1,
+    ),
+    "mixture_of_factor_analysers": Model(
+        "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996", _linear(MixtureOfFactorAnalysers),
+        varying=True,
+    ),
+    "mixture_of_ppca": Model(
+        "mixture of three probabilistic PCAs, by EM", "Tipping & Bishop 1999",
+        _linear(partial(MixtureOfFactorAnalysers, noise="isotropic")),
+    ),
+    "hidden_markov": Model(
+        "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
+    ),
+    "mixture_of_trees": Model(
+        "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
+        kinds=("binary", "counts"), most=CLASSES - 1,
+    ),
+    "spike_and_slab": Model(
+        "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
+        _network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
+    ),
+    "denoising_autoencoder": Model(
+        "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
+    ),
+    "contractive_autoencoder": Model(
+        "contractive autoencoder: flat prior, sigmoid code, tied weights, a penalty on its Jacobian", "Rifai et al. 2011",
+        _contractive,
+    ),
+    "predictive_sparse_decomposition": Model(
+        "predictive sparse decomposition: Laplace prior, inferred codes, an encoder that predicts them",
+        "Kavukcuoglu et al. 2008", _predictive, kinds=("real",),
+    ),
+    "generative_stochastic_network": Model(
+        "generative stochastic network: a denoising chain, drawn from but without log p(x)", "Bengio et al. 2014", _chain
+    ),
+    "topk_autoencoder": Model(
+        "sparse autoencoder whose k largest latents are on", "Makhzani & Frey 2014; Gao et al. 2024",
+        _sparse(None, prior="flat"),
+    ),
+    "sparse_coding": Model(
+        "sparse coding: Laplace prior, codes by FISTA", "Olshausen & Field 1997; Beck & Teboulle 2009", _sparse_coding,
+        kinds=("real",),
+    ),
 }  # fmt: skip
 
 
 def names(kind: Kind | None = None) -> tuple[str, ...]:
-    """The names of the catalogue; those for a kind of data without labels, where one is given.
+    """The names of the catalogue; those for a kind of data in rows without labels, where one is given.
 
     Example:
         >>> "ppca" in names(), "binomial_vae" in names("real")
         (True, False)
     """
-    return tuple(n for n, model in CATALOGUE.items() if kind is None or (kind in model.kinds and not model.labels))
+    return tuple(
+        n
+        for n, model in CATALOGUE.items()
+        if kind is None or (kind in model.kinds and not (model.labels or model.sequences))
+    )
 
 
 def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **options: Any) -> Any:

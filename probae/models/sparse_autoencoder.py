@@ -5,43 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probae.arguments import one_of, size
+from probae.arguments import flag, one_of, positive, size
 from probae.heads import likelihoods, priors
-from probae.heads.likelihoods import Head, ScaleHead
-from probae.heads.posteriors import named
+from probae.heads.likelihoods import Head
+from probae.heads.posteriors import PointHead, named
 from probae.models.amortised import Amortised
+from probae.models.dictionary import Dictionary, share_unit
+from probae.objectives import Objective, PredictiveSparse
 from probae.recipe import recorded
 
-PRIORS: dict[str, Any] = {"laplace": priors.Laplace, "student_t": priors.StudentT, "exponential": priors.Exponential}
-
-
-@recorded
-class Dictionary(nn.Module):
-    """z -> D z + b with columns of unit length, so that a penalty on z cannot be escaped by growing D.
-
-    Shapes: (..., L) -> (..., features). b is a parameter times the buffer ``unit``, 1 until it is set.
-    """
-
-    unit: Tensor
-
-    def __init__(self, latents: int, features: int):
-        super().__init__()
-        self.register_buffer("unit", torch.ones(()))
-        self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
-        self.bias = nn.Parameter(torch.zeros(features))
-
-    @property
-    def columns(self) -> Tensor:
-        """The dictionary D (features, L), each column of length 1."""
-        return F.normalize(self.weight, dim=0)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """D z + b."""
-        return z @ self.columns.mT + self.unit * self.bias
+#: priors with a rate, by name; a flat one has none
+PRIORS: dict[str, Any] = {
+    "laplace": priors.Laplace,
+    "student_t": priors.StudentT,
+    "horseshoe": priors.Horseshoe,
+    "exponential": priors.Exponential,
+    "flat": priors.Flat,
+}
 
 
 @recorded
@@ -56,20 +38,27 @@ class SparseAutoencoder(Amortised):
     Args:
         features, latents: D and L.
         hidden: widths of the encoder's hidden layers.
-        prior: ``"laplace"``, ``"student_t"``, or ``"exponential"``, which goes with ReLU codes.
+        prior: ``"laplace"``, ``"student_t"``, ``"horseshoe"``; ``"exponential"``, which goes with ReLU codes and gives exact
+            zeros; or ``"flat"``, for codes that are sparse by their own rule (`probae.posteriors.TopK`), without evidence.
         rate: λ > 0, per unit of the data where the likelihood's scale is a number; where that is learned, per standard
             deviation of the data (of all features, or of each where they have a scale of their own).
-        learned_rate: whether λ is learned (the unit columns keep that bounded).
-        posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head.
+        learned_rate: whether λ is learned, for guides with a density. (At a point, with unit columns, there may be a best λ,
+            but none for all λ: with every code at 0 the objective rises with λ without end.)
+        posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head of `probae.posteriors`: ``TopK``, ``BatchTopK``,
+            ``JumpReLU``, ``Gated``.
         likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
             learned otherwise.
         activation, encoder, decoder, missing: as for `VAE`.
+        prediction: α, for predictive sparse decomposition: the dictionary learns at inferred codes, which the encoder learns to
+            predict; see `probae.objectives.PredictiveSparse`.
 
     Raises:
         ValueError: if a point guide meets a learned scale and at least as many latents as features: data copied without
-            error would send the scale to zero.
+            error would send the scale to zero. If a point guide meets a horseshoe, whose density at 0 is infinite; if the
+            codes of a guide are negative and the prior's are not; if a flat prior is to learn a rate.
 
-    References: Olshausen & Field (1996), *Nature* 381; Tonolini, Jensen & Murray-Smith (2020).
+    References: Olshausen & Field (1996), *Nature* 381; Tonolini, Jensen & Murray-Smith (2020); Kavukcuoglu, Ranzato &
+    LeCun (2008) for ``prediction``.
 
     Example:
         >>> model = SparseAutoencoder(features=64, latents=128, rate=2.0)
@@ -92,39 +81,47 @@ class SparseAutoencoder(Amortised):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         missing: str | None = None,
+        prediction: float | None = None,
     ):
         one_of("prior", prior, PRIORS)
-        point = isinstance(posterior, str) and posterior == "point"
+        code = named(posterior, positive=prior == "exponential")
+        point = isinstance(code, PointHead)
         likelihood = likelihood if likelihood is not None else likelihoods.Normal(1.0 if point else "shared")
         if size("latents", latents) >= size("features", features) and point and getattr(likelihood, "learned", False):
             raise ValueError(
                 f"a point guide with a learned scale needs fewer latents than features, got {latents} latents and "
                 f"{features} features: fix the scale, likelihoods.Normal(scale=1.0), or use posterior='laplace'"
             )
+        if point and prior == "horseshoe":
+            raise ValueError(
+                "a point guide has no best code under prior='horseshoe', whose density at 0 is infinite: "
+                "use posterior='normal' or 'laplace'"
+            )
         if decoder is None and getattr(likelihood, "width", None) == 1:
             decoder = Dictionary(latents, features)
-        code = named(posterior, positive=prior == "exponential")
-        p = PRIORS[prior](latents, rate=rate, learned=learned_rate)
+        p = _prior(prior, latents, rate, flag("learned_rate", learned_rate))
         super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
+        self.prediction = None if prediction is None else positive("prediction", prediction)
+        if prediction is not None and learned_rate:
+            raise ValueError(
+                "prediction: expected a rate that is given: at the best codes the density grows with it without end"
+            )
 
     def initialise(self, x: Tensor, *given: Tensor) -> None:
-        """As for every autoencoder, but the columns keep their length: one unit for all features that share a scale.
-
-        Where the scale is a number, λ is in the units of the data too, and so are the codes; the networks, whose outputs are
-        of size 1, reach them by that unit.
-        """
+        """As for every autoencoder, but with one unit for all features that share a scale; see `share_unit`."""
         before = bool(self.initialised)
         super().initialise(x, *given)
-        head = self.head
-        if before or not isinstance(head, ScaleHead) or not (head.fixed or head.kind == "shared"):
-            return
-        overall = head.unit.double().square().mean().sqrt()
-        if not head.fixed:
-            head.unit.copy_(overall.expand_as(head.unit))
-            with torch.no_grad():
-                head.log_scale.zero_()
-            return
-        head.unit.fill_(1.0)
-        for part in (self.code, *([self.decoder] if isinstance(self.decoder, Dictionary) else [])):
-            if isinstance(unit := getattr(part, "unit", None), Tensor):
-                unit.copy_(overall.expand_as(unit))
+        if not before:
+            share_unit(self.head, self.code, *([self.decoder] if isinstance(self.decoder, Dictionary) else []))
+
+    def default_objective(self) -> Objective:
+        """The ELBO; with ``prediction``, that of predictive sparse decomposition."""
+        return super().default_objective() if self.prediction is None else PredictiveSparse(self.prediction)
+
+
+def _prior(name: str, latents: int, rate: float, learned: bool) -> priors.Prior:
+    if name != "flat":
+        return PRIORS[name](latents, rate=rate, learned=learned)
+    if learned:
+        raise ValueError("learned_rate: a flat prior has no rate to learn")
+    return priors.Flat(latents)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from probae.heads import priors
+from probae.heads.corruption import Corruption
 from probae.heads.likelihoods import Head
 from probae.heads.posteriors import named
 from probae.models.amortised import Amortised
@@ -33,9 +34,11 @@ class VAE(Amortised):
             inputs, values and mask.
         given: G, for a model of x given c, ``fit(model, (x, c))``: c are classes (N,), whole numbers below G, or G covariates
             (N, G); encoder and decoder then have G further inputs each.
+        tied: the decoder's weights are the encoder's, transposed, and stored once; its biases are its own.
+        corruption: one of `probae.corruption`, for a denoising VAE: ``ELBO(corruption=...)`` is then its default objective.
 
     References: Kingma & Welling (2014), *Auto-encoding variational Bayes*; Rezende, Mohamed & Wierstra (2014); Sohn, Lee
-    & Yan (2015) for ``given``.
+    & Yan (2015) for ``given``; Im et al. (2017) for the corruption.
 
     Example:
         >>> model = VAE(features=64, latents=8, hidden=(128,))
@@ -57,9 +60,23 @@ class VAE(Amortised):
         decoder: nn.Module | None = None,
         missing: str | None = None,
         given: int | None = None,
+        tied: bool = False,
+        corruption: Corruption | None = None,
     ):
         prior = prior if prior is not None else priors.Normal(latents)
         code = named(posterior)
         super().__init__(
-            features, latents, prior, code, likelihood, hidden, activation, encoder, decoder, missing, given
+            features,
+            latents,
+            prior,
+            code,
+            likelihood,
+            hidden,
+            activation,
+            encoder,
+            decoder,
+            missing,
+            given,
+            tied,
+            corruption,
         )

@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING
 from probae.arguments import one_of
 from probae.objectives.elbo import ELBO
 from probae.objectives.iwae import IWAE
+from probae.objectives.marginal_likelihood import MarginalLikelihood
 from probae.objectives.objective import Objective
 from probae.objectives.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
     from probae.pair import Pair
 
-NAMES: dict[str, type[Objective]] = {"elbo": ELBO, "iwae": IWAE, "reconstruction": Reconstruction}
+NAMES: dict[str, type[Objective]] = {
+    "elbo": ELBO,
+    "iwae": IWAE,
+    "marginal_likelihood": MarginalLikelihood,
+    "reconstruction": Reconstruction,
+}
 
 
 def named(objective: str | Objective | None, pair: Pair) -> Objective:
-    """An objective by its name, ``"elbo"``, ``"iwae"`` or ``"reconstruction"``; None takes the pair's own default.
+    """An objective by one of the names in `NAMES`, ``"elbo"`` say; None takes the pair's own default.
 
     Raises:
         ValueError: if there is none of that name, with the names that there are.

@@ -93,9 +93,8 @@ class Processes:
                     found[name] = f"{printable(name)} is {here} in rank 0 and {there} in rank {rank}"
         if found:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            raise ValueError(
-                f"the {self.count} processes have to do the same, and do not: {'; '.join(list(found.values())[:_SHOWN])}{more}"
-            )
+            told = "; ".join(list(found.values())[:_SHOWN])
+            raise ValueError(f"the {self.count} processes have to do the same, but they differ: {told}{more}")
         return first
 
     @contextmanager

@@ -58,7 +58,7 @@ def require_free(path: Path, kind: str) -> None:
     """
     if os.path.lexists(path) and not bears_mark(path, kind, torn=True):
         raise InTheWay(
-            f"{printable(path)} is in the way: it is no {kind} that probae has written, and stays as it is. Take another "
+            f"{printable(path)} exists and is not a {kind} written by probae. It was left as it is. Take another "
             "folder, or move it away"
         )
 
@@ -94,7 +94,7 @@ def preparing(folder: Path, kind: str, finish: Callable[[], None] = lambda: None
     handle = _held(place, kind)
     try:
         if os.listdir(place) and not bears_mark(place / _MARK, f"writing-{kind}", torn=True):
-            raise InTheWay(f"{printable(place)} is in the way: probae has not written it. Move it away")
+            raise InTheWay(f"{printable(place)} exists and was not written by probae. Move it away")
         write(place / _MARK, json.dumps(mark(f"writing-{kind}")).encode())
         finish()
         try:
@@ -122,7 +122,7 @@ def _held(place: Path, kind: str) -> int | None:
         with contextlib.suppress(FileExistsError):
             place.mkdir()
         if place.is_symlink() or (place.exists() and not place.is_dir()):
-            raise InTheWay(f"{printable(place)} is in the way: probae has not written it. Move it away")
+            raise InTheWay(f"{printable(place)} exists and was not written by probae. Move it away")
         try:
             import fcntl
         except ImportError:  # Windows

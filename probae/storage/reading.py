@@ -38,7 +38,7 @@ def tensors(path: Path) -> bytes:
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path.name} has no header of a safetensors file") from error
     if expected != size:
-        raise ValueError(f"{path.name} has {size:,} bytes, and its header speaks of {expected!r:.40}")
+        raise ValueError(f"{path.name} has {size:,} bytes, but its header says {expected!r:.40}")
     return path.read_bytes()
 
 

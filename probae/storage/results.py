@@ -95,7 +95,7 @@ class Results:
 
     def _refuse(self, path: Path) -> None:
         raise InTheWay(
-            f"{printable(path)} is in the way: no run of probae has left it there as it is now, and it stays. Take another "
+            f"{printable(path)} exists, and it is not as a run of probae wrote it. It was left as it is. Take another "
             "--out, or move it away"
         )
 
@@ -120,9 +120,7 @@ def _listed(folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
     if not os.path.lexists(path):
         return {}, {}
     if not bears_mark(path, KIND):
-        raise InTheWay(
-            f"{printable(path)} is in the way: probae has not written it. Take another --out, or move it away"
-        )
+        raise InTheWay(f"{printable(path)} exists and was not written by probae. Take another --out, or move it away")
     try:
         found = parsed(text(path))
         run, files = dict(found["run"]), {str(name): [str(s) for s in sums] for name, sums in found["files"].items()}

@@ -213,9 +213,9 @@ def _built(recipe: Any, folder: Path) -> Any:
         with torch.device("meta") if is_ours(recipe) else nullcontext():
             built = from_json(recipe)
     except (ValueError, TypeError, RuntimeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{folder / _JSON}: its recipe builds no model: {error!s:.500}") from error
+        raise ValueError(f"{folder / _JSON}: its recipe does not build a model: {error!s:.500}") from error
     if not callable(getattr(built, "model", None)):
-        raise ValueError(f"{folder / _JSON}: its recipe is of no model, but of a {type(built).__name__}")
+        raise ValueError(f"{folder / _JSON}: its recipe builds a {type(built).__name__}, which is not a model")
     return built
 
 
@@ -234,7 +234,9 @@ def _share(module: nn.Module, shared: list[list[str]], folder: Path) -> None:
         for name in others:
             a, b = own.get(first), own.get(name)
             if a is None or b is None or type(a) is not type(b) or a.shape != b.shape:
-                raise ValueError(f"{folder / _JSON}: the model has no tensors {first!r} and {name!r} that could be one")
+                raise ValueError(
+                    f"{folder / _JSON}: the model has no tensors {first!r} and {name!r} that could share memory"
+                )
             path, _, attribute = name.rpartition(".")
             part = module.get_submodule(path)
             held: Any = part._parameters if isinstance(a, nn.Parameter) else part._buffers
@@ -273,7 +275,7 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[st
         return
     for name in sorted(name for name in made & inside.keys() - own if name.startswith("stored.")):
         if "." in name.removeprefix("stored.") or inside[name].dtype not in FLOATS:
-            raise ValueError(f"{folder}: {name!r}, {inside[name].dtype}, is nothing that pyro.param makes")
+            raise ValueError(f"{folder}: {name!r}, {inside[name].dtype}, cannot come from pyro.param")
     if extra := sorted(inside.keys() - own - made):
         raise ValueError(f"{folder}: the file has a tensor {extra[0]!r} that the model lacks ({len(extra)} in all)")
     outside = {name for name in module.state_dict() if not name.startswith(prefix)}

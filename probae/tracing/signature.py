@@ -89,8 +89,8 @@ class Signature:
         no_evidence: why there is no log p(x) of each datum at all, or None.
         no_density: why the density of the guide's draws is not known, or None.
         not_normalised: why the guide's terms are no density of its draws, or None.
-        varies: whether some data have sites that others have not.
-        all_rows: whether the programs run on all of the data at once alone.
+        varies: whether some data have sites that others do not have.
+        all_rows: whether the programs run only on all of the data at once.
         vectorised: whether the programs run with a particle axis; if not, particles are run one after another.
         takes_particles: whether the guide takes a batch of its own for each particle; None until that is asked.
         note: what the reader of an estimate should know of the programs.
@@ -214,7 +214,7 @@ class Signature:
             parts = {name: tuple(_of(kind, each) for each in data[name]) for name, kind in _PARTS.items()}
             found: Signature = _of(cls, {**data, **parts})
             if not all(isinstance(getattr(torch, leaf.dtype, None), torch.dtype) for leaf in found.leaves):
-                raise ValueError("a leaf has a dtype that torch has not")
+                raise ValueError("a leaf has a dtype that torch does not know")
             return found
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"expected the signature of a model: {error}") from error

@@ -101,7 +101,7 @@ def _stated(fn: Any) -> Any:
             return _stated(inner)
         # a flow of zuko's, whose transform leads from the data to the base
         if not hasattr(fn, "base") or (domain := getattr(getattr(fn, "transform", None), "domain", None)) is None:
-            raise NotImplementedError(f"{type(fn).__name__} states no support") from None
+            raise NotImplementedError(f"{type(fn).__name__} has no support property") from None
         return domain
 
 

@@ -136,7 +136,7 @@ class Checkpoints:
             number = _number(path)
             if after < number <= steps and (number % every == 0 or number == steps) and not _is_ours(path):
                 raise InTheWay(
-                    f"checkpoint: {printable(path)} is in the way: it is no checkpoint that probae has written, and stays. "
+                    f"checkpoint: {printable(path)} exists and is not a checkpoint written by probae. It was left as it is. "
                     "Take another folder, or move it away"
                 )
 

@@ -213,7 +213,7 @@ def _require_schedule(loop: Loop, told: Any, number: int) -> None:
         raise ValueError(f"the scheduler: expected its state, got {told!r:.200}")
     found = alike(loop.take.scheduler.state_dict(), told, "the scheduler")
     if not 0 <= told.get("last_epoch", 0) <= number:
-        raise ValueError(f"the scheduler: it stands at {told['last_epoch']!r}, the run at step {number}")
+        raise ValueError(f"the scheduler is at {told['last_epoch']!r}, but the run is at step {number}")
     try:
         twin, optimizer = copy.deepcopy((loop.take.scheduler, loop.take.optimizer))
     except Exception:  # one that cannot be copied

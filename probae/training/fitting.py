@@ -279,12 +279,12 @@ def _require_whole(signature: Signature, batch_size: int, stream: Source, team: 
     """Raise a ValueError if programs that run on all of the data at once would get less."""
     if signature.all_rows and team.count > 1:
         raise ValueError(
-            "the programs run on all of the data at once alone (a plate or a parameter has their size), so "
+            "the programs run only on all of the data at once (a plate or a parameter has their size), so "
             f"{team.count} processes cannot share them: train in one"
         )
     if signature.all_rows and batch_size < stream.size:
         raise ValueError(
-            f"batch_size: expected {stream.size}, all of the data, since the programs run on nothing less (a plate or "
+            f"batch_size: expected {stream.size}, all of the data, since the programs need all of them (a plate or "
             f"a parameter has their size); got {batch_size}"
         )
 

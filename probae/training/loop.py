@@ -92,7 +92,7 @@ class Loop:
                 self.take.synchronise()
 
     def step(self, minibatch: Minibatch, number: int) -> Tensor:
-        """One step; parameters that are no numbers any more end it as a loss does that is none."""
+        """One step; it ends if parameters became NaN, as it does if the loss did."""
         try:
             return self.take(minibatch)
         except ValueError:  # from a distribution that validates its arguments

@@ -1,4 +1,4 @@
-"""What to say when a loss or a gradient is no number: the site, the rows, and what to try."""
+"""What to say when a loss or a gradient is NaN or infinite: the site, the rows, and what to try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to loss and gradients before the update: the mean over processes, a look for what is no number, clipping."""
+"""What happens to loss and gradients before the update: the mean over processes, a check for NaN and infinity, clipping."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def expost_prior(
         if codes.dim() != 2 or len(codes) < 2:
             raise ValueError(f"expected codes (N, L) of at least two data, got {tuple(codes.shape)}")
         if not bool(codes.isfinite().all()):
-            raise FloatingPointError(f"the code of datum {int((~codes.isfinite()).nonzero()[0][0])} is no number")
+            raise FloatingPointError(f"the code of datum {int((~codes.isfinite()).nonzero()[0][0])} is NaN or infinite")
         prior = fitted(kind, codes, derived(seed, 1), components)
         scales = _scale(inner.likelihood(codes[:2]))
     per_feature = getattr(getattr(inner, "head", None), "kind", None) == "feature"

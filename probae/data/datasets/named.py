@@ -129,6 +129,14 @@ def _bfi(path: Path, gaps: bool = False) -> Contents:
     return parts, items
 
 
+def _lsat(path: Path) -> Contents:
+    items = tuple(f"Q{i}" for i in range(1, 6))
+    x = _columns(path, items, rows=1_000)
+    if not np.isin(x, (0, 1)).all():
+        raise ValueError(f"{printable(path)}: expected answers 0 or 1")
+    return split(x.astype(np.uint8), SPLIT_SEED), items
+
+
 def _patches(images: np.ndarray, count: int, random: np.random.RandomState) -> np.ndarray:
     n, (rows, columns) = len(images), (size // PATCH - 1 for size in images.shape[1:])
     # A grid of its own for each image: the JPEGs' 8x8 blocks would show in the patches of a grid common to all.
@@ -163,6 +171,16 @@ def _debd(name: str, rows: tuple[int, int, int], features: int, what: str) -> Na
         partial(_packed, rows=rows, features=features), files=(f"debd/{name}.npz",),
         signature=f"train, valid, test: np.packbits(x, axis=1) of {name}.{{train,valid,test}}.data",
         origin=f"the density estimation benchmark, github.com/arranger1044/DEBD, datasets/{name}",
+    )  # fmt: skip
+
+
+def _section(number: int) -> Named:
+    return Named(
+        "binary", (600, 200, 200), 5,
+        f"Law School Admission Test, section {number}: five answers of 1,000 people, right or wrong (Bock & Lieberman 1970); "
+        "fixed split 60/20/20",
+        _lsat, files=(f"item_response/lsat{number}.csv",), signature="1,000 rows with columns Q1 to Q5",
+        origin=f"lsat{number} of the R package psych; github.com/vincentarelbundock/Rdatasets, csv/psych",
     )  # fmt: skip
 
 
@@ -218,6 +236,8 @@ SETS: dict[str, Named] = {
         description_gaps="25 Big Five items of 2,800 people, answers 1..6 as 0..5, NaN where there is none (Revelle et al. "
         "2010); fixed split 60/20/20 of the complete cases and of the others",
     ),
+    "lsat6": _section(6),
+    "lsat7": _section(7),
     "bsds300": Named(
         "counts", (20_000, 4_000, 4_000), PATCH**2,
         "12x12 patches of natural grey images, split by image 70/10/40, no two overlapping (Martin et al. 2001)",

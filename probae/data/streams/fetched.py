@@ -117,7 +117,7 @@ class Fetched(Source):
         """Raise a ValueError if this is no state of the stream after so many minibatches."""
         super().require(state, number)
         if int(state["number"]) != number:
-            raise ValueError(f"the stream of data stands at minibatch {int(state['number'])}, the run at {number}")
+            raise ValueError(f"the data stream is at minibatch {int(state['number'])}, but the run is at {number}")
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""

@@ -145,7 +145,7 @@ class Streamed(Source):
         for name, generator in self._generators().items():
             set_state(copy.deepcopy(generator), state[name])
         if not (0 <= int(state["taken"]) <= number and 0 <= int(state["epoch"]) <= number):
-            raise ValueError(f"the stream of data stands at batch {int(state['taken'])}, the run at step {number}")
+            raise ValueError(f"the data stream is at batch {int(state['taken'])}, but the run is at step {number}")
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from there: the batches of this pass that were taken are read again, and left."""
@@ -156,7 +156,7 @@ class Streamed(Source):
         for _ in range(self.taken):
             if next(self.resumed, None) is None:
                 raise ValueError(
-                    f"the DataLoader gives fewer than the {self.taken} batches that were taken of this pass"
+                    f"the DataLoader gives fewer batches than the {self.taken} that this pass had already used"
                 )
 
     def _generators(self) -> dict[str, Generator]:

@@ -30,7 +30,7 @@ class Mapped(Source):
     """The rows of a ``numpy.memmap``, shuffled anew in each pass; a last, smaller batch is completed from the next.
 
     Raises:
-        ValueError: if the array is empty, or its file has been cut short since it was mapped.
+        ValueError: if the array is empty, or its file has become shorter since it was mapped.
     """
 
     def __init__(
@@ -159,7 +159,9 @@ class _Rows:
         last = self.array.ctypes.data + sum((n - 1) * step for n, step in steps if step > 0) + self.array.itemsize
         if last - self._begin() > memory.size():
             name = printable(self.array.filename)
-            raise ValueError(f"{name}: the file has been cut short since it was mapped, and holds the array no more")
+            raise ValueError(
+                f"{name}: the file has become shorter since it was mapped, and no longer holds the whole array"
+            )
 
     def _read(self, into: memoryview, place: int) -> None:
         while into:

@@ -1,0 +1,161 @@
+"""A scikit-learn estimator around any model of the catalogue: for pipelines, grids and cross-validation.
+
+>>> import numpy as np
+>>> from sklearn.model_selection import GridSearchCV
+>>> from probae.sklearn import LatentVariableModel
+>>> x = np.random.default_rng(0).normal(size=(60, 1)) + 0.3 * np.random.default_rng(1).normal(size=(60, 4))
+>>> GridSearchCV(LatentVariableModel(), {"latents": [1, 2]}, cv=3).fit(x).best_params_
+{'latents': 1}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("probae.sklearn needs scikit-learn: pip install 'probae[compare]'") from error
+
+from probae.adapter import as_pair
+from probae.arguments import one_of
+from probae.data.datasets.dataset import Schema
+from probae.evidence import log_evidence
+from probae.models import make
+from probae.runtime.seeding import checked_seed, derived, seeded
+from probae.training import fit
+
+
+class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):  # type: ignore[misc]
+    r"""A model of the catalogue as a scikit-learn estimator: codes to go on with, and the held-out log p(x) as its score.
+
+    `transform` gives the posterior means of the latents, `inverse_transform` the mean of x given latents, `score_samples`
+    log p(x_n) in nats, exact or a lower bound, and `score` its mean: what `GridSearchCV` chooses by.
+
+    Args:
+        model: a name of `probae.models.names`.
+        latents: L.
+        kind: of the data: ``"real"``, ``"counts"`` or ``"binary"``.
+        maximum: the largest possible count; that of the training data unless told.
+        options: of the model's constructor, a dictionary.
+        fit_options: of the model's ``maximum_likelihood``, or of `probae.fit` where it is trained by steps.
+        method: of `probae.log_evidence`.
+        evidence_options: of that, a dictionary.
+        random_state: a whole number, from which all draws follow; None is 0.
+
+    Attributes:
+        model_: the fitted model.
+        n_features_in_, feature_names_in_: the features, and their names where the data were a DataFrame.
+
+    Raises:
+        ValueError: if the data are not finite numbers, or do not suit the model; as scikit-learn's estimators do.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(50, 3))
+        >>> estimator = LatentVariableModel(latents=2).fit(x)
+        >>> estimator.transform(x).shape, estimator.score_samples(x).shape
+        ((50, 2), (50,))
+    """
+
+    def __init__(
+        self,
+        model: str = "ppca",
+        latents: int = 1,
+        *,
+        kind: str = "real",
+        maximum: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        fit_options: Mapping[str, Any] | None = None,
+        method: str = "auto",
+        evidence_options: Mapping[str, Any] | None = None,
+        random_state: int | None = None,
+    ):
+        self.model = model
+        self.latents = latents
+        self.kind = kind
+        self.maximum = maximum
+        self.options = options
+        self.fit_options = fit_options
+        self.method = method
+        self.evidence_options = evidence_options
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> LatentVariableModel:
+        """Fit to data (N, D): by maximum likelihood where the model has it, else by `probae.fit`; y is not used."""
+        one_of("kind", self.kind, ("real", "counts", "binary"))
+        x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        seed = self._seed
+        try:
+            with seeded(derived(seed, 0)):
+                model = as_pair(make(self.model, self._schema(x), self.latents, **dict(self.options or {}))).double()
+            options = dict(self.fit_options or {})
+            if callable(getattr(model, "maximum_likelihood", None)):
+                model.maximum_likelihood(x, **options)
+            else:
+                fit(model, x, **{"progress": False, "seed": derived(seed, 1), **options})
+        except ValueError as error:
+            raise ValueError(f"{error} (X has n_samples={len(x)}, n_features={x.shape[1]})") from error
+        self.model_ = model
+        self._n_features_out = _rows(model.encode(x[:1])).shape[1]
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """The posterior means of the latents, (N, L); of several sites, one after another."""
+        return _rows(self.model_.encode(self._checked(X)))
+
+    def inverse_transform(self, X: Any) -> Any:
+        """The mean of x given latents (N, L), (N, D)."""
+        check_is_fitted(self)
+        z = check_array(X, dtype=np.float64)
+        if z.shape[1] != self._n_features_out:
+            raise ValueError(f"X has {z.shape[1]} latents, but the model has {self._n_features_out}")
+        return _rows(self.model_.decode(z))
+
+    def score_samples(self, X: Any) -> Any:
+        """log p(x_n), in nats, (N,): exact, or a lower bound."""
+        options = dict(self.evidence_options or {})
+        return log_evidence(
+            self.model_, self._checked(X), self.method, seed=derived(self._seed, 2), **options
+        ).values.numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The mean of log p(x_n), in nats per datum; higher is better."""
+        return float(np.mean(self.score_samples(X)))
+
+    def sample(self, n_samples: int = 1, random_state: int | None = None) -> Any:
+        """Data drawn from the model, (n, D)."""
+        check_is_fitted(self)
+        seed = self._seed if random_state is None else checked_seed(random_state)
+        return _rows(self.model_.sample(n_samples, seed=derived(seed, 3)))
+
+    @property
+    def _seed(self) -> int:
+        return 0 if self.random_state is None else checked_seed(self.random_state)
+
+    def _checked(self, x: Any) -> Any:
+        check_is_fitted(self)
+        return validate_data(self, x, dtype=np.float64, reset=False)
+
+    def _schema(self, x: Any) -> Schema:
+        spread = float(x.std())
+        maximum = int(x.max()) if self.maximum is None else self.maximum
+        return Schema(
+            (x.shape[1],),
+            self.kind,  # type: ignore[arg-type]
+            maximum if self.kind == "counts" else None,
+            varies=bool((x.std(0) > 0).all()),
+            spread=spread if spread > 0 else 1.0,
+        )
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "model_")
+
+
+def _rows(values: Any) -> Any:
+    """Tensors, by site where there are several, as one array (N, ...)."""
+    parts = list(values.values()) if isinstance(values, dict) else [values]
+    return np.concatenate([part.reshape(len(part), -1).double().numpy() for part in parts], 1)
