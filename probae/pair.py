@@ -110,6 +110,7 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
     def _title(self) -> str:
         given: dict[str, Any] = vars(self).get("_arguments", {})
         plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | tuple)}
+        plain.pop("names", None)  # of features: in tables, and too many for a title
         owner = self if self._owner is None else self._owner
         return f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
 

@@ -225,6 +225,7 @@ def test_adequacy_is_that_of_partial_correlations_by_regression():
     test = sphericity(plain, 300)
     assert test.statistic == pytest.approx(-(299 - 17 / 6) * np.linalg.slogdet(plain)[1], rel=1e-10)
     assert test.p_value == pytest.approx(stats.chi2.sf(test.statistic, 15), rel=1e-8, abs=1e-300)
+    assert kmo(np.eye(3)).overall == 0
     with pytest.raises(ValueError, match="full rank"):
         kmo(np.ones((3, 3)))
 
@@ -303,12 +304,16 @@ def test_data_and_their_covariance_give_one_report():
 
 
 def test_the_report_prints_names_and_numbers(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
     x = frame()
     model = fitted(x, 2)
     report = model.summary(x, rotation="promax", draws=20)
     for text in (repr(report), report._repr_html_()):
         for part in ("communality", "correlations of the factors", "RMSEA", "KMO", "parallel analysis", "factor 2"):
             assert part in text
+    axes = report.parallel_analysis.plot()
+    assert [len(line.get_xdata()) for line in axes.lines] == [6, 6, 6]
+    plt.close(axes.figure)
     loaded = probae.load(probae.save(model, tmp_path))
     pd.testing.assert_frame_equal(loaded.loadings("varimax"), model.loadings("varimax"))
     assert list(loaded.loadings().index) == list(x.columns)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import one_of, size
-from probae.heads.nn import ACTIVATIONS
+from probae.arguments import size
+from probae.heads.likelihoods import Head
 from probae.recipe import recorded
 
 
@@ -48,16 +48,21 @@ class Leading(nn.Module):
 
 
 @recorded
-class Activation(nn.Module):
-    """An activation by its name."""
+class Mean(nn.Module):
+    """The mean of a posterior head's distribution at an encoder's output: the code.
 
-    def __init__(self, name: str):
+    Args:
+        head: that belongs to no model yet.
+        latents: L.
+    """
+
+    def __init__(self, head: Head, latents: int):
         super().__init__()
-        self.function = ACTIVATIONS[one_of("name", name, ACTIVATIONS)]()
+        self.head = head.bind(latents, latent=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The activation of x."""
-        return self.function(x)
+        """(..., L)."""
+        return self.head(x).mean
 
 
 @recorded

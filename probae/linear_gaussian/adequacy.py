@@ -33,7 +33,8 @@ def kmo(correlation: Any) -> SamplingAdequacy:
 
     .. math:: \text{KMO}_i = \frac{\sum_{j \ne i} r_{ij}^2}{\sum_{j \ne i} r_{ij}^2 + \sum_{j \ne i} q_{ij}^2}
 
-    with correlations r, and q the partial correlations given all other features; overall the sums run over i too.
+    with correlations r, and q the partial correlations given all other features; overall the sums run over i too. Where
+    nothing is correlated it is 0.
 
     Args:
         correlation: correlations or covariances (D, D).
@@ -52,7 +53,8 @@ def kmo(correlation: Any) -> SamplingAdequacy:
     scale = inverse.diagonal().rsqrt()
     partial = (inverse * scale * scale[:, None]).square().fill_diagonal_(0).sum(1)
     plain = found.square().fill_diagonal_(0).sum(1)
-    return SamplingAdequacy(float(plain.sum() / (plain + partial).sum()), plain / (plain + partial))
+    total = (plain + partial).clamp_min(torch.finfo(plain.dtype).tiny)
+    return SamplingAdequacy(float(plain.sum() / total.sum()), plain / total)
 
 
 def sphericity(correlation: Any, n: int) -> ChiSquareTest:

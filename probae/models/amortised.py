@@ -17,6 +17,7 @@ from probae.heads.likelihoods import Head, Normal, ScaleHead
 from probae.heads.nn import MLP, ConvEncoder, event_shape, widths
 from probae.heads.nn import moments as scaled
 from probae.heads.priors import Prior, VampPrior
+from probae.heads.stacked import Stacked
 from probae.heads.tied import TransposedMLP
 from probae.objectives import ELBO, Objective
 from probae.pair import Pair
@@ -117,7 +118,7 @@ class Amortised(Pair):
     def posterior(self, x: Tensor, *given: Tensor) -> Any:
         """q(z | x): the code head at the encoder's output."""
         x = self.entering(x, *given)
-        return self.code(self.encoder(x if isinstance(self.encoder, MLP) else x.to(self.head.origin.dtype)))
+        return self.code(self.encoder(x if _centres(self.encoder) else x.to(self.head.origin.dtype)))
 
     def entering(self, x: Tensor, *given: Tensor) -> Tensor:
         """What the encoder sees: x, flat, and beside it what was observed and what is given."""
@@ -188,6 +189,11 @@ def _check_mirror(width: int, decoder: nn.Module | None, given: int | None) -> N
         raise ValueError(
             f"tied=True: expected a likelihood that takes one output for each feature, got one that takes {width}"
         )
+
+
+def _centres(network: nn.Module) -> bool:
+    """Whether it takes float64 beside float32 weights, and rounds numbers once they are centred."""
+    return isinstance(network.parts[0] if isinstance(network, Stacked) else network, MLP)
 
 
 def _check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:

@@ -25,7 +25,8 @@ class Autoencoder(Amortised):
     .. math:: p(z) \propto 1, \qquad x \mid z \sim p(x \mid \text{decoder}(z)), \qquad z = \text{encoder}(x)
 
     Shapes: z (..., L), x (..., D). Under a Normal likelihood and ``hidden=()`` the decoder's columns come to span the
-    principal subspace. What it reports is an objective: there is no log p(x) under a flat prior.
+    principal subspace. What it reports is an objective: there is no log p(x) under a flat prior. A code may memorise: one
+    latent and a hidden layer of N units are enough to copy N data; `probae.expost_prior` and held-out log p(x) show it.
 
     Args:
         features, latents: D and L.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class WeightDecay(Objective):
 
     def __init__(self, rate: float | Sequence[float] | Tensor):
         super().__init__()
-        each = rate.tolist() if hasattr(rate, "tolist") else rate
+        each: Any = rate.tolist() if hasattr(rate, "tolist") else rate
         several = isinstance(each, Sequence) and not isinstance(each, str)
         found = [positive("rate", r, zero=True) for r in each] if several else positive("rate", each, zero=True)
         self.register_buffer("rate", torch.tensor(found, dtype=torch.float64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from probae.heads import likelihoods
 from probae.heads.likelihoods import Head, ScaleHead
 from probae.heads.nn import ACTIVATIONS, MLP
 from probae.heads.posteriors import Point
-from probae.heads.stacked import Activation, Leading, Rescaled, Stacked, WithScale
+from probae.heads.stacked import Leading, Mean, Rescaled, Stacked, WithScale
+from probae.heads.tied import TransposedMLP
 from probae.models.amortised import Amortised
 from probae.models.catalogue import make
 from probae.models.linear_gaussian import LinearGaussian
+from probae.recipe import from_json, to_json
 from probae.runtime.precision import float64
 from probae.runtime.seeding import checked_seed, derived, seeded
 from probae.training.fitting import fit
@@ -89,7 +91,7 @@ def pretrain(
     one_of("activation", activation, ACTIVATIONS)
     seed = checked_seed(seed)
     if schema is None:
-        schema = Schema(tuple(x.shape[1:]), varies=False, spread=float(x.double().std()))
+        schema = Schema(tuple(x.shape[1:]), varies=False, spread=_spread(x))
     deep = _maker(model, schema, widths[-1], likelihood)
     with seeded(seed, torch.get_default_device()):
         plain = deep()
@@ -98,12 +100,20 @@ def pretrain(
     layers: list[Any] = []
     for k, width in enumerate(widths):
         if k:
-            schema = Schema((x.shape[1],), varies=False, spread=float(x.double().std()))
+            schema = Schema((x.shape[1],), varies=False, spread=_spread(x))
         build = _shallow(layer, schema, width, None if k else likelihood, activation, k > 0, k < len(widths) - 1)
         with seeded(derived(seed, k), torch.get_default_device()):
             layers.append(build())
         _require(layers[-1], plain if k == 0 else None)
+        _require_own_codes(layers[-1], x)
+        decided = isinstance(layer, str) or k == len(widths) - 1
+        if decided and not _linear(plain.code) and not _same_code(layers[-1], plain):
+            raise ValueError(
+                f"the innermost codes of the layers are linear, or others than the deep model's, {plain.code!r}: take the same "
+                "row for both"
+            )
         if isinstance(layers[-1], LinearGaussian):
+            x = x.flatten(1)
             layers[-1].maximum_likelihood(x)
         else:
             fit(layers[-1], x, seed=derived(seed, k), **options)
@@ -112,11 +122,33 @@ def pretrain(
         return _joined(deep, plain, layers, as_batch(data, layers[0].dtype))
 
 
+@torch.no_grad()
+def _require_own_codes(layer: Any, x: Tensor) -> None:
+    """Raise unless a layer has one kind of latents, whose mean is what its encoder says."""
+    if isinstance(layer, LinearGaussian):
+        return
+    rows = layer.as_batch(x[:8])
+    latents = layer.signature(rows).latents
+    codes = layer.encode(rows) if len(latents) == 1 else None
+    if codes is None or not torch.allclose(Stacked(_encoder(layer))(layer.entering(rows)), codes, rtol=1e-3, atol=1e-4):
+        raise TypeError(
+            f"layer: expected a model whose codes are what its encoder says, got {type(layer).__name__} with the latents "
+            f"{list(latents)}"
+        )
+
+
+def _spread(x: Tensor) -> float:
+    """The standard deviation of all observed values together, 1 where they do not vary."""
+    spread = float(x[~x.isnan()].double().std()) if x.is_floating_point() else float(x.double().std())
+    return spread if spread > 0 else 1.0
+
+
 def _maker(model: Maker, schema: Schema, latents: int, head: Head | None) -> Callable[..., Any]:
     """A function of encoder= and decoder= that makes the deep model."""
     if not isinstance(model, str):
         return functools.partial(model, schema.features if len(schema.shape) == 1 else schema.shape, latents)
-    return functools.partial(make, model, schema, latents, **({} if head is None else {"likelihood": head}))
+    options: dict[str, Any] = {} if head is None else {"likelihood": head}
+    return functools.partial(make, model, schema, latents, **options)
 
 
 def _require(layer: Any, deep: Any) -> None:
@@ -157,10 +189,9 @@ def _shallow(
         built = make(layer, seen, width, hidden=(), activation=activation, likelihood=own)
         for name, nonlinear in (("encoder", inner), ("decoder", outer)):
             network = getattr(built, name)
-            if nonlinear and isinstance(network, MLP):
-                affine = network.layers[-1]
-                sizes = affine.in_features, affine.out_features
-                setattr(built, name, MLP(*sizes, (), activation, activate_input=True))
+            if nonlinear and _linear(built.code) and not built.tied and isinstance(network, MLP):
+                outputs, inputs = _affine(network).weight.shape
+                setattr(built, name, MLP(inputs, outputs, (), activation, activate_input=True))
         return built
 
     return build
@@ -170,30 +201,42 @@ def _joined(deep: Callable[..., Any], plain: Amortised, layers: list[Any], x: An
     """The deep model whose networks are the layers', one after another."""
     first, last = layers[0], layers[-1]
     plain.to(first.dtype).initialise(x)
-    whole_code = isinstance(last, Amortised) and last.code.width == plain.code.width > 1
-    encoders = [part for one in layers[:-1] for part in _encoder(one)] + _encoder(last, whole_code)
-    if not whole_code and plain.code.width > 1:
+    same = _same_code(last, plain)
+    encoders = [part for one in layers[:-1] for part in _encoder(one)] + ([last.encoder] if same else _encoder(last))
+    if not same and plain.code.width > 1:
         encoders.append(WithScale(last.latents))
     decoders = [part for one in layers[:0:-1] for part in _decoder(one)]
-    decoders.append(first.decoder if isinstance(first, Amortised) else _affine_decoder(first, plain.head))
+    head = plain.head if isinstance(plain.head, ScaleHead) else None
+    decoders.append(_untied(first.decoder) if isinstance(first, Amortised) else _affine_decoder(first, head))
     joined = deep(encoder=Stacked(encoders).to(first.dtype), decoder=Stacked(decoders).to(first.dtype)).to(first.dtype)
     joined.initialise(x)
     if isinstance(first, Amortised):
         joined.head.load_state_dict(first.head.state_dict(), strict=False)
+    if same:
+        joined.code.load_state_dict(last.code.state_dict())
     return joined.eval()
 
 
-def _encoder(layer: Any, whole_code: bool = False) -> list[nn.Module]:
-    """From a layer's data to its codes; with the scale of its guide where the whole code is asked for."""
+def _same_code(layer: Any, deep: Amortised) -> bool:
+    return isinstance(layer, Amortised) and to_json(layer.code) == to_json(deep.code)
+
+
+def _linear(code: Head) -> bool:
+    """Whether codes are the encoder's outputs, or the first of them, but for a unit."""
+    return isinstance(code, ScaleHead) or (isinstance(code, Point) and not code.positive)
+
+
+def _encoder(layer: Any) -> list[nn.Module]:
+    """From a layer's data to its codes."""
     if isinstance(layer, LinearGaussian):
         return [_affine_encoder(layer)]
-    if whole_code:
-        return [layer.encoder]
     code, parts = layer.code, [layer.encoder]
+    if not _linear(code):
+        mean = Mean(from_json(to_json(code)), layer.latents).to(layer.dtype)
+        mean.head.load_state_dict(code.state_dict())
+        return [*parts, mean]
     if code.width > 1:
         parts.append(Leading(layer.latents))
-    if isinstance(code, Point) and code.positive:
-        parts.append(Activation("relu"))
     return [*parts, *_rescaled(layer.latents, torch.zeros(()), code.unit)]
 
 
@@ -202,8 +245,24 @@ def _decoder(layer: Any) -> list[nn.Module]:
     if isinstance(layer, LinearGaussian):
         return [_affine_decoder(layer, None)]
     head = layer.head
-    parts = [layer.decoder, *([Leading(layer.features)] if head.width > 1 else [])]
+    parts = [_untied(layer.decoder), *([Leading(layer.features)] if head.width > 1 else [])]
     return [*parts, *_rescaled(layer.features, head.origin.double() + head.origin_low.double(), head.unit)]
+
+
+def _untied(decoder: nn.Module) -> nn.Module:
+    """A decoder with weights of its own: those that it had from the encoder, to begin with."""
+    if not isinstance(decoder, TransposedMLP):
+        return decoder
+    weights = [layer.weight for layer in decoder.transposed]
+    weights[0] = weights[0][: decoder.latents]
+    weights[-1] = weights[-1][:, : decoder.features]
+    widths = [weight.shape[1] for weight in weights[:-1]]
+    names = [name for name, kind in ACTIVATIONS.items() if type(decoder.activation) is kind]
+    network = MLP(decoder.latents, decoder.features, widths, names[0] if names else "relu").to(weights[0])
+    affine = [part for part in network.layers if isinstance(part, nn.Linear)]
+    for part, weight, bias in zip(affine, weights, decoder.biases, strict=True):
+        part.weight.copy_(weight.mT), part.bias.copy_(bias)
+    return network
 
 
 def _rescaled(features: int, origin: Tensor, unit: Tensor) -> list[nn.Module]:
@@ -222,8 +281,8 @@ def _affine_encoder(layer: LinearGaussian) -> MLP:
     precision = torch.eye(layer.latents).to(whitened) + whitened.mT @ whitened
     network = MLP(layer.features, layer.latents).to(layer.weight)
     network.origin.copy_(layer.loc), network.unit.copy_(scale)
-    network.layers[0].weight.copy_(torch.linalg.solve(precision, whitened.mT))
-    network.layers[0].bias.zero_()
+    affine = _affine(network)
+    affine.weight.copy_(torch.linalg.solve(precision, whitened.mT)), affine.bias.zero_()
     return network
 
 
@@ -234,5 +293,11 @@ def _affine_decoder(layer: LinearGaussian, head: ScaleHead | None) -> MLP:
     if head is not None:
         weight, loc = weight / head.unit[:, None], (loc - head.origin - head.origin_low) / head.unit
     network = MLP(layer.latents, layer.features).to(layer.weight)
-    network.layers[0].weight.copy_(weight), network.layers[0].bias.copy_(loc)
+    affine = _affine(network)
+    affine.weight.copy_(weight), affine.bias.copy_(loc)
     return network
+
+
+def _affine(network: MLP) -> nn.Linear:
+    """The last layer of a network."""
+    return cast("nn.Linear", network.layers[-1])
