@@ -125,6 +125,8 @@ def test_a_maximum_with_gaps_has_no_gradient_left_and_beats_the_truth():
 
 
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="support of Bernoulli; row 3"):
+        ItemResponse(2).double().maximum_likelihood(torch.tensor([[0.0, 1.0]] * 3 + [[2.0, 0.0]]))
     with pytest.raises(ValueError, match="latents"):
         ItemResponse(5, 3)
     with pytest.raises(ValueError, match="one trait"):

@@ -110,3 +110,12 @@ def test_what_does_not_fit_is_refused_and_what_shrinks_is_named():
         MixtureOfFactorAnalysers(D, L, 11).double().maximum_likelihood(x)
     with pytest.warns(RuntimeWarning, match="at its floor"):
         MixtureOfFactorAnalysers(D, 4, 3).double().maximum_likelihood(x, restarts=1, tolerance=1e-4)
+
+
+def test_counts_are_dequantised_and_trained_by_the_elbo():
+    x = torch.randint(0, 9, (40, D), generator=torch.Generator().manual_seed(0)).float()
+    model = probae.Dequantised(MixtureOfFactorAnalysers(D, L, K))
+    run = probae.fit(model, x, steps=3, compile=False, progress=False)
+    assert np.isfinite(run.history["loss"]).all()
+    assert isinstance(model.default_objective(), probae.objectives.ELBO)
+    assert probae.log_evidence(model.maximum_likelihood(x, restarts=1), x, particles=20).bound == "lower"

@@ -198,7 +198,7 @@ def _tried(model: nn.Module, step: Callable[[Any], Tensor]) -> float:
     """The value before a step from where a leap has led; NaN where there is none."""
     try:
         return float(step(model))
-    except (torch.linalg.LinAlgError, FloatingPointError):
+    except (torch.linalg.LinAlgError, FloatingPointError):  # type: ignore[attr-defined]
         return math.nan
 
 

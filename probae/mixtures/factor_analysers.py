@@ -67,7 +67,8 @@ def most_likely(
         squares = (r[:, None] * values.square() * inside).sum(0)
         rests.append((squares - (solved * first).sum(-1)).clamp_min(0))
         totals.append(total.clamp_min(_NOTHING))
-        locs.append(solved[:, -1]), weights.append(solved[:, :-1])
+        locs.append(solved[:, -1])
+        weights.append(solved[:, :-1])
     return Analysers(
         torch.stack(locs), torch.stack(weights), _scale(torch.stack(rests), torch.stack(totals), noise, floor)
     )
@@ -121,7 +122,8 @@ def random_start(
         power, axes = torch.linalg.eigh(covariance)
         rest = power[: max(1, len(power) - latents)].mean().clamp_min(floor**2)
         weight = axes[:, -latents:] * (power[-latents:] - rest).clamp_min(1e-4).sqrt()
-        locs.append(loc), weights.append(weight)
+        locs.append(loc)
+        weights.append(weight)
         noises.append(
             (covariance.diagonal() - weight.square().sum(1)).clamp_min(0.05 * float(covariance.trace()) / len(power))
         )

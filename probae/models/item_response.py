@@ -15,6 +15,7 @@ from probae.heads.likelihoods import Bernoulli, Head, OrderedCategorical
 from probae.mixtures.marginal import Marginal
 from probae.mixtures.quadrature import adapted, hermite, moments_at
 from probae.mixtures.quasi_newton import minimise, standard_errors
+from probae.mixtures.weighted_likelihood import require_support
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.recipe import recorded
@@ -197,6 +198,7 @@ class ItemResponse(Pair):
         tolerance, max_iterations = positive("tolerance", tolerance), whole("max_iterations", max_iterations)
         x = self.as_data(x).double()
         require_observed(x)
+        require_support(self.head, x.new_zeros(1, self.head.width * self.features), x)
         with torch.no_grad():
             self.head.start(x)
             self.initialised.fill_(True)

@@ -130,8 +130,8 @@ class MixtureOfFactorAnalysers(Pair):
             joint = self._log_joint(y).to(self.logits)
             c = pyro.sample("component", dist.OneHotCategorical(logits=joint, validate_args=False))
             each = [law.posterior((y.nan_to_num(0.0) - law.loc) / law.scale, seen) for law in self._laws()]
-            loc = sum(c[..., k : k + 1] * mean.to(c) for k, (mean, _) in enumerate(each))
-            tril = sum(c[..., k, None, None] * factor.to(c) for k, (_, factor) in enumerate(each))
+            loc = torch.stack([c[..., k : k + 1] * mean.to(c) for k, (mean, _) in enumerate(each)]).sum(0)
+            tril = torch.stack([c[..., k, None, None] * factor.to(c) for k, (_, factor) in enumerate(each)]).sum(0)
             pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril, validate_args=False))
 
     def _component(self) -> Any:
@@ -245,10 +245,10 @@ class MixtureOfFactorAnalysers(Pair):
 
         options = {"restarts": restarts, "seed": seed, "tolerance": tolerance, "max_iterations": max_iterations}
         self.optima = maximise(self, start, step, len(x), **options)  # type: ignore[arg-type]
-        least = self.log_scale.exp().expand(self.components, self.features) <= floor * (1 + 1e-6)
-        if bool(least.any()):
+        held = self.log_scale.exp().expand(self.components, self.features) <= floor * (1 + 1e-6)
+        if bool(held.any()):
             warnings.warn(
-                f"the noise of components {least.any(-1).nonzero().flatten().tolist()} is at its floor: the likelihood is "
+                f"the noise of components {held.any(-1).nonzero().flatten().tolist()} is at its floor: the likelihood is "
                 "unbounded but for it; use a higher floor=, fewer components or fewer latents",
                 RuntimeWarning,
                 stacklevel=3,

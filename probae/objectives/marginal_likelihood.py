@@ -32,6 +32,7 @@ class MarginalLikelihood(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
-        pair.need("marginal")
+        if not pair.tractable:
+            pair.need("marginal")
         with pair.own_parameters():
             return -call(pair.log_marginal, batch).mean()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probae.adapter import as_pair
 from probae.batches import Batch, call, leaves, rebuilt
-from probae.objectives import Objective
+from probae.objectives import ELBO, MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import require_numbers
@@ -30,8 +30,9 @@ class Around(Pair):
         self.given = getattr(self.inner, "given", None)
 
     def default_objective(self) -> Objective:
-        """That of the inner pair."""
-        return self.inner.default_objective()
+        """That of the inner pair; the ELBO, where that is log p(x) and the pair around it knows none."""
+        objective = self.inner.default_objective()
+        return ELBO() if isinstance(objective, MarginalLikelihood) and not self.tractable else objective
 
     @property
     def arguments(self) -> tuple[str, ...]:
