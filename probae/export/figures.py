@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,4 +132,35 @@ def image_rows(rows: dict[str, Tensor], title: str = "") -> Any:
             spine.set_visible(False)
     if title:
         figure.suptitle(title)
+    return figure
+
+
+def dictionary_tiles(
+    columns: Tensor, shape: tuple[int, int], order: Tensor | None = None, across: int | None = None
+) -> Any:
+    """The columns of a dictionary (D, L) as tiles of H × W pixels, each on a scale of its own about 0, which is grey.
+
+    Args:
+        columns: (H W, L), as they are in pixels; filters of whitened data have to be turned back first.
+        shape: (H, W).
+        order: (L,) of numbers, firing densities say, by which tiles are sorted, largest first.
+        across: tiles in a row; about as many as there are rows, if it is not said.
+    """
+    height, width = shape
+    if columns.dim() != 2 or len(columns) != height * width:
+        raise ValueError(
+            f"columns: expected ({height * width}, L) for tiles of {height} × {width}, got {tuple(columns.shape)}"
+        )
+    tiles = columns.detach().cpu().mT
+    if order is not None:
+        tiles = tiles[order.detach().cpu().argsort(descending=True)]
+    tiles = (tiles / tiles.abs().amax(1, keepdim=True).clamp_min(1e-12)).reshape(-1, height, width)
+    across = across if across is not None else math.ceil(len(tiles) ** 0.5)
+    rows = math.ceil(len(tiles) / across)
+    padded = torch.ones(rows * across, height + 1, width + 1)
+    padded[: len(tiles), :height, :width] = tiles
+    sheet = padded.reshape(rows, across, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)[:-1, :-1]
+    figure, ax = pyplot().subplots(figsize=(0.4 * across, 0.4 * rows), layout="constrained")
+    ax.imshow(sheet.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -11,6 +12,7 @@ from probae.arguments import positive as positive_number
 from probae.arguments import size
 
 _EVERY = 10  # iterations between looks at what still moves
+_SQUARINGS = 6  # of DᵀD, after which its norm is known within L^(1 / 64)
 
 
 def fista(
@@ -27,10 +29,10 @@ def fista(
 
     .. math:: z^* = \arg\min_z \frac{\|x - D z\|^2}{2 \sigma^2} + \lambda \|z\|_1, \qquad
               z \leftarrow \text{soft}\big(y - \tfrac1c D^T (D y - x), \tfrac{\lambda \sigma^2}{c}\big),
-              \quad c = \|D\|_2^2,
+              \quad c \ge \|D\|_2^2,
 
-    with y ahead of z by momentum, which starts anew for a datum where it leads uphill. All data move at once. An
-    orthonormal dictionary is solved by the first step: soft(Dᵀx, λσ²).
+    with y ahead of z by momentum, which starts anew for a datum where it leads uphill. All data move at once. With an
+    orthonormal dictionary the codes are soft(Dᵀx, λσ²).
 
     Shapes: x (..., D), less the decoder's offset; dictionary (D, L); codes (..., L). No gradient flows through it.
 
@@ -39,7 +41,8 @@ def fista(
         positive: whether codes are held at z >= 0, as under an Exponential prior.
         iterations: the most that are made.
         tolerance: the largest proximal gradient step that may be left, as a share of the largest \|Dᵀx\| of the datum, not
-            below what the dtype resolves; None makes all iterations and looks at no value, so that it can be traced.
+            below what the dtype resolves; None makes all iterations, never starts anew and looks at no value, so that it can
+            be traced.
 
     Raises:
         ValueError: if shapes do not fit, or an argument is out of range.
@@ -56,27 +59,49 @@ def fista(
         raise ValueError(f"x: expected (..., {dictionary.shape[0]}), as the dictionary's rows, got {tuple(x.shape)}")
     with torch.no_grad():
         gram, match = dictionary.mT @ dictionary, x @ dictionary
-        # not eigvalsh: a traced one runs this algorithm, whose last digits differ
-        curvature = torch.linalg.eigh(gram).eigenvalues[-1].clamp_min(torch.finfo(x.dtype).tiny)
+        curvature = _curvature(gram)
         threshold = torch.as_tensor(rate, dtype=x.dtype, device=x.device) * scale**2 / curvature
-        least = None
-        if tolerance is not None:
-            share = max(positive_number("tolerance", tolerance), 8 * torch.finfo(x.dtype).eps)
-            least = share * match.abs().amax(-1, keepdim=True) / curvature
+        towards, keeps = match / curvature, torch.eye(len(gram), dtype=x.dtype, device=x.device) - gram / curvature
+        if tolerance is None:
+            return _steps(towards, keeps, threshold, positive, iterations)
+        share = max(positive_number("tolerance", tolerance), 8 * torch.finfo(x.dtype).eps)
+        least = share * towards.abs().amax(-1, keepdim=True)
         z = ahead = torch.zeros_like(match)
         t = torch.ones_like(match[..., :1])
         for step in range(iterations):
-            found = shrink(ahead - (ahead @ gram - match) / curvature, threshold, positive)
-            if least is not None and step % _EVERY == 0 and bool(((found - ahead).abs() <= least).all()):
+            found = shrink(ahead @ keeps + towards, threshold, positive)
+            if step % _EVERY == 0 and bool(((found - ahead).abs() <= least).all()):
                 return found
             uphill = ((ahead - found) * (found - z)).sum(-1, keepdim=True) > 0
             t = torch.where(uphill, torch.ones_like(t), t)
             following = (1 + (1 + 4 * t.square()).sqrt()) / 2
-            ahead = found + (t - 1) / following * (found - z)
-            z, t = found, following
-        if least is not None and not bool(((z - ahead).abs() <= least).all()):
+            z, ahead, t = found, torch.lerp(z, found, 1 + (t - 1) / following), following
+        found = shrink(ahead @ keeps + towards, threshold, positive)
+        if not bool(((found - ahead).abs() <= least).all()):
             warnings.warn(f"FISTA has not met its tolerance in {iterations} iterations", RuntimeWarning, stacklevel=2)
-        return z
+        return found
+
+
+def _steps(towards: Tensor, keeps: Tensor, threshold: Tensor, positive: bool, iterations: int) -> Tensor:
+    """A fixed number of steps, whose momentum is the same for all data."""
+    z = ahead = torch.zeros_like(towards)
+    t = 1.0
+    for _ in range(iterations):
+        found = shrink(ahead @ keeps + towards, threshold, positive)
+        following = (1 + math.sqrt(1 + 4 * t**2)) / 2
+        z, ahead, t = found, torch.lerp(z, found, 1 + (t - 1) / following), following
+    return z
+
+
+def _curvature(gram: Tensor) -> Tensor:
+    """The largest eigenvalue of DᵀD, or a little more; its powers come near to it, and their row sums bound it from above."""
+    power, log_scale = gram, gram.new_zeros(())
+    for _ in range(_SQUARINGS):
+        size = power.abs().amax().clamp_min(torch.finfo(gram.dtype).tiny)
+        power = (power / size) @ (power / size)
+        log_scale = 2 * (log_scale + size.log())
+    largest = power.abs().sum(-1).amax().clamp_min(torch.finfo(gram.dtype).tiny)
+    return ((largest.log() + log_scale) / 2**_SQUARINGS).exp()
 
 
 def shrink(z: Tensor, threshold: Tensor, positive: bool = False) -> Tensor:

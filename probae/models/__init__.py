@@ -6,6 +6,7 @@ from probae.models.catalogue import CATALOGUE, Model, make, names, register
 from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.sparse_coding import SparseCoding
 from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 
@@ -20,6 +21,7 @@ __all__ = [
     "Independent",
     "Model",
     "SparseAutoencoder",
+    "SparseCoding",
     "SpikeAndSlab",
     "StochasticAutoencoder",
     "make",

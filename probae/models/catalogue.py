@@ -16,11 +16,12 @@ from probae.heads import likelihoods
 from probae.heads.corruption import Corruption, Gaussian, SaltAndPepper
 from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
-from probae.heads.posteriors import Sigmoid
+from probae.heads.posteriors import Sigmoid, TopK
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
 from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.sparse_autoencoder import SparseAutoencoder
+from probae.models.sparse_coding import SparseCoding
 from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
 from probae.transforms.dequantised import Dequantised
@@ -109,9 +110,12 @@ def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _sparse(posterior: str) -> Callable[..., Any]:
+def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
+    """Builds a sparse autoencoder; with the k largest of its latents, a quarter of them, where no posterior is named."""
+    point = posterior not in {"normal", "laplace"}
+
     def head(schema: Schema) -> Head:
-        scale = "shared" if posterior != "point" else schema.spread / 4
+        scale = schema.spread / 4 if point else "shared"
         if schema.kind == "real":
             return likelihoods.Normal(scale)
         return (
@@ -120,13 +124,18 @@ def _sparse(posterior: str) -> Callable[..., Any]:
 
     def build(schema: Schema, latents: int, **options: Any) -> Any:
         # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
-        rate = 6 / schema.spread if posterior == "point" and schema.kind != "binary" else 1.0
-        rates = {"rate": rate, "learned_rate": posterior != "point"}
-        return _network(SparseAutoencoder, head, posterior=posterior, hidden=(128,), **rates)(
-            schema, latents, **options
-        )
+        rate = 6 / schema.spread if point and schema.kind != "binary" else 1.0
+        code = posterior if posterior is not None else TopK(max(1, latents // 4))
+        settings = {"posterior": code, "hidden": (128,), "rate": rate, "learned_rate": not point, **fixed}
+        return _network(SparseAutoencoder, head, **settings)(schema, latents, **options)
 
     return build
+
+
+def _sparse_coding(schema: Schema, latents: int, **options: Any) -> Any:
+    """Builds sparse coding in the units of the data, as `_sparse` does."""
+    settings = {"likelihood": likelihoods.Normal(schema.spread / 4), "rate": 6 / schema.spread, **options}
+    return SparseCoding(schema.features, latents, **settings)
 
 
 def corruption(schema: Schema) -> Corruption:
@@ -210,6 +219,14 @@ CATALOGUE: dict[str, Model] = {
     "spike_and_slab": Model(
         "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
         _network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
+    ),
+    "topk_autoencoder": Model(
+        "sparse autoencoder whose k largest latents are on", "Makhzani & Frey 2014; Gao et al. 2024",
+        _sparse(None, prior="flat"),
+    ),
+    "sparse_coding": Model(
+        "sparse coding: Laplace prior, codes by FISTA", "Olshausen & Field 1997; Beck & Teboulle 2009", _sparse_coding,
+        kinds=("real",),
     ),
     "denoising_autoencoder": Model(
         "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
