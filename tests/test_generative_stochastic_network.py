@@ -108,8 +108,10 @@ def test_its_gradient_is_that_of_the_reconstructions_at_fixed_states():
 def test_it_trains_towards_the_law_of_its_data_and_has_no_evidence():
     _, mean, covariance = gaussian()
     x = mean + data(1000, 2, seed=6) @ torch.linalg.cholesky(covariance).mT
-    model = probae.GenerativeStochasticNetwork(2, 2, (), corruption=Gaussian(0.7), likelihood=Normal("feature"), seed=0)
-    run = probae.fit(model, x.float(), steps=200, lr=0.03, validation=x[:100].float(), compile=False, progress=False)
+    model = probae.GenerativeStochasticNetwork(
+        2, 2, (), corruption=Gaussian(0.7), likelihood=Normal("feature"), walkback=2, seed=0
+    )
+    run = probae.fit(model, x.float(), steps=150, lr=0.03, validation=x[:100].float(), compile=False, progress=False)
     assert run.monitor == "objective"
     drawn = model.sample(2000)
     # a code without noise has a likelihood of independent features, so that their correlation is not all there

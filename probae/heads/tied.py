@@ -36,7 +36,7 @@ class TransposedMLP(nn.Module):
         (torch.Size([5, 64]), ['biases.0', 'biases.1'])
     """
 
-    def __init__(self, encoder: MLP, latents: int, features: int):
+    def __init__(self, encoder: nn.Module, latents: int, features: int):
         super().__init__()
         if not isinstance(encoder, MLP):
             raise TypeError(f"encoder: expected a probae.nn.MLP, whose weights are known, got {type(encoder).__name__}")

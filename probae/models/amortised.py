@@ -163,10 +163,11 @@ class Amortised(Pair):
         head = self.head
         if not isinstance(head, ScaleHead):
             return
-        unit, spread = self.encoder.unit[: self.features].clone(), head.unit.clone()
+        encoder: Any = self.encoder
+        unit, spread = encoder.unit[: self.features].clone(), head.unit.clone()
         if head.fixed or head.kind == "shared":
             unit = spread.double().square().mean().sqrt().to(unit).expand_as(unit)
-        self.encoder.unit[: self.features] = unit
+        encoder.unit[: self.features] = unit
         head.unit.copy_(unit)
         if not head.fixed:
             with torch.no_grad():

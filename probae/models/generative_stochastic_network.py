@@ -47,6 +47,8 @@ class GenerativeStochasticNetwork(Amortised):
         (torch.Size([5, 4]), torch.Size([7, 3, 4]))
     """
 
+    corruption: Corruption
+
     def __init__(
         self,
         features: int | Sequence[int],

@@ -61,6 +61,7 @@ class SparseAutoencoder(Amortised):
     LeCun (2008) for ``prediction``.
 
     Example:
+        >>> import torch
         >>> model = SparseAutoencoder(features=64, latents=128, rate=2.0)
         >>> bool(torch.allclose(model.decoder.columns.norm(dim=0), torch.ones(128)))
         True

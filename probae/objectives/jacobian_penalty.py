@@ -13,7 +13,7 @@ from probae.batches import Batch, leaves
 from probae.heads.nn import MLP
 from probae.heads.posteriors import Point, Sigmoid
 from probae.objectives.objective import Monitor, Objective
-from probae.programs.smooth import apart, code_of, jacobian, reconstruction_of
+from probae.programs.smooth import apart, code_of, jacobian, pulled_back, reconstruction_of
 
 if TYPE_CHECKING:
     from probae.pair import Pair
@@ -73,7 +73,7 @@ class JacobianPenalty(Objective):
         outputs = x.shape[1] if self.of == "reconstruction" else getattr(pair, "latents", x.shape[1])
         if self.method == "exact" or (self.method == "auto" and outputs <= _EXACT):
             return jacobian(function, x).square().sum((-1, -2)).mean()
-        output, pullback = torch.func.vjp(function, x)
+        output, pullback = pulled_back(function, x)
         coin = torch.rand(self.probes, *output.shape, dtype=output.dtype, device=output.device) < 0.5
         (rows,) = torch.func.vmap(pullback)(torch.where(coin, -1.0, 1.0).to(output.dtype))
         return rows.square().sum(-1).mean()
@@ -111,7 +111,7 @@ def layer_penalties(pair: Any, batch: Batch) -> list[Tensor]:
             squared = (layer.weight / network.unit)[:, : x.shape[1]].square()
         output = layer(h)
         function = _code(pair) if last else network.layers[1]
-        h, slope = torch.func.jvp(function, (output,), (torch.ones_like(output),))
+        h, slope = torch.func.jvp(function, (output,), (torch.ones_like(output),))[:2]
         columns = slope.square() @ squared
         found.append((columns.masked_fill(x.isnan(), 0.0) if k == 0 else columns).sum(-1))
     return found

@@ -58,7 +58,7 @@ class PredictiveSparse(Objective):
         joint = pair.likelihood(codes).log_prob(batch) + pair.prior().log_prob(codes)
         return (self.weight * (codes - predicted).square().sum(-1) - joint).mean()
 
-    def infer(self, pair: Pair, x: Tensor, iterations: int = 10_000, tolerance: float = 1e-10) -> Tensor:
+    def infer(self, pair: Pair, x: Tensor, iterations: int = 10_000, tolerance: float = 1e-13) -> Tensor:
         """The codes z* (N, L) at data x (N, D), to a tolerance; see `probae.heads.sparse_inference.fista`."""
         return self._codes(pair, x, iterations, tolerance)[0]
 

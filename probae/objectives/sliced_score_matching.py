@@ -10,7 +10,7 @@ from torch import Tensor
 from probae.arguments import size as whole_size
 from probae.batches import Batch
 from probae.objectives.objective import Monitor, Objective
-from probae.programs.smooth import score_of
+from probae.programs.smooth import pulled_back, score_of
 
 if TYPE_CHECKING:
     from probae.pair import Pair
@@ -45,7 +45,7 @@ class SlicedScoreMatching(Objective):
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar."""
         function, x = score_of(pair, batch)
-        score, pullback = torch.func.vjp(function, x)
+        score, pullback = pulled_back(function, x)
         v = torch.where(torch.rand(self.directions, *x.shape, dtype=x.dtype, device=x.device) < 0.5, -1.0, 1.0)
         (slopes,) = torch.func.vmap(pullback)(v.to(x.dtype))
         return (score.square().sum(-1) / 2 + (slopes * v).sum(-1).mean(0)).mean()

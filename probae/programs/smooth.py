@@ -92,9 +92,15 @@ def score_of(pair: Any, batch: Batch) -> tuple[Map, Tensor]:
     return torch.func.grad(total), x
 
 
+def pulled_back(function: Map, x: Tensor) -> tuple[Tensor, Any]:
+    """f(x), and the function v -> (Jᵀv,) of a vector for each row."""
+    output, pullback = torch.func.vjp(function, x)[:2]
+    return output, pullback
+
+
 def jacobian(function: Map, x: Tensor) -> Tensor:
     """∂f_l/∂x_d (N, L, D) of a function (N, D) -> (N, L) whose rows do not depend on each other, in one batched pass."""
-    output, pullback = torch.func.vjp(function, x)
+    output, pullback = pulled_back(function, x)
     latents = output.shape[-1]
     basis = torch.eye(latents, dtype=output.dtype, device=output.device)[:, None].expand(latents, *output.shape)
     (rows,) = torch.func.vmap(pullback)(basis)
