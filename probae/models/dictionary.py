@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probae.arguments import flag
+from probae.arguments import flag, size
 from probae.heads.likelihoods import Head, ScaleHead
 from probae.recipe import recorded
 
@@ -26,6 +26,7 @@ class Dictionary(nn.Module):
 
     def __init__(self, latents: int, features: int, positive: bool = False):
         super().__init__()
+        latents, features = size("latents", latents), size("features", features)
         self.positive = flag("positive", positive)
         self.register_buffer("unit", torch.ones(()))
         self.weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
