@@ -34,7 +34,7 @@ def encoder_of(layer: Any) -> list[nn.Module]:
         return [_affine_encoder(layer)]
     code, parts = layer.code, [layer.encoder]
     if not is_linear(code):
-        mean = Mean(from_json(to_json(code)), layer.latents).to(layer.dtype)
+        mean = Mean(from_json(to_json(code)), layer.latents).to(layer.device, layer.dtype)
         mean.head.load_state_dict(code.state_dict())
         return [*parts, mean]
     if code.width > 1:

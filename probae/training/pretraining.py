@@ -117,7 +117,7 @@ def pretrain(
             fit(layers[-1], x, seed=derived(seed, k), **options)
         x = layers[-1].encode(x)
     with seeded(derived(seed, len(widths)), torch.get_default_device()), torch.no_grad():
-        return _joined(deep, plain, layers, as_batch(data, layers[0].dtype))
+        return _joined(deep, plain, layers, as_batch(data, layers[0].dtype, layers[0].device))
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def _shallow(
 def _joined(deep: Callable[..., Any], plain: Amortised, layers: list[Any], x: Any) -> Any:
     """The deep model whose networks are the layers', one after another."""
     first, last = layers[0], layers[-1]
-    plain.to(first.dtype).initialise(x)
+    plain.to(first.device, first.dtype).initialise(x)
     same = same_code(last, plain)
     encoders = [part for one in layers[:-1] for part in encoder_of(one)] + (
         [last.encoder] if same else encoder_of(last)
@@ -210,7 +210,9 @@ def _joined(deep: Callable[..., Any], plain: Amortised, layers: list[Any], x: An
     decoders = [part for one in layers[:0:-1] for part in decoder_of(one)]
     head = plain.head if isinstance(plain.head, ScaleHead) else None
     decoders.append(untied(first.decoder) if isinstance(first, Amortised) else affine_decoder(first, head))
-    joined = deep(encoder=Stacked(encoders).to(first.dtype), decoder=Stacked(decoders).to(first.dtype)).to(first.dtype)
+    networks = {"encoder": Stacked(encoders), "decoder": Stacked(decoders)}
+    joined = deep(**{name: network.to(first.device, first.dtype) for name, network in networks.items()})
+    joined.to(first.device, first.dtype)
     joined.initialise(x)
     if isinstance(first, Amortised):
         joined.head.load_state_dict(first.head.state_dict(), strict=False)
