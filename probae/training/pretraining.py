@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probae.arguments import one_of, size, whole
 from probae.batches import as_batch
@@ -16,14 +16,12 @@ from probae.heads import likelihoods
 from probae.heads.likelihoods import Head, ScaleHead
 from probae.heads.nn import ACTIVATIONS, MLP
 from probae.heads.posteriors import Point
-from probae.heads.stacked import Leading, Mean, Rescaled, Stacked, WithScale
-from probae.heads.tied import TransposedMLP
+from probae.heads.stacked import Stacked, WithScale
 from probae.models.amortised import Amortised
 from probae.models.catalogue import make
 from probae.models.linear_gaussian import LinearGaussian
-from probae.recipe import from_json, to_json
-from probae.runtime.precision import float64
 from probae.runtime.seeding import checked_seed, derived, seeded
+from probae.training.composition import affine_decoder, affine_of, decoder_of, encoder_of, is_linear, same_code, untied
 from probae.training.fitting import fit
 
 Maker = str | Callable[..., Any]
@@ -107,7 +105,7 @@ def pretrain(
         _require(layers[-1], plain if k == 0 else None)
         _require_own_codes(layers[-1], x)
         decided = isinstance(layer, str) or k == len(widths) - 1
-        if decided and not _linear(plain.code) and not _same_code(layers[-1], plain):
+        if decided and not is_linear(plain.code) and not same_code(layers[-1], plain):
             raise ValueError(
                 f"the innermost codes of the layers are linear, or others than the deep model's, {plain.code!r}: take the same "
                 "row for both"
@@ -119,7 +117,7 @@ def pretrain(
             fit(layers[-1], x, seed=derived(seed, k), **options)
         x = layers[-1].encode(x)
     with seeded(derived(seed, len(widths)), torch.get_default_device()), torch.no_grad():
-        return _joined(deep, plain, layers, as_batch(data, layers[0].dtype))
+        return _joined(deep, plain, layers, as_batch(data, layers[0].dtype, layers[0].device))
 
 
 @torch.no_grad()
@@ -130,7 +128,9 @@ def _require_own_codes(layer: Any, x: Tensor) -> None:
     rows = layer.as_batch(x[:8])
     latents = layer.signature(rows).latents
     codes = layer.encode(rows) if len(latents) == 1 else None
-    if codes is None or not torch.allclose(Stacked(_encoder(layer))(layer.entering(rows)), codes, rtol=1e-3, atol=1e-4):
+    if codes is None or not torch.allclose(
+        Stacked(encoder_of(layer))(layer.entering(rows)), codes, rtol=1e-3, atol=1e-4
+    ):
         raise TypeError(
             f"layer: expected a model whose codes are what its encoder says, got {type(layer).__name__} with the latents "
             f"{list(latents)}"
@@ -189,8 +189,8 @@ def _shallow(
         built = make(layer, seen, width, hidden=(), activation=activation, likelihood=own)
         for name, nonlinear in (("encoder", inner), ("decoder", outer)):
             network = getattr(built, name)
-            if nonlinear and _linear(built.code) and not built.tied and isinstance(network, MLP):
-                outputs, inputs = _affine(network).weight.shape
+            if nonlinear and is_linear(built.code) and not built.tied and isinstance(network, MLP):
+                outputs, inputs = affine_of(network).weight.shape
                 setattr(built, name, MLP(inputs, outputs, (), activation, activate_input=True))
         return built
 
@@ -200,104 +200,22 @@ def _shallow(
 def _joined(deep: Callable[..., Any], plain: Amortised, layers: list[Any], x: Any) -> Any:
     """The deep model whose networks are the layers', one after another."""
     first, last = layers[0], layers[-1]
-    plain.to(first.dtype).initialise(x)
-    same = _same_code(last, plain)
-    encoders = [part for one in layers[:-1] for part in _encoder(one)] + ([last.encoder] if same else _encoder(last))
+    plain.to(first.device, first.dtype).initialise(x)
+    same = same_code(last, plain)
+    encoders = [part for one in layers[:-1] for part in encoder_of(one)] + (
+        [last.encoder] if same else encoder_of(last)
+    )
     if not same and plain.code.width > 1:
         encoders.append(WithScale(last.latents))
-    decoders = [part for one in layers[:0:-1] for part in _decoder(one)]
+    decoders = [part for one in layers[:0:-1] for part in decoder_of(one)]
     head = plain.head if isinstance(plain.head, ScaleHead) else None
-    decoders.append(_untied(first.decoder) if isinstance(first, Amortised) else _affine_decoder(first, head))
-    joined = deep(encoder=Stacked(encoders).to(first.dtype), decoder=Stacked(decoders).to(first.dtype)).to(first.dtype)
+    decoders.append(untied(first.decoder) if isinstance(first, Amortised) else affine_decoder(first, head))
+    networks = {"encoder": Stacked(encoders), "decoder": Stacked(decoders)}
+    joined = deep(**{name: network.to(first.device, first.dtype) for name, network in networks.items()})
+    joined.to(first.device, first.dtype)
     joined.initialise(x)
     if isinstance(first, Amortised):
         joined.head.load_state_dict(first.head.state_dict(), strict=False)
     if same:
         joined.code.load_state_dict(last.code.state_dict())
     return joined.eval()
-
-
-def _same_code(layer: Any, deep: Amortised) -> bool:
-    return isinstance(layer, Amortised) and to_json(layer.code) == to_json(deep.code)
-
-
-def _linear(code: Head) -> bool:
-    """Whether codes are the encoder's outputs, or the first of them, but for a unit."""
-    return isinstance(code, ScaleHead) or (isinstance(code, Point) and not code.positive)
-
-
-def _encoder(layer: Any) -> list[nn.Module]:
-    """From a layer's data to its codes."""
-    if isinstance(layer, LinearGaussian):
-        return [_affine_encoder(layer)]
-    code, parts = layer.code, [layer.encoder]
-    if not _linear(code):
-        mean = Mean(from_json(to_json(code)), layer.latents).to(layer.dtype)
-        mean.head.load_state_dict(code.state_dict())
-        return [*parts, mean]
-    if code.width > 1:
-        parts.append(Leading(layer.latents))
-    return [*parts, *_rescaled(layer.latents, torch.zeros(()), code.unit)]
-
-
-def _decoder(layer: Any) -> list[nn.Module]:
-    """From a layer's codes to the mean of its data, which are codes themselves."""
-    if isinstance(layer, LinearGaussian):
-        return [_affine_decoder(layer, None)]
-    head = layer.head
-    parts = [_untied(layer.decoder), *([Leading(layer.features)] if head.width > 1 else [])]
-    return [*parts, *_rescaled(layer.features, head.origin.double() + head.origin_low.double(), head.unit)]
-
-
-def _untied(decoder: nn.Module) -> nn.Module:
-    """A decoder with weights of its own: those that it had from the encoder, to begin with."""
-    if not isinstance(decoder, TransposedMLP):
-        return decoder
-    weights = [layer.weight for layer in decoder.transposed]
-    weights[0] = weights[0][: decoder.latents]
-    weights[-1] = weights[-1][:, : decoder.features]
-    widths = [weight.shape[1] for weight in weights[:-1]]
-    names = [name for name, kind in ACTIVATIONS.items() if type(decoder.activation) is kind]
-    network = MLP(decoder.latents, decoder.features, widths, names[0] if names else "relu").to(weights[0])
-    affine = [part for part in network.layers if isinstance(part, nn.Linear)]
-    for part, weight, bias in zip(affine, weights, decoder.biases, strict=True):
-        part.weight.copy_(weight.mT), part.bias.copy_(bias)
-    return network
-
-
-def _rescaled(features: int, origin: Tensor, unit: Tensor) -> list[nn.Module]:
-    if not bool(origin.any()) and bool((unit == 1).all()):
-        return []
-    part = Rescaled(features).to(unit)
-    part.origin.copy_(origin.expand(features)), part.unit.copy_(unit)
-    return [part]
-
-
-@torch.no_grad()
-def _affine_encoder(layer: LinearGaussian) -> MLP:
-    """The posterior mean, P⁻¹ Wᵀ Ψ⁻² (x − μ)."""
-    weight, scale = float64(layer.weight), float64(layer.scale).expand(layer.features)
-    whitened = weight / scale[:, None]
-    precision = torch.eye(layer.latents).to(whitened) + whitened.mT @ whitened
-    network = MLP(layer.features, layer.latents).to(layer.weight)
-    network.origin.copy_(layer.loc), network.unit.copy_(scale)
-    affine = _affine(network)
-    affine.weight.copy_(torch.linalg.solve(precision, whitened.mT)), affine.bias.zero_()
-    return network
-
-
-@torch.no_grad()
-def _affine_decoder(layer: LinearGaussian, head: ScaleHead | None) -> MLP:
-    """W z + μ, in the units of a head where there is one."""
-    weight, loc = float64(layer.weight), float64(layer.loc)
-    if head is not None:
-        weight, loc = weight / head.unit[:, None], (loc - head.origin - head.origin_low) / head.unit
-    network = MLP(layer.latents, layer.features).to(layer.weight)
-    affine = _affine(network)
-    affine.weight.copy_(weight), affine.bias.copy_(loc)
-    return network
-
-
-def _affine(network: MLP) -> nn.Linear:
-    """The last layer of a network."""
-    return cast("nn.Linear", network.layers[-1])
