@@ -113,6 +113,7 @@ def test_the_signature_says_what_the_programs_are(name):
 
 
 @EVERY
+@pytest.mark.sample(14)
 def test_passes_have_the_shapes_that_the_signature_declares(name):
     instance, x = fitted(name), data(name)
     signature = instance.remembered
@@ -137,6 +138,7 @@ def test_passes_have_the_shapes_that_the_signature_declares(name):
 
 @EVERY
 @pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.sample(20)
 def test_traces(name, particles):
     instance, x = model(name), data(name)
     traces = instance.traces(x, particles)
@@ -159,7 +161,7 @@ def test_every_parameter_has_a_gradient_and_moves(name):
 
 
 @EVERY
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 def test_the_loss_falls(name):
     instance = model(name)
     run = probae.fit(instance, data(name), steps=60, every=1, lr=0.03, progress=False)
@@ -168,6 +170,7 @@ def test_the_loss_falls(name):
 
 
 @EVERY
+@pytest.mark.sample(8)
 def test_two_instances_are_independent(name):
     one, two = model(name), model(name)
     assert same(state(one), state(two))
@@ -180,7 +183,7 @@ def test_two_instances_are_independent(name):
 
 
 @EVERY
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_stream(name):
     one, two = model(name), model(name)
     torch.manual_seed(7)
@@ -209,6 +212,7 @@ def test_precision(name, dtype):
 
 
 @EVERY
+@pytest.mark.sample(14)
 def test_both_precisions_give_the_same_loss(name):
     losses = []
     for dtype in (torch.float32, torch.float64):
@@ -226,6 +230,7 @@ def test_both_precisions_give_the_same_loss(name):
 
 
 @EVERY
+@pytest.mark.sample(8)
 def test_eval_mode_after_fit_and_an_empty_param_store(name):
     instance = fitted(name)
     assert not any(module.training for module in instance.modules())
@@ -276,6 +281,7 @@ def test_arrays_of_every_kind_train_alike(name):
 
 @SOME
 @pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.sample(6)
 def test_data_sets_and_loaders_train_and_start_alike(name, kind):
     """With steps of next to nothing what is left is the start, taken from the data, whatever their form."""
     x = lone(name)[:16]
@@ -300,6 +306,7 @@ def test_validation_may_be_a_loader_too(name):
 
 
 @EVERY
+@pytest.mark.sample(14)
 def test_there_is_evidence_exactly_where_prior_and_guide_have_densities(name):
     instance, x = fitted(name), data(name)
     signature = instance.remembered
@@ -330,7 +337,7 @@ def first_code(instance, x):
 
 
 @EVERY
-@pytest.mark.sample(6)
+@pytest.mark.sample(5)
 def test_a_model_stands_in_a_comparison_and_is_diagnosed(name):
     instance, x = fitted(name), data(name)
     table = probae.compare({name: instance}, x, particles=50, refined={"steps": 20}, ais={"distributions": 20}).table
