@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probae.arguments import size as whole_size
 from probae.batches import Batch
-from probae.objectives.codes import code_of, log_likelihood, require_decoder
+from probae.objectives.codes import code_of, decoder_of, log_likelihood
 from probae.objectives.objective import Monitor, Objective
 
 if TYPE_CHECKING:
@@ -69,13 +69,11 @@ class AuxiliaryK(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
-        require_decoder(pair)
-        code = code_of(pair, batch)
+        decoder, code = decoder_of(pair), code_of(pair, batch)
         dead = self.dead.expand(code.preactivation.shape)
         ranked = code.preactivation.masked_fill(~dead, torch.finfo(code.v.dtype).min)
         index = ranked.topk(min(self.k, ranked.shape[-1]), -1).indices
         extra = torch.zeros_like(ranked).scatter(-1, index, F.softplus(code.preactivation.gather(-1, index))) * dead
-        decoder = pair.decoder
         output = decoder(code.v).detach() + decoder(extra) - decoder(torch.zeros_like(extra))
         return -log_likelihood(pair, output, batch).mean()
 

@@ -44,9 +44,13 @@ def frozen(module: nn.Module, *inputs: Tensor) -> Any:
     return functional_call(module, held, inputs)
 
 
-def require_decoder(pair: Any) -> None:
-    """Raise a ValueError if the pair has no decoder under a head."""
-    if not isinstance(getattr(pair, "decoder", None), nn.Module) or not isinstance(
-        getattr(pair, "head", None), nn.Module
-    ):
+def decoder_of(pair: Any) -> nn.Module:
+    """The decoder of an autoencoder.
+
+    Raises:
+        ValueError: if the pair has no decoder under a head.
+    """
+    decoder = getattr(pair, "decoder", None)
+    if not isinstance(decoder, nn.Module) or not isinstance(getattr(pair, "head", None), nn.Module):
         raise ValueError(f"expected an autoencoder with a decoder and a likelihood head, got {type(pair).__name__}")
+    return decoder

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probae.arguments import positive
 from probae.batches import Batch
-from probae.objectives.codes import code_of, frozen, log_likelihood, require_decoder
+from probae.objectives.codes import code_of, decoder_of, frozen, log_likelihood
 from probae.objectives.objective import Monitor, Objective
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ class GatedAuxiliary(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
-        require_decoder(pair)
         code = torch.relu(code_of(pair, batch).preactivation)
-        likelihood = log_likelihood(pair, frozen(pair.decoder, code), batch)
+        likelihood = log_likelihood(pair, frozen(decoder_of(pair), code), batch)
         return (self.rate * code.sum(-1) - likelihood).mean()
 
     def monitor(self, pair: Pair) -> Monitor:
