@@ -27,7 +27,7 @@ from probae.posteriors import Sigmoid
 
 NOISE = (0.0, 0.1, 0.2, 0.4, 0.8)
 GAPS = (0.0, 0.1, 0.25, 0.5, 0.75)
-WEIGHTS = (0.01, 0.1, 1.0, 10.0)
+WEIGHTS = (0.1, 1.0, 10.0)
 LATENTS, HIDDEN, DRAWS = 16, (128,), 5
 
 
@@ -64,7 +64,7 @@ PENALTIES: dict[str, Callable[[float], Objective]] = {
 
 def trained(model: probae.Pair, x: Tensor, validation: Tensor, steps: int, **options: Any) -> probae.Pair:
     """The model at the best step."""
-    fitting = {"steps": steps, "lr": 2e-3, "scheduler": "cosine", "progress": False} | options
+    fitting = {"compile": "flat", "steps": steps, "lr": 2e-3, "scheduler": "cosine", "progress": False} | options
     probae.fit(model, x, validation=validation, **fitting)
     return model
 
@@ -137,13 +137,16 @@ def main() -> None:
     """Fit, corrupt and restore; classify."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--only", choices=("restoring", "classifying"), help="one half of it")
     options = parser.parse_args()
     data = probae.datasets.load("digits")
     names = ("train", "validation", "test")
     parts = {name: torch.as_tensor(getattr(data, name)).float() / 16 for name in names}
     print(f"{len(parts['train'])} training images, {len(parts['test'])} test images, {options.steps} steps")
-    restoring(*parts.values(), options.steps)
-    classifying(data, parts, options.steps)
+    if options.only != "classifying":
+        restoring(*parts.values(), options.steps)
+    if options.only != "restoring":
+        classifying(data, parts, options.steps)
 
 
 if __name__ == "__main__":

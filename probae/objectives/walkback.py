@@ -81,4 +81,4 @@ def _draw(law: Any, dtype: torch.dtype) -> Tensor:
     if not isinstance(inner, Translated):
         return law.sample().to(dtype)
     origin = inner.origin.to(dtype) if inner.origin_low is None else inner.origin.to(dtype) + inner.origin_low.to(dtype)
-    return origin + inner.base.sample().to(dtype)
+    return origin + inner.base.rsample().to(dtype)  # which inductor compiles, unlike its sample
