@@ -23,6 +23,7 @@ from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
 
 SLOPES = ("item", "shared")
+_ALIKE = 1e-9  # nats between two rules of quadrature that give the same
 _CHECKED, _ACCURATE = 100, 1e-3  # people whose quadrature is checked, and the error that is told, nats
 
 
@@ -216,8 +217,9 @@ class ItemResponse(Pair):
             return -(log_marginal * count).sum() / len(x)
 
         if self.latents == 1:  # quick, and near; of two traits, nodes that all share reward slopes that are too steep
-            minimise(self, lambda work: loss(work, coarse=True), max(tolerance, 1e-6), max_iterations)
-        gradient = minimise(self, loss, tolerance, max_iterations)
+            gradient = minimise(self, lambda work: loss(work, coarse=True), tolerance, max_iterations)
+        if self.latents > 1 or not self._is_fine(patterns[:_CHECKED]):
+            gradient = minimise(self, loss, tolerance, max_iterations)
         if gradient > 10 * tolerance:
             warnings.warn(
                 f"maximum_likelihood: the gradient is {gradient:.3g} at its largest, above tolerance={tolerance:.3g}: are "
@@ -235,6 +237,12 @@ class ItemResponse(Pair):
                 stacklevel=3,
             )
         return self.eval()
+
+    def _is_fine(self, x: Tensor) -> bool:
+        """Whether nodes that all share give what those around each posterior give."""
+        with torch.no_grad():
+            shared, own = (self._summed(x, *rule)[1].logsumexp(0) for rule in ((3 * self.nodes, True), (self.nodes,)))
+        return bool(((shared - own).abs() < _ALIKE).all())
 
     def _start(self, x: Tensor) -> None:
         """Slopes along the principal axes of the standardised answers."""
