@@ -32,20 +32,26 @@ def hermite(nodes: int, like: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def adapted(
-    log_joint: Callable[[Tensor], Tensor], node: Tensor, log_weight: Tensor, loc: Tensor, tril: Tensor
+    log_joint: Callable[[Tensor], Tensor],
+    node: Tensor,
+    log_weight: Tensor,
+    loc: Tensor,
+    tril: Tensor,
+    passes: int = _PASSES,
 ) -> tuple[Tensor, Tensor]:
     """Nodes (Q, N, L) around each datum's posterior, and the logarithms (Q, N) of what each adds to p(x).
 
     Args:
         log_joint: z (Q, N, L) -> log p(x, z) (Q, N).
         node, log_weight, loc, tril: as `hermite` gives them.
+        passes: how often the nodes are placed; once leaves them where all data begin.
     """
     density = log_weight + (node.square().sum(-1) + node.shape[-1] * math.log(2 * math.pi)) / 2
-    for i in range(_PASSES):
+    for i in range(passes):
         z = loc + (tril @ node[:, None, :, None]).squeeze(-1)
         size = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         terms = log_joint(z) + density.unsqueeze(-1) + size
-        if i < _PASSES - 1:  # where the nodes stand needs no gradient
+        if i < passes - 1:  # where the nodes stand needs no gradient
             loc, tril = (part.detach() for part in moments_at(z.detach(), terms.detach(), _NARROW))
     return z, terms
 

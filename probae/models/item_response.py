@@ -23,6 +23,8 @@ from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
 
 SLOPES = ("item", "shared")
+_ALIKE = 1e-9  # nats between two rules of quadrature that give the same
+_CHECKED, _ACCURATE = 100, 1e-3  # people whose quadrature is checked, and the error that is told, nats
 
 
 @recorded
@@ -40,9 +42,9 @@ class ItemResponse(Pair):
     - ``Categorical(classes)``: Bock's nominal response model.
 
     **log p(x)** is an integral over the traits. It is taken by Gauss–Hermite quadrature around each datum's own posterior: four
-    passes find its mean and covariance, a fifth sums. `quadrature_error` doubles the nodes and says what that changes; for
-    five answers it is below 1e-10 nats. The guide is the Normal of the posterior's mean and covariance, which fall out of the
-    same sum; log p(x) is called exact, as far as the quadrature is.
+    passes find its mean and covariance, a fifth sums. `quadrature_error` doubles the nodes and says what that changes, less
+    than 1e-10 nats for slopes below 2; steeper ones need more nodes. The guide is the Normal of the posterior's mean and
+    covariance, which fall out of the same sum; log p(x) is called exact, as far as the quadrature is.
 
     Args:
         features: D, the number of items.
@@ -59,7 +61,8 @@ class ItemResponse(Pair):
     Naylor & Smith (1982), *Applied Statistics* 31, for the quadrature.
 
     Example:
-        >>> x = (torch.rand(200, 5, generator=torch.Generator().manual_seed(0)) < 0.6).double()
+        >>> draws = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).double()
+        >>> x = (draws[:, 1:] + draws[:, :1] > 0).double()
         >>> model = ItemResponse(features=5).double().maximum_likelihood(x)
         >>> model.weight.shape, bool((model.quadrature_error(x) < 1e-8).all())
         (torch.Size([5, 1]), True)
@@ -147,8 +150,8 @@ class ItemResponse(Pair):
     def _log_marginal(self, x: Tensor, nodes: int) -> Tensor:
         return torch.logsumexp(self._summed(x, nodes)[1], 0)
 
-    def _summed(self, x: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-        """The nodes of each datum, (Q, N, L), and the logarithms of what each adds to p(x), (Q, N)."""
+    def _summed(self, x: Tensor, nodes: int, coarse: bool = False) -> tuple[Tensor, Tensor]:
+        """The nodes of each datum, (Q, N, L), and the logarithms of what each adds to p(x), (Q, N); ``coarse`` shares them."""
 
         def log_joint(z: Tensor) -> Tensor:
             fn, values = self.likelihood(z), x
@@ -156,6 +159,8 @@ class ItemResponse(Pair):
                 fn, values = masked(fn, x)
             return fn.log_prob(values) + self.prior().log_prob(z)
 
+        if coarse:
+            return adapted(log_joint, *hermite(nodes, self.zero, 1), passes=1)
         return adapted(log_joint, *hermite(nodes, self.zero, len(x)))
 
     @isolated
@@ -206,10 +211,15 @@ class ItemResponse(Pair):
         patterns, count = torch.unique(x.nan_to_num(math.inf), dim=0, return_counts=True)
         patterns = patterns.masked_fill(patterns.isinf(), torch.nan)
 
-        def loss(work: Any) -> Tensor:
-            return -(work.log_marginal(patterns) * count).sum() / len(x)
+        def loss(work: Any, coarse: bool = False) -> Tensor:
+            nodes = 3 * self.nodes if coarse else self.nodes
+            log_marginal = torch.logsumexp(work._summed(patterns, nodes, coarse)[1], 0)
+            return -(log_marginal * count).sum() / len(x)
 
-        gradient = minimise(self, loss, tolerance, max_iterations)
+        if self.latents == 1:  # quick, and near; of two traits, nodes that all share reward slopes that are too steep
+            gradient = minimise(self, lambda work: loss(work, coarse=True), tolerance, max_iterations)
+        if self.latents > 1 or not self._is_fine(patterns[:_CHECKED]):
+            gradient = minimise(self, loss, tolerance, max_iterations)
         if gradient > 10 * tolerance:
             warnings.warn(
                 f"maximum_likelihood: the gradient is {gradient:.3g} at its largest, above tolerance={tolerance:.3g}: are "
@@ -219,7 +229,20 @@ class ItemResponse(Pair):
             )
         with torch.no_grad():
             self._turn()
+        if (error := float(self.quadrature_error(x[:_CHECKED]).max())) > _ACCURATE:
+            warnings.warn(
+                f"maximum_likelihood: twice the nodes change log p(x) by up to {error:.2g} nats: steep slopes need more, "
+                f"nodes={2 * self.nodes} say",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return self.eval()
+
+    def _is_fine(self, x: Tensor) -> bool:
+        """Whether nodes that all share give what those around each posterior give."""
+        with torch.no_grad():
+            shared, own = (self._summed(x, *rule)[1].logsumexp(0) for rule in ((3 * self.nodes, True), (self.nodes,)))
+        return bool(((shared - own).abs() < _ALIKE).all())
 
     def _start(self, x: Tensor) -> None:
         """Slopes along the principal axes of the standardised answers."""
