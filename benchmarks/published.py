@@ -343,9 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     binary.add_argument("--steps", type=int, default=20_000, help="at most so many, fewer once validation gets worse")
     binary.add_argument("--k", type=int, default=20, help="particles of the IWAE objective")
     binary.add_argument("--exact", action="store_true", help="only models whose log p(x) is exact: minutes")
-    binary.add_argument("--classes", nargs="+", type=int, default=[1, 6, 12, 25, 50], help="of the mixtures")
-    binary.add_argument("--smoothing", nargs="+", type=float, default=[0.3, 10.0, 150.0], help="of the mixtures")
-    binary.add_argument("--iterations", type=int, default=60, help="the most EM steps of a mixture")
+    binary.add_argument("--classes", nargs="+", type=int, default=[1, 6, 12, 24], help="of the mixtures")
+    binary.add_argument("--smoothing", nargs="+", type=float, default=[0.3, 10.0, 100.0], help="of the mixtures")
+    binary.add_argument("--iterations", type=int, default=50, help="the most EM steps of a mixture")
     binary.add_argument("--rows", type=int, help="of the test set; all by default")
     binary.add_argument("--particles", type=int, default=1_000)
     binary.add_argument(
