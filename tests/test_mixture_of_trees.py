@@ -79,6 +79,7 @@ def test_one_class_is_the_best_of_all_trees():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 2.0])
+@pytest.mark.sample(1)
 def test_what_em_maximises_never_falls(smoothing):
     x = data(3, 200, 6)
     model = (
