@@ -286,8 +286,8 @@ CATALOGUE: dict[str, Model] = {
         "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
     ),
     "mixture_of_trees": Model(
-        "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
-        kinds=("binary", "counts"), most=CLASSES - 1,
+        "mixture of trees: features that depend on one another, by EM (counts up to 4)", "Meilă & Jordan 2000", _trees,
+        kinds=("binary", "counts"), most=4,
     ),
     "spike_and_slab": Model(
         "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
