@@ -227,6 +227,25 @@ def test_dead_latents_are_counted_and_revived():
     assert losses[1] < losses[0] - 0.5
 
 
+def test_dead_latents_are_revived_alike_in_any_unit():
+    x, scale, losses = normal(N, D), 1e-3, []
+    for unit in (1.0, scale):
+        model = autoencoder(posteriors.TopK(2), likelihood=likelihoods.Normal(unit))
+        model.initialise(unit * x)
+        revive = AuxiliaryK(3, patience=1)
+        revive.bind(model, unit * x)
+        revive.silent.fill_(1)
+        losses.append(revive(model, unit * x, N, STEP).item())
+    assert abs(losses[1] - losses[0] - D * math.log(scale)) < 1e-10
+
+
+def test_a_second_look_at_the_codes_of_a_step_does_not_move_the_threshold():
+    model = autoencoder(posteriors.BatchTopK(2))
+    loss = ELBO() + 0.1 * AuxiliaryK(3) + 0.1 * probae.objectives.JacobianPenalty()
+    probae.fit(model, normal(N, D), objective=loss, steps=4, progress=False)
+    assert float(model.code.batches) == 4
+
+
 def test_without_dead_latents_the_auxiliary_loss_has_no_gradient():
     model, x, auxiliary = autoencoder(posteriors.TopK(2)), normal(N, D), AuxiliaryK(3)
     auxiliary.bind(model, x)

@@ -11,7 +11,7 @@ from probae.arguments import one_of
 from probae.arguments import size as whole_size
 from probae.batches import Batch, leaves
 from probae.heads.nn import MLP
-from probae.heads.posteriors import Point, Sigmoid
+from probae.heads.posteriors import Point, Sigmoid, thresholds_held
 from probae.objectives.objective import Monitor, Objective
 from probae.programs.smooth import apart, code_of, jacobian, pulled_back, reconstruction_of
 
@@ -65,6 +65,10 @@ class JacobianPenalty(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in inverse squared units of the data (none, for the reconstruction)."""
+        with thresholds_held(pair):
+            return self._penalty(pair, batch)
+
+    def _penalty(self, pair: Pair, batch: Batch) -> Tensor:
         if self.layers == "each" or self.method == "closed":
             return self._closed(pair, batch)
         if self.method == "auto" and self.of == "encoder" and _depth(pair) == 1:
