@@ -129,3 +129,8 @@ def test_what_does_not_go_together():
         PredictiveSparse(0.0)
     with pytest.raises(ValueError, match="rate"):
         probae.SparseAutoencoder(D, 2, prediction=1.0, learned_rate=True)
+    for options in ({"posterior": "normal"}, {"missing": "mask"}, {"prior": "flat"}):
+        with pytest.raises(ValueError, match="predictive sparse decomposition"):
+            probae.SparseAutoencoder(D, D, prediction=1.0, **options)
+    with pytest.raises(ValueError, match="shrink to zero"):
+        PredictiveSparse()(probae.SparseAutoencoder(D, D, posterior="normal"), torch.zeros(3, D), 3, STEP)

@@ -99,6 +99,8 @@ def test_codes_that_do_not_fit_are_refused():
         autoencoder(posteriors.TopK(2), likelihood=likelihoods.Normal("shared"))
     with pytest.raises(ValueError, match="flat prior has no rate"):
         autoencoder(learned_rate=True)
+    with pytest.warns(RuntimeWarning, match="no least value"):
+        autoencoder(prior="laplace", learned_rate=True)
     with pytest.raises(ValueError, match="flat"):
         probae.log_evidence(autoencoder(posteriors.TopK(2)), normal(4, D))
     with pytest.raises(ValueError, match="gradient"):

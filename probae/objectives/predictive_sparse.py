@@ -37,7 +37,8 @@ class PredictiveSparse(Objective):
 
     Raises:
         ValueError: if an argument is out of range; in use, if the pair is not a linear decoder with a Normal likelihood under
-            a Laplace or Exponential prior, or takes missing values.
+            a Laplace or Exponential prior of a given rate, takes missing values, or has a learned scale and as many latents as
+            features.
 
     Reference: Kavukcuoglu, Ranzato & LeCun (2008), *Fast inference in sparse coding algorithms*, arXiv 1010.3467.
 
@@ -64,7 +65,7 @@ class PredictiveSparse(Objective):
 
     def _codes(self, pair: Any, x: Batch, iterations: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
         """The inferred codes, without gradient, and the predicted ones."""
-        _require_linear(pair)
+        require_linear(pair)
         if not isinstance(x, Tensor):
             raise ValueError(f"expected one array of data, got a {type(x).__name__}")
         function, flat = code_of(pair, x)
@@ -95,8 +96,8 @@ class PredictiveSparse(Objective):
         return f"weight={self.weight:g}, iterations={self.iterations}"
 
 
-def _require_linear(pair: Any) -> None:
-    """Raise a ValueError unless −log p(x, z) is a square and an L1 penalty."""
+def require_linear(pair: Any) -> None:
+    """Raise a ValueError unless −log p(x, z) is a square and an L1 penalty, and bounded from below in what is learned."""
     linear = hasattr(getattr(pair, "decoder", None), "columns")
     normal = isinstance(getattr(pair, "head", None), Normal) and pair.head.kind != "predicted"
     laplace = isinstance(getattr(pair, "prior", None), Laplace | Exponential)
@@ -104,4 +105,14 @@ def _require_linear(pair: Any) -> None:
         raise ValueError(
             "predictive sparse decomposition: expected a probae.SparseAutoencoder with prior='laplace' or 'exponential', a "
             f"Normal likelihood and no missing values, whose codes FISTA finds; got {type(pair).__name__}"
+        )
+    if pair.prior.fixed is None:
+        raise ValueError(
+            "predictive sparse decomposition: expected a rate that is given: at the best codes the density grows with it "
+            "without end"
+        )
+    if pair.head.learned and pair.latents >= pair.features:
+        raise ValueError(
+            f"predictive sparse decomposition: with {pair.latents} latents of {pair.features} features data could be copied and "
+            "a learned scale shrink to zero: expected a number, likelihoods.Normal(scale=1.0)"
         )
