@@ -113,6 +113,6 @@ def require_linear(pair: Any) -> None:
         )
     if pair.head.learned and pair.latents >= pair.features:
         raise ValueError(
-            f"predictive sparse decomposition: with {pair.latents} latents of {pair.features} features data could be copied and "
-            "a learned scale shrink to zero: expected a number, likelihoods.Normal(scale=1.0)"
+            f"predictive sparse decomposition: with {pair.latents} latents of {pair.features} features data could be copied "
+            "and a learned scale shrink to zero: expected a number, likelihoods.Normal(scale=1.0)"
         )
