@@ -113,7 +113,8 @@ class SparseCoding(Pair):
             if self.nonzero is not None:
                 code = matching_pursuit(away, columns, self.nonzero)
             else:
-                ending: dict[str, Any] = {"iterations": self.iterations, "tolerance": None} if self.training else {}
+                few = self.training or not bool(self.initialised)  # before it has the data's unit no tolerance is met
+                ending: dict[str, Any] = {"iterations": self.iterations, "tolerance": None} if few else {}
                 code = fista(away, columns, self.prior.rate, head.scale, self.nonnegative, **ending)
         return dist.Delta(code, event_dim=1, validate_args=False)
 
