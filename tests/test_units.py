@@ -115,6 +115,8 @@ def test_the_least_scale_is_a_share_of_each_features_own():
     with torch.no_grad():
         head.log_scale.fill_(-1e3)
     np.testing.assert_allclose(head.scale.detach(), [0.25e-6, 0.25e6], rtol=1e-6)
+    given = likelihoods.Normal(1e-3, learned=True, floor=0.25).bind(2)
+    np.testing.assert_allclose(given.scale.detach(), 1.25e-3, rtol=1e-6)
 
 
 def test_a_rare_value_is_not_blown_up_by_its_columns_unit():

@@ -135,7 +135,7 @@ class ScaleHead(Head):
         if self.fixed and not self.learned:
             return self.origin.new_tensor(self.initial)
         if self.fixed:
-            return self.log_scale.exp() + self._least(torch.ones_like(self.log_scale))
+            return self.log_scale.exp() + self._least(torch.full_like(self.log_scale, self.initial))
         # in units of the data's own, so that training takes the same steps in any
         unit = self.unit if self.kind == "feature" else self.unit.mean()
         return unit * self.log_scale.exp() + self._least(unit)
@@ -172,7 +172,7 @@ class Normal(ScaleHead):
             of their own take ``"feature"`` or ``"predicted"``.
         learned: whether a shared scale is learned; by default it is, unless it is given as a number.
         floor: the least scale that can be learned, as a share of the feature's standard deviation in the training data; of
-            their mean, where the scale is shared.
+            their mean, where the scale is shared; of the number, where it is one.
 
     Raises:
         ValueError: in training, if a feature with a scale of its own does not vary: its density is unbounded.
