@@ -111,6 +111,18 @@ class ScaleHead(Head):
             with torch.no_grad():
                 self.log_scale.copy_(shared if self.kind == "shared" else torch.zeros_like(scale))
 
+    def common_unit(self) -> Tensor:
+        """One unit for all features (), float64: the root of the mean square of theirs."""
+        return self.unit.double().square().mean().sqrt()
+
+    def change_unit(self, unit: Tensor) -> None:
+        """Take another unit, () or (D,), and start a learned scale where it was."""
+        spread = self.common_unit() if self.kind == "shared" else self.unit.clone()
+        self.unit.copy_(unit.expand_as(self.unit))
+        if self.kind != "predicted" and not self.fixed:
+            with torch.no_grad():
+                self.log_scale.copy_((spread / unit).log())
+
     def _require_spread(self, x: Tensor) -> None:
         """Raise a ValueError if a feature with a scale of its own does not vary: the scale would go to 0."""
         constant = observed_moments(x.reshape(-1, x.shape[-1]))[1] == 0
