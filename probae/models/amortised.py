@@ -162,7 +162,8 @@ class Amortised(Pair):
         """One unit for what enters and what leaves, so that in it the networks are transposes; logits have none."""
         if not isinstance(self.head, ScaleHead):
             return
-        own: Any = self.encoder.unit[: self.features]
+        encoder: Any = self.encoder
+        own = encoder.unit[: self.features]
         unit = self.head.common_unit() if self.head.kind == "shared" else own.clone()
         own.copy_(unit)
         self.head.change_unit(unit)
