@@ -67,7 +67,7 @@ def test_the_dictionary_learns_from_the_first_term_and_the_encoder_from_the_seco
     x, weight = 2 * data(N, D), 0.5
     model = orthonormal(0.7)
     objective = PredictiveSparse(weight, iterations=200)
-    z = objective.infer(model, x)
+    z = objective.infer(model, x.numpy())
     joint = (model.likelihood(z).log_prob(x) + model.prior().log_prob(z)).mean()
     distance = weight * (z - model.posterior(x).mean).square().sum(-1).mean()
     loss = objective(model, x, N, STEP)

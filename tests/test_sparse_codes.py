@@ -147,6 +147,8 @@ def test_the_whole_code_alone_makes_a_matryoshka_the_elbo_and_prefixes_its_mean(
     for sizes in ((), (3, 3), (0, 2)):
         with pytest.raises(ValueError, match="sizes"):
             Matryoshka(sizes)
+    with pytest.raises(TypeError, match="sizes: expected whole numbers in a sequence"):
+        Matryoshka(4)
     with pytest.raises(ValueError, match="at most 10"):
         Matryoshka((2, 11))(model, x, N, STEP)
 

@@ -16,6 +16,7 @@ from probae.heads.priors import Exponential, Laplace
 from probae.heads.sparse_inference import fista
 from probae.objectives.objective import Monitor, Objective
 from probae.programs.smooth import code_of
+from probae.runtime.seeding import evaluating
 
 if TYPE_CHECKING:
     from probae.pair import Pair
@@ -59,9 +60,10 @@ class PredictiveSparse(Objective):
         joint = pair.likelihood(codes).log_prob(batch) + pair.prior().log_prob(codes)
         return (self.weight * (codes - predicted).square().sum(-1) - joint).mean()
 
-    def infer(self, pair: Pair, x: Tensor, iterations: int = 10_000, tolerance: float = 1e-13) -> Tensor:
+    def infer(self, pair: Pair, x: Any, iterations: int = 10_000, tolerance: float = 1e-13) -> Tensor:
         """The codes z* (N, L) at data x (N, D), to a tolerance; see `probae.heads.sparse_inference.fista`."""
-        return self._codes(pair, x, iterations, tolerance)[0]
+        with evaluating(pair):
+            return self._codes(pair, pair.as_data(x), iterations, tolerance)[0]
 
     def _codes(self, pair: Any, x: Batch, iterations: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
         """The inferred codes, without gradient, and the predicted ones."""
