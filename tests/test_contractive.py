@@ -9,6 +9,7 @@ from torch import nn
 
 import probae
 from probae.likelihoods import Normal
+from probae.nn import MLP
 from probae.objectives import ELBO, JacobianPenalty
 from probae.posteriors import Point, Sigmoid
 
@@ -52,6 +53,7 @@ CASES = {
     "one layer of positive codes": ({"posterior": Point(positive=True)}, {}),
     "tied": ({"tied": True}, {}),
     "one layer by its Jacobian": ({}, {"method": "exact"}),
+    "one layer after an activation": ({"encoder": MLP(D, L, (), "tanh", activate_input=True)}, {}),
     "deep": ({"hidden": (4, 6)}, {}),
     "deep, of the reconstruction": ({"hidden": (4,)}, {"of": "reconstruction"}),
 }

@@ -54,11 +54,29 @@ def test_with_the_exact_conditional_its_draws_have_the_law_of_gaussian_data():
 def test_data_stay_data_after_one_step_and_means_alone_would_not():
     model, mean, covariance = gaussian()
     start = mean + data(N, 2, seed=4) @ torch.linalg.cholesky(covariance).mT
-    torch.manual_seed(0)
     (after,) = model.chain(start, 1)
     assert ((after.var(0) / covariance.diagonal() - 1).abs() < 4 * math.sqrt(2 / N)).all()
     narrower = model.reconstruct(start + 0.7 * data(N, 2, seed=5)).var(0) / covariance.diagonal()
     assert (narrower < 1 - 4 * math.sqrt(2 / N)).all()
+
+
+def test_a_chain_follows_from_its_seed_takes_data_alone_and_keeps_digits_that_float32_has_not():
+    model = probae.GenerativeStochasticNetwork(
+        2, 2, (4,), likelihood=Normal(1e-3), corruption=Gaussian(1e-3), burn_in=3
+    )
+    x = 1e4 + 1e-3 * data(50, 2)
+    probae.fit(model, x, steps=3, progress=False)
+    stream, model = torch.get_rng_state(), model.train()
+    assert torch.equal(model.chain(x, 2, seed=1), model.chain(x, 2, seed=1))
+    assert not torch.equal(model.chain(x, 2, seed=1), model.chain(x, 2, seed=2))
+    assert torch.equal(stream, torch.get_rng_state())
+    assert model.training
+    for draws in (model.sample(200), model.chain(x, 3)[-1]):
+        assert len(draws.unique()) == draws.numel()
+        assert (draws.double() - 1e4).abs().max() < 0.02
+    for wrong, told in ((x[:, :1], "shape"), (x.masked_fill(x > 1e4, torch.nan), "finite")):
+        with pytest.raises(ValueError, match=told):
+            model.chain(wrong, 2)
 
 
 def test_with_the_exact_conditional_bits_keep_their_probability():

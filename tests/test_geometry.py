@@ -189,6 +189,8 @@ def test_what_langevin_refuses():
         probae.langevin(lambda x: x[:1], x)
     with pytest.raises(ValueError, match="dict of scales"):
         probae.langevin({}, x)
+    with pytest.raises(ValueError, match="no noise"):
+        probae.langevin(lambda x: -x, x, scale=0.5)
 
 
 # -- small noise -------------------------------------------------------------------------------------------------------

@@ -465,6 +465,9 @@ def test_the_horseshoe_is_exact_from_its_pole_to_its_tails_and_draws_what_it_say
     grid = np.exp(np.linspace(-30, math.log(3.0), 2001))
     mass = 2 * np.trapezoid(grid * law.log_prob(torch.as_tensor(grid)[:, None]).exp().numpy(), np.log(grid))
     assert abs(float((draws < 3.0).double().mean()) - mass) < 4 * math.sqrt(mass * (1 - mass) / 4000)
+    far = torch.tensor([1e15, 1e25], requires_grad=True)  # whose square float32 has not
+    (slope,) = torch.autograd.grad(priors.Horseshoe(1)().base_dist.log_prob(far).sum(), far)
+    torch.testing.assert_close(slope * far.detach(), torch.full((2,), -2.0))
 
 
 def test_degrees_of_freedom_are_positive():

@@ -626,9 +626,9 @@ def test_objectives_by_name():
         assert type(named(name, model)) is kind
     assert type(named(None, probae.StochasticAutoencoder(3, 2))) is Reconstruction
     for wrong in (ELBO, 3, nn.Linear(2, 2)):
-        with pytest.raises(TypeError, match=r"Objective.*'elbo', 'iwae', 'reconstruction'"):
+        with pytest.raises(TypeError, match=r"Objective.*'elbo', 'iwae', .*'reconstruction'"):
             named(wrong, model)
-    with pytest.raises(ValueError, match="'elbo', 'iwae', 'reconstruction'"):
+    with pytest.raises(ValueError, match=r"'elbo', 'iwae', .*'reconstruction'"):
         named("nelbo", model)
 
 

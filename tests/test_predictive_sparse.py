@@ -67,7 +67,7 @@ def test_the_dictionary_learns_from_the_first_term_and_the_encoder_from_the_seco
     x, weight = 2 * data(N, D), 0.5
     model = orthonormal(0.7)
     objective = PredictiveSparse(weight, iterations=200)
-    z = objective.infer(model, x)
+    z = objective.infer(model, x.numpy())
     joint = (model.likelihood(z).log_prob(x) + model.prior().log_prob(z)).mean()
     distance = weight * (z - model.posterior(x).mean).square().sum(-1).mean()
     loss = objective(model, x, N, STEP)
@@ -129,3 +129,8 @@ def test_what_does_not_go_together():
         PredictiveSparse(0.0)
     with pytest.raises(ValueError, match="rate"):
         probae.SparseAutoencoder(D, 2, prediction=1.0, learned_rate=True)
+    for options in ({"posterior": "normal"}, {"missing": "mask"}, {"prior": "flat"}):
+        with pytest.raises(ValueError, match="predictive sparse decomposition"):
+            probae.SparseAutoencoder(D, D, prediction=1.0, **options)
+    with pytest.raises(ValueError, match="shrink to zero"):
+        PredictiveSparse()(probae.SparseAutoencoder(D, D, posterior="normal"), torch.zeros(3, D), 3, STEP)

@@ -128,7 +128,9 @@ def test_counts_gaps_and_more_latents_than_features():
         ({"model": "ppca"}, TypeError, "model: expected one that takes an encoder"),
         ({"model": functools.partial(probae.VAE, likelihood=probae.likelihoods.Laplace())}, ValueError, "agree in the"),
         ({"activation": "sine"}, ValueError, "activation"),
-        ({"model": "contractive_autoencoder"}, ValueError, "the innermost codes of the layers are linear"),
+        ({"model": "topk_autoencoder"}, ValueError, "the innermost codes of the layers are linear"),
+        ({"layer": "contractive_autoencoder", "model": "contractive_autoencoder"}, ValueError, "tied=True"),
+        ({"latents": 2}, TypeError, "latents: expected whole numbers in a sequence"),
         ({"latents": (2 * D,)}, ValueError, "fewer latents than features"),
     ],
 )

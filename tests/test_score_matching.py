@@ -91,6 +91,11 @@ def test_slices_are_unbiased(directions):
         assert ((found.mean(0) - truth).abs() < 4 * error + 1e-10).all()
 
 
+def test_a_datum_of_which_nothing_is_observed_has_no_denoising_loss():
+    model = probae.PPCA(3, 1, missing="mask").double()
+    assert DenoisingScoreMatching(0.5)(model, torch.full((4, 3), torch.nan).double(), 4, torch.tensor(0.0)).item() == 0
+
+
 def test_the_denoising_optimum_is_the_density_blurred_by_the_noise():
     """In expectation the loss is E|P(x̃ − m) − ε/σ|²/2 with x̃ of covariance S + σ²: stationary where P is its inverse."""
     sigma = 0.5

@@ -99,6 +99,8 @@ def test_codes_that_do_not_fit_are_refused():
         autoencoder(posteriors.TopK(2), likelihood=likelihoods.Normal("shared"))
     with pytest.raises(ValueError, match="flat prior has no rate"):
         autoencoder(learned_rate=True)
+    with pytest.warns(RuntimeWarning, match="no least value"):
+        autoencoder(prior="laplace", learned_rate=True)
     with pytest.raises(ValueError, match="flat"):
         probae.log_evidence(autoencoder(posteriors.TopK(2)), normal(4, D))
     with pytest.raises(ValueError, match="gradient"):
@@ -145,6 +147,8 @@ def test_the_whole_code_alone_makes_a_matryoshka_the_elbo_and_prefixes_its_mean(
     for sizes in ((), (3, 3), (0, 2)):
         with pytest.raises(ValueError, match="sizes"):
             Matryoshka(sizes)
+    with pytest.raises(TypeError, match="sizes: expected whole numbers in a sequence"):
+        Matryoshka(4)
     with pytest.raises(ValueError, match="at most 10"):
         Matryoshka((2, 11))(model, x, N, STEP)
 
@@ -226,6 +230,25 @@ def test_dead_latents_are_counted_and_revived():
     assert dead[0] >= L // 2
     assert dead[1] <= 1
     assert losses[1] < losses[0] - 0.5
+
+
+def test_dead_latents_are_revived_alike_in_any_unit():
+    x, scale, losses = normal(N, D), 1e-3, []
+    for unit in (1.0, scale):
+        model = autoencoder(posteriors.TopK(2), likelihood=likelihoods.Normal(unit))
+        model.initialise(unit * x)
+        revive = AuxiliaryK(3, patience=1)
+        revive.bind(model, unit * x)
+        revive.silent.fill_(1)
+        losses.append(revive(model, unit * x, N, STEP).item())
+    assert abs(losses[1] - losses[0] - D * math.log(scale)) < 1e-10
+
+
+def test_a_second_look_at_the_codes_of_a_step_does_not_move_the_threshold():
+    model = autoencoder(posteriors.BatchTopK(2))
+    loss = ELBO() + 0.1 * AuxiliaryK(3) + 0.1 * probae.objectives.JacobianPenalty()
+    probae.fit(model, normal(N, D), objective=loss, steps=4, progress=False)
+    assert float(model.code.batches) == 4
 
 
 def test_without_dead_latents_the_auxiliary_loss_has_no_gradient():

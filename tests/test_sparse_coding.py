@@ -57,6 +57,13 @@ def test_codes_are_scikit_learns_in_the_units_of_the_data(positive):
         assert (found >= 0).all()
 
 
+def test_far_from_the_origin_no_tolerance_is_asked_for_before_the_unit_is_known(recwarn):
+    unit = 1e-3
+    model = coding(rate=1 / unit, likelihood=likelihoods.Normal(unit))
+    probae.fit(model, 1e4 + unit * normal(20, D), steps=2, progress=False)
+    assert not [w for w in recwarn if "FISTA" in str(w.message)]
+
+
 def test_the_gradient_of_the_dictionary_is_that_of_the_minimum():
     """Against differences of the loss, in which the codes move."""
     model, x = coding(), normal(N, D)

@@ -55,6 +55,11 @@ def test_a_fixed_number_of_iterations_comes_to_the_same_and_an_unmet_tolerance_i
         fista(x, columns, RATE, SCALE, iterations=2)
     with pytest.raises(ValueError, match=r"x: expected \(..., 8\)"):
         fista(x[..., :3], columns, RATE)
+    for told, options in (("rate", {"rate": -1.0}), ("scale", {"rate": RATE, "scale": torch.nan})):
+        with pytest.raises(ValueError, match=told):
+            fista(x, columns, **options)
+    with pytest.raises(ValueError, match="x: expected finite"):
+        fista(x * torch.nan, columns, RATE)
 
 
 def test_matching_pursuit_is_scikit_learns():

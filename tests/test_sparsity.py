@@ -51,6 +51,27 @@ def test_a_shrunk_reconstruction_has_its_factor_as_bias_and_slope():
     assert explained_variance(origin.expand(50, 4), x) == pytest.approx(0, abs=1e-12)
 
 
+def test_what_is_missing_is_left_out_and_what_does_not_vary_has_no_share():
+    x, found = normal(40, 3), normal(40, 3, seed=1)
+    gaps = x.masked_fill(normal(40, 3, seed=2) > 0.5, torch.nan)
+    gaps[0] = torch.nan
+    seen, mean = ~gaps.isnan(), gaps.nanmean(0)
+    spread = ((x - mean)[seen] ** 2).sum()
+    kept = 1 - ((x - found)[seen] ** 2).sum() / spread
+    bias = ((found - mean)[seen] ** 2).sum() / ((found - mean) * (x - mean))[seen].sum()
+    assert explained_variance(found, gaps) == pytest.approx(float(kept), rel=1e-12)
+    assert relative_reconstruction_bias(found, gaps) == pytest.approx(float(bias), rel=1e-10)
+    for nothing in (explained_variance(found[:1], x[:1]), relative_reconstruction_bias(mean.expand(40, 3), x)):
+        assert math.isnan(nothing)
+    assert hoyer(1e-200 * x.abs()).tolist() == pytest.approx(hoyer(x).tolist())
+    for call in (lambda: hoyer(gaps), lambda: explained_variance(gaps, x), lambda: compare_dictionaries(gaps, x)):
+        with pytest.raises(ValueError, match="NaN"):
+            call()
+    for call in (lambda: explained_variance(x[:, :1], x), lambda: shrinkage_slope(x[:, :1], x)):
+        with pytest.raises(ValueError, match=r"expected \(40, 3\), as"):
+            call()
+
+
 def test_a_point_code_is_counted_and_a_posterior_by_its_probability():
     x = normal(30, 6)
     model = probae.SparseAutoencoder(6, 10, prior="flat", posterior=probae.posteriors.TopK(3), seed=0).double()

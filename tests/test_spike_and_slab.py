@@ -80,6 +80,8 @@ def test_a_code_is_the_posterior_mean_and_a_draw_has_exact_zeros():
     z = pair.prior().sample((20_000,))
     share = float((z == 0).double().mean())
     assert abs(share - 0.7) < 4 * math.sqrt(0.7 * 0.3 / z.numel())
+    with pytest.raises(ValueError, match="slab"):
+        probae.SpikeAndSlab(3, 2, slab=-1.0)
     with pytest.raises(NotImplementedError, match="no density"):
         pair.prior().log_prob(z)
     torch.testing.assert_close(pair.decode(law.mean), pair.reconstruct(x), rtol=0, atol=1e-12)

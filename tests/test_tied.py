@@ -104,3 +104,5 @@ def test_networks_that_are_no_mirrors_are_refused(options, told):
 def test_only_the_weights_of_an_mlp_are_known():
     with pytest.raises(TypeError, match="MLP"):
         probae.Autoencoder((1, 4, 4), L, encoder=ConvEncoder((1, 4, 4), L), tied=True)
+    with pytest.raises(ValueError, match="activate_input"):
+        probae.Autoencoder(D, L, encoder=MLP(D, L, (3,), activate_input=True), tied=True)

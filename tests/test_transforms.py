@@ -250,6 +250,30 @@ def test_passes_go_through_the_map_and_back():
     assert (probae.sample(pair, 4, seed=1) - (LOC + SCALE * probae.sample(inner, 4, seed=1))).abs().max() < EXACT
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(probae.Autoencoder, 3, 2, contraction=0.1, tied=True),
+        partial(probae.SparseAutoencoder, 3, 4, prediction=1.0),
+        partial(probae.GenerativeStochasticNetwork, 3, 2, walkback=2),
+    ],
+    ids=["contractive", "predictive", "chain"],
+)
+def test_a_model_with_an_objective_of_its_own_trains_inside_as_at_the_transformed_data(build):
+    x, options = normal(20, 3), {"steps": 3, "seed": 0, "progress": False}
+    outer = Transformed(build(seed=0), Affine(LOC, SCALE)).double()
+    inner = build(seed=0).double()
+
+    def loss(model, data):
+        return probae.fit(model, data, **options).records[-1]["loss"]
+
+    difference = loss(outer, x) - loss(inner, (x - LOC) / SCALE)
+    for a, b in zip(outer.inner.parameters(), inner.parameters(), strict=True):
+        assert (a - b).abs().max() < EXACT
+    assert abs(difference - float(SCALE.double().log().sum())) < EXACT
+    assert math.isfinite(loss(Dequantised(build().double()), counts(20, 3, high=4).double()))
+
+
 # -- Dequantised: masses of bins -----------------------------------------------------------------------------------
 
 

@@ -86,7 +86,13 @@ def test_it_adds_to_any_objective_and_trains_as_a_graph():
 
 
 @pytest.mark.parametrize(
-    ("rate", "message"), [(-1.0, "rate"), (torch.nan, "rate"), ([0.1, 0.2], "2 rates, expected one for each latent")]
+    ("rate", "message"),
+    [
+        (-1.0, "rate"),
+        (torch.nan, "rate"),
+        ([], "one for each latent"),
+        ([0.1, 0.2], "2 rates, expected one for each latent"),
+    ],
 )
 def test_bad_rates(rate, message):
     with pytest.raises(ValueError, match=message):
@@ -96,3 +102,10 @@ def test_bad_rates(rate, message):
 def test_without_an_encoder_there_are_no_rates_by_latent():
     with pytest.raises(ValueError, match="needs an encoder and a decoder"):
         WeightDecay([0.1, 0.2])(probae.PPCA(D, 2), torch.zeros(2, D), 2, START)
+
+
+def test_tied_weights_count_twice_for_each_latent():
+    model = probae.VAE(D, 2, hidden=(), tied=True, seed=0).double()
+    loc, scale = model.encoder.layers[-1].weight.square().sum(1).unflatten(0, (2, 2))
+    expected = torch.tensor([0.1, 0.2], dtype=torch.float64) @ (2 * loc + scale)
+    torch.testing.assert_close(WeightDecay([0.1, 0.2])(model, standard(), N, START), expected)

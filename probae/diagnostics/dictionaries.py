@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probae.arguments import positive
-from probae.batches import as_matrix
+from probae.diagnostics.sparsity import numbers, require_alike
 
 if TYPE_CHECKING:
     import pandas
@@ -57,7 +57,11 @@ class Recovery:
 
     def aligned(self, codes: Any) -> Tensor:
         """Codes (N, L) of the found dictionary in the order and with the signs of the true one, (N, M); 0 where unmatched."""
-        z = as_matrix("codes", codes, "(N, L)").double()
+        z = numbers("codes", codes, "(N, L)")
+        if z.shape[1] != self.cosines.shape[1]:
+            raise ValueError(
+                f"codes: expected (N, {self.cosines.shape[1]}), a latent for each found column, got {tuple(z.shape)}"
+            )
         index = self.match.clamp_min(0)
         sign = self.cosines.gather(1, index[:, None])[:, 0].sign() * (self.match >= 0)
         return z[:, index] * sign
@@ -80,7 +84,7 @@ def compare_dictionaries(found: Any, truth: Any) -> Recovery:
     several true ones, so that too few good columns look better than they are.
 
     Raises:
-        ValueError: if the columns have different lengths.
+        ValueError: if the columns have different lengths, or a number is not finite.
         ImportError: without SciPy.
 
     References: Sharkey, Braun & Millidge (2022) for MMCS; Kuhn (1955).
@@ -94,7 +98,7 @@ def compare_dictionaries(found: Any, truth: Any) -> Recovery:
     except ImportError as error:
         raise ImportError("the Hungarian algorithm is SciPy's: pip install 'probae[compare]'") from error
     given = ("found", found), ("truth", truth)
-    columns, true = (as_matrix(name, d, "(D, L)").detach().double().cpu() for name, d in given)
+    columns, true = (numbers(name, d, "(D, L)") for name, d in given)
     if len(columns) != len(true):
         raise ValueError(f"found: expected columns of {len(true)} numbers, as truth has, got {len(columns)}")
     cosines = F.normalize(true, dim=0).mT @ F.normalize(columns, dim=0)
@@ -136,9 +140,8 @@ def support_f1(codes: Any, truth: Any, threshold: float = 0.0) -> float:
         0.6666666666666666
     """
     threshold = positive("threshold", threshold, zero=True)
-    found = as_matrix("codes", codes, "(N, L)").abs() > threshold
-    true = as_matrix("truth", truth, "(N, L)") != 0
-    if found.shape != true.shape:
-        raise ValueError(f"codes: expected {tuple(true.shape)}, as truth has, got {tuple(found.shape)}")
+    found = numbers("codes", codes, "(N, L)").abs() > threshold
+    true = numbers("truth", truth, "(N, L)") != 0
+    require_alike("codes", found, "truth", true)
     both = int((found & true).sum())
     return 2 * both / max(1, int(found.sum()) + int(true.sum()))

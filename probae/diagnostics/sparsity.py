@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from probae.arguments import positive, whole
 from probae.batches import as_matrix, rows_of
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating
+from probae.tracing.missing import observed, require_numbers
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +30,7 @@ class Sparsity:
         l0: (N,) the expected number of latents that are on.
         hoyer, gini: (N,) of the posterior mean, see `hoyer` and `gini`.
         density: (L,) firing density: over data, how often a latent is on.
-        explained_variance: the share of the data's variance that the reconstruction keeps, at most 1.
+        explained_variance: the share of the data's variance that the reconstruction keeps, at most 1; see the function.
         shrinkage: of the reconstruction, see `relative_reconstruction_bias`; below 1 where codes are shrunk.
         threshold: τ.
     """
@@ -153,7 +155,8 @@ def hoyer(codes: Any) -> Tensor:
         >>> hoyer([[0.0, 3.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]).tolist()
         [1.0, 0.0]
     """
-    z = as_matrix("codes", codes, "(N, L)").double().abs()
+    z = numbers("codes", codes, "(N, L)").abs()
+    z = z / z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
     root = z.shape[-1] ** 0.5
     ratio = z.sum(-1) / z.square().sum(-1).sqrt().clamp_min(torch.finfo(z.dtype).tiny)
     return torch.where(ratio == 0, torch.ones_like(ratio), (root - ratio) / max(root - 1, torch.finfo(z.dtype).tiny))
@@ -168,7 +171,7 @@ def gini(codes: Any) -> Tensor:
         >>> gini([[0.0, 3.0], [1.0, 1.0]]).tolist()
         [0.5, 0.0]
     """
-    z = as_matrix("codes", codes, "(N, L)").double().abs().sort(-1).values
+    z = numbers("codes", codes, "(N, L)").abs().sort(-1).values
     latents = z.shape[-1]
     total = z.sum(-1)
     weight = (latents - torch.arange(1, latents + 1, dtype=z.dtype) + 0.5) / latents
@@ -177,14 +180,20 @@ def gini(codes: Any) -> Tensor:
 
 
 def explained_variance(reconstruction: Any, x: Any) -> float:
-    r""":math:`1 - \sum_n \|x_n - \hat x_n\|^2 / \sum_n \|x_n - \bar x\|^2`.
+    r""":math:`1 - \sum_n \|x_n - \hat x_n\|^2 / \sum_n \|x_n - \bar x\|^2`; NaN where no feature varies.
+
+    What is missing of x (NaN) is left out of the sums.
+
+    Raises:
+        ValueError: if the shapes differ, or a number of the reconstruction is not finite.
 
     Example:
         >>> explained_variance([[1.0], [3.0]], [[1.0], [3.0]])
         1.0
     """
-    found, data = as_matrix("reconstruction", reconstruction, "(N, D)").double(), as_matrix("x", x, "(N, D)").double()
-    return 1 - float((data - found).square().sum() / (data - data.mean(0)).square().sum())
+    found, data = _centred(reconstruction, x)
+    spread = float(data.square().sum())
+    return 1 - float((data - found).square().sum()) / spread if spread > 0 else math.nan
 
 
 def relative_reconstruction_bias(reconstruction: Any, x: Any) -> float:
@@ -193,7 +202,11 @@ def relative_reconstruction_bias(reconstruction: Any, x: Any) -> float:
     .. math:: \gamma = \arg\min_\gamma \sum_n \|(\hat x_n - \bar x) / \gamma - (x_n - \bar x)\|^2
               = \sum_n \|\hat x_n - \bar x\|^2 / \sum_n (\hat x_n - \bar x)^T (x_n - \bar x)
 
-    1 where there is no bias; below 1 where a penalty shrinks the codes.
+    1 where there is no bias; below 1 where a penalty shrinks the codes; NaN where no feature varies, or no reconstruction. What
+    is missing of x (NaN) is left out of the sums.
+
+    Raises:
+        ValueError: as `explained_variance` does.
 
     Reference: Rajamanoharan et al. (2024), *Improving dictionary learning with gated sparse autoencoders*.
 
@@ -201,17 +214,46 @@ def relative_reconstruction_bias(reconstruction: Any, x: Any) -> float:
         >>> relative_reconstruction_bias([[-0.5], [0.5]], [[-1.0], [1.0]])
         0.5
     """
-    found, data = as_matrix("reconstruction", reconstruction, "(N, D)").double(), as_matrix("x", x, "(N, D)").double()
-    found, data = found - data.mean(0), data - data.mean(0)
+    found, data = _centred(reconstruction, x)
+    rows = numbers("reconstruction", reconstruction, "(N, D)")
+    if not bool(data.any()) or bool((rows == rows[0]).all()):
+        return math.nan
     return float(found.square().sum() / (found * data).sum())
+
+
+def _centred(reconstruction: Any, x: Any) -> tuple[Tensor, Tensor]:
+    """Both from the data's mean, 0 where a value of x is missing."""
+    found, data = numbers("reconstruction", reconstruction, "(N, D)"), numbers("x", x, "(N, D)", missing="mask")
+    require_alike("reconstruction", found, "x", data)
+    away, seen = observed(data - data.nanmean(0))
+    return (found - data.nanmean(0).nan_to_num(0.0)) * seen, away
 
 
 def shrinkage_slope(codes: Any, truth: Any) -> float:
     r"""The slope of found codes (N, L) on true ones, where these are on: :math:`\sum \hat z z / \sum z^2`, 1 without shrinkage.
 
+    Raises:
+        ValueError: if the shapes differ, a number is not finite, or no true code is on.
+
     Example:
         >>> shrinkage_slope([[0.5, 0.1]], [[1.0, 0.0]])
         0.5
     """
-    found, true = as_matrix("codes", codes, "(N, L)").double(), as_matrix("truth", truth, "(N, L)").double()
+    found, true = numbers("codes", codes, "(N, L)"), numbers("truth", truth, "(N, L)")
+    require_alike("codes", found, "truth", true)
+    if not bool(true.any()):
+        raise ValueError("truth: expected a code that is on, got zeros alone")
     return float((found * true).sum() / true.square().sum())
+
+
+def numbers(name: str, data: Any, axes: str, missing: str | None = None) -> Tensor:
+    """One array with two axes as float64 on the CPU, its numbers finite; see `probae.batches.as_matrix`."""
+    matrix = as_matrix(name, data, axes).detach()
+    require_numbers(matrix, name, missing)
+    return matrix.double().cpu()
+
+
+def require_alike(name: str, found: Tensor, other: str, truth: Tensor) -> None:
+    """Raise a ValueError unless two arrays have one shape."""
+    if found.shape != truth.shape:
+        raise ValueError(f"{name}: expected {tuple(truth.shape)}, as {other} has, got {tuple(found.shape)}")

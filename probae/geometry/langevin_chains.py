@@ -83,6 +83,8 @@ def langevin(
 
 def _levels(model: Any, scale: float | None) -> list[tuple[Any, Any]]:
     if not isinstance(model, Mapping):
+        if scale is not None and _is_function(model):
+            raise ValueError("scale: expected none, since a function is the score itself and has no noise")
         return [(None, model)]
     if scale is not None or not model:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 _EULER = 0.5772156649015329
+_FAR = 1e9
 _TERMS = 20  # of the series below 1
 _STEP, _FROM, _TO = 0.25, -3.75, 4.0  # of the trapezoidal rule above it
 
@@ -49,9 +50,11 @@ class Horseshoe(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), in nats."""
-        t = (value / self.scale).square() / 2
+        away = (value / self.scale).abs()
+        t = away.clamp(max=_FAR).square() / 2
         t = t.clamp(min=torch.finfo(t.dtype).tiny)
-        return scaled_exponential_integral(t).log() - self.scale.log() - 0.5 * math.log(2 * math.pi**3)
+        beyond = 2 * (away.clamp(min=_FAR) / _FAR).log()  # where exp(t) E₁(t) is 1 / t, and t may overflow
+        return scaled_exponential_integral(t).log() - beyond - self.scale.log() - 0.5 * math.log(2 * math.pi**3)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, differentiable in the scale."""

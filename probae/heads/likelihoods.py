@@ -111,6 +111,18 @@ class ScaleHead(Head):
             with torch.no_grad():
                 self.log_scale.copy_(shared if self.kind == "shared" else torch.zeros_like(scale))
 
+    def common_unit(self) -> Tensor:
+        """One unit for all features (), float64: the root of the mean square of theirs."""
+        return self.unit.double().square().mean().sqrt()
+
+    def change_unit(self, unit: Tensor) -> None:
+        """Take another unit, () or (D,), and start a learned scale where it was."""
+        spread = self.common_unit() if self.kind == "shared" else self.unit.clone()
+        self.unit.copy_(unit.expand_as(self.unit))
+        if self.kind != "predicted" and not self.fixed:
+            with torch.no_grad():
+                self.log_scale.copy_((spread / unit).log())
+
     def _require_spread(self, x: Tensor) -> None:
         """Raise a ValueError if a feature with a scale of its own does not vary: the scale would go to 0."""
         constant = observed_moments(x.reshape(-1, x.shape[-1]))[1] == 0
@@ -135,7 +147,7 @@ class ScaleHead(Head):
         if self.fixed and not self.learned:
             return self.origin.new_tensor(self.initial)
         if self.fixed:
-            return self.log_scale.exp() + self._least(torch.ones_like(self.log_scale))
+            return self.log_scale.exp() + self._least(torch.full_like(self.log_scale, self.initial))
         # in units of the data's own, so that training takes the same steps in any
         unit = self.unit if self.kind == "feature" else self.unit.mean()
         return unit * self.log_scale.exp() + self._least(unit)
@@ -172,7 +184,7 @@ class Normal(ScaleHead):
             of their own take ``"feature"`` or ``"predicted"``.
         learned: whether a shared scale is learned; by default it is, unless it is given as a number.
         floor: the least scale that can be learned, as a share of the feature's standard deviation in the training data; of
-            their mean, where the scale is shared.
+            their mean, where the scale is shared; of the number, where it is one.
 
     Raises:
         ValueError: in training, if a feature with a scale of its own does not vary: its density is unbounded.

@@ -64,7 +64,8 @@ class MLP(nn.Module):
         super().__init__()
         one_of("activation", activation, ACTIVATIONS)
         sizes = [size("inputs", inputs), *widths(hidden), size("outputs", outputs)]
-        layers: list[nn.Module] = [ACTIVATIONS[activation]()] if flag("activate_input", activate_input) else []
+        self.activate_input = flag("activate_input", activate_input)
+        layers: list[nn.Module] = [ACTIVATIONS[activation]()] if self.activate_input else []
         for i, (a, b) in enumerate(pairwise(sizes)):
             layers += [nn.Linear(a, b), *([ACTIVATIONS[activation]()] if i < len(sizes) - 2 else [])]
         self.layers = nn.Sequential(*layers)

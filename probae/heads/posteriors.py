@@ -7,6 +7,8 @@ The point heads differ in which latents are on: those above 0 (`Point`), the lar
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
@@ -19,11 +21,16 @@ from probae.recipe import recorded
 
 
 class Code(dist.Delta):  # type: ignore[misc]
-    """A point at a code z (..., L), which knows what it was made from: see `PointHead`."""
+    """A point at a code z (..., L), which knows what it was made from: see `PointHead`.
+
+    Attributes:
+        output: the encoder's (..., L).
+        unit: of the codes (L,).
+    """
 
     def __init__(self, z: Tensor, output: Tensor, unit: Tensor, gates: Tensor | None = None):
         super().__init__(z, event_dim=1, validate_args=False)
-        self._output, self._unit, self._gates = output, unit, gates
+        self.output, self.unit, self._gates = output, unit, gates
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """The point alone, with another batch shape."""
@@ -32,7 +39,7 @@ class Code(dist.Delta):  # type: ignore[misc]
     @property
     def preactivation(self) -> Tensor:
         """The encoder's output (..., L), in the unit of the codes: how near a latent is to being on."""
-        return self._unit * self._output
+        return self.unit * self.output
 
     @property
     def gates(self) -> Tensor:
@@ -143,7 +150,7 @@ class BatchTopK(_Largest):
               \text{its running mean} & \text{in evaluation}\end{cases}
 
     So some data get more latents than others, k on average, and the code of a datum depends on no other once trained. The
-    buffer ``threshold`` is the mean over the first batches, then an exponential one.
+    buffer ``threshold`` is the mean over the first batches, then an exponential one; see `thresholds_held`.
 
     Args:
         k: how many latents of a datum are on, on average.
@@ -164,6 +171,7 @@ class BatchTopK(_Largest):
 
     threshold: Tensor
     batches: Tensor
+    held = False
 
     def __init__(self, k: int, memory: int = 100):
         super().__init__(k)
@@ -181,10 +189,24 @@ class BatchTopK(_Largest):
         if self.training:
             count = self.k * (output.numel() // output.shape[-1])
             threshold = output.detach().flatten().topk(count).values[-1].clamp_min(0)
-            with torch.no_grad():
-                self.batches += 1
-                self.threshold += (threshold - self.threshold) / self.batches.clamp(max=self.memory)
+            if not self.held:
+                with torch.no_grad():
+                    self.batches += 1
+                    self.threshold += (threshold - self.threshold) / self.batches.clamp(max=self.memory)
         return torch.relu(output) * (output >= threshold), None
+
+
+@contextmanager
+def thresholds_held(module: nn.Module) -> Iterator[None]:
+    """Within it no `BatchTopK` moves its running mean: a further look at the codes of a step does not count as a batch."""
+    heads = [part for part in module.modules() if isinstance(part, BatchTopK)]
+    for head in heads:
+        head.held = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.held = False
 
 
 @recorded(role="posterior")

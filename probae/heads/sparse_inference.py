@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probae.arguments import positive as positive_number
 from probae.arguments import size
+from probae.tracing.missing import require_numbers
 
 _EVERY = 10  # iterations between looks at what still moves
 _SQUARINGS = 6  # of DᵀD, after which its norm is known within L^(1 / 64)
@@ -45,7 +46,7 @@ def fista(
             be traced.
 
     Raises:
-        ValueError: if shapes do not fit, or an argument is out of range.
+        ValueError: if shapes do not fit, an argument is out of range, or, where there is a tolerance, x is not finite.
         RuntimeWarning: if the iterations end before the tolerance is met.
 
     References: Beck & Teboulle (2009), *SIAM J. Imaging Sciences* 2; O'Donoghue & Candès (2015) for the restart.
@@ -57,6 +58,9 @@ def fista(
     iterations = size("iterations", iterations)
     if x.shape[-1] != dictionary.shape[0]:
         raise ValueError(f"x: expected (..., {dictionary.shape[0]}), as the dictionary's rows, got {tuple(x.shape)}")
+    for name, number in (("rate", rate), ("scale", scale)):
+        if not isinstance(number, Tensor):
+            positive_number(name, number, zero=name == "rate")
     with torch.no_grad():
         gram, match = dictionary.mT @ dictionary, x @ dictionary
         curvature = _curvature(gram)
@@ -64,6 +68,7 @@ def fista(
         towards, keeps = match / curvature, torch.eye(len(gram), dtype=x.dtype, device=x.device) - gram / curvature
         if tolerance is None:
             return _steps(towards, keeps, threshold, positive, iterations)
+        require_numbers(x, "x")
         share = max(positive_number("tolerance", tolerance), 8 * torch.finfo(x.dtype).eps)
         least = share * towards.abs().amax(-1, keepdim=True)
         z = ahead = torch.zeros_like(match)
@@ -101,7 +106,7 @@ def _curvature(gram: Tensor) -> Tensor:
         power = (power / size) @ (power / size)
         log_scale = 2 * (log_scale + size.log())
     largest = power.abs().sum(-1).amax().clamp_min(torch.finfo(gram.dtype).tiny)
-    return ((largest.log() + log_scale) / 2**_SQUARINGS).exp()
+    return ((largest.log() + log_scale) / 2**_SQUARINGS).exp().clamp_min(torch.finfo(gram.dtype).tiny)
 
 
 def shrink(z: Tensor, threshold: Tensor, positive: bool = False) -> Tensor:

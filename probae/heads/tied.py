@@ -26,6 +26,7 @@ class TransposedMLP(nn.Module):
 
     Raises:
         TypeError: if the encoder is no `MLP`, whose layers are known.
+        ValueError: if it passes its input through an activation, which a transpose has no place for.
 
     Reference: Vincent et al. (2010), *Stacked denoising autoencoders*, JMLR 11, §2.2.
 
@@ -40,6 +41,10 @@ class TransposedMLP(nn.Module):
         super().__init__()
         if not isinstance(encoder, MLP):
             raise TypeError(f"encoder: expected a probae.nn.MLP, whose weights are known, got {type(encoder).__name__}")
+        if encoder.activate_input:
+            raise ValueError(
+                "encoder: expected an MLP that begins with a linear layer, got one with activate_input=True"
+            )
         self.latents, self.features = size("latents", latents), size("features", features)
         layers = list(encoder.layers)
         # in a tuple torch does not register them: the encoder has them, and they would be saved twice

@@ -160,18 +160,13 @@ class Amortised(Pair):
 
     def _share_units(self) -> None:
         """One unit for what enters and what leaves, so that in it the networks are transposes; logits have none."""
-        head = self.head
-        if not isinstance(head, ScaleHead):
+        if not isinstance(self.head, ScaleHead):
             return
         encoder: Any = self.encoder
-        unit, spread = encoder.unit[: self.features].clone(), head.unit.clone()
-        if head.fixed or head.kind == "shared":
-            unit = spread.double().square().mean().sqrt().to(unit).expand_as(unit)
-        encoder.unit[: self.features] = unit
-        head.unit.copy_(unit)
-        if not head.fixed:
-            with torch.no_grad():
-                head.log_scale.copy_((spread / unit).log() if head.kind == "feature" else torch.zeros(()))
+        own = encoder.unit[: self.features]
+        unit = self.head.common_unit() if self.head.kind == "shared" else own.clone()
+        own.copy_(unit)
+        self.head.change_unit(unit)
 
     def default_objective(self) -> Objective:
         """The ELBO, at corrupted data where the model has a corruption."""

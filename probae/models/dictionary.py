@@ -53,13 +53,11 @@ def share_unit(head: Head, *parts: nn.Module) -> None:
     Called once ``head`` has taken its units from data. Where the scale is a number, the codes are in the units of the data too;
     networks, whose outputs are of size 1, reach them by the buffer ``unit`` of ``parts``.
     """
-    if not isinstance(head, ScaleHead) or not (head.fixed or head.kind == "shared"):
+    if not isinstance(head, ScaleHead) or head.kind != "shared":
         return
-    overall = head.unit.double().square().mean().sqrt()
+    overall = head.common_unit()
     if not head.fixed:
-        head.unit.copy_(overall.expand_as(head.unit))
-        with torch.no_grad():
-            head.log_scale.zero_()
+        head.change_unit(overall)
         return
     head.unit.fill_(1.0)
     for part in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from probae.heads.posteriors import named
 from probae.models.amortised import Amortised
 from probae.objectives import Objective, Walkback
 from probae.recipe import recorded
+from probae.runtime.isolation import isolated
+from probae.runtime.seeding import evaluating
 
 
 @recorded
@@ -87,23 +90,25 @@ class GenerativeStochasticNetwork(Amortised):
         """Reconstruction along the chain."""
         return Walkback(self.corruption, self.walkback)
 
-    def chain(self, x: Tensor, steps: int) -> Tensor:
-        """The next states of the chains at x (N, ...), (steps, N, ...), drawn from torch's random stream."""
-        states = []
-        with torch.no_grad():
-            for _ in range(whole("steps", steps)):
-                x = self._step(x)
-                states.append(x)
+    @isolated
+    def chain(self, x: Any, steps: int, *, seed: int = 0) -> Tensor:
+        """The next states of the chains at data x (N, ...), (steps, N, ...).
+
+        Raises:
+            ValueError: if x are no data of this model, or the steps no whole number of at least 1.
+        """
+        steps, state, states = whole("steps", steps), self.as_data(x), []
+        state = state if state.is_floating_point() else state.to(self.dtype)
+        with evaluating(self, seed):
+            for _ in range(steps):
+                state = self._step(state)
+                states.append(state)
         return torch.stack(states)
 
     def draw_data(self, n: int) -> Tensor:
         """n data, each the last state of a chain of its own."""
         with torch.no_grad():
-            x = (
-                self.likelihood(torch.zeros(n, self.latents, dtype=self.dtype, device=self.device))
-                .sample()
-                .to(self.dtype)
-            )
+            x = self.likelihood(torch.zeros(n, self.latents, dtype=self.dtype, device=self.device)).sample()
             for _ in range(self.burn_in):
                 x = self._step(x)
         return x

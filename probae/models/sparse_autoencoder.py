@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from probae.heads.posteriors import PointHead, named
 from probae.models.amortised import Amortised
 from probae.models.dictionary import Dictionary, share_unit
 from probae.objectives import Objective, PredictiveSparse
+from probae.objectives.predictive_sparse import require_linear
 from probae.recipe import recorded
 
 #: priors with a rate, by name; a flat one has none
@@ -42,8 +44,8 @@ class SparseAutoencoder(Amortised):
             zeros; or ``"flat"``, for codes that are sparse by their own rule (`probae.posteriors.TopK`), without evidence.
         rate: λ > 0, per unit of the data where the likelihood's scale is a number; where that is learned, per standard
             deviation of the data (of all features, or of each where they have a scale of their own).
-        learned_rate: whether λ is learned, for guides with a density. (At a point, with unit columns, there may be a best λ,
-            but none for all λ: with every code at 0 the objective rises with λ without end.)
+        learned_rate: whether λ is learned, for guides with a density. At a point the loss has no least value: with every code
+            at 0 it falls without end as λ grows, though it may have a local minimum.
         posterior: ``"point"``, ``"normal"``, ``"laplace"``, or a head of `probae.posteriors`: ``TopK``, ``BatchTopK``,
             ``JumpReLU``, ``Gated``.
         likelihood: a head; by default a Normal whose scale is 1 with a point guide (λ and σ then fix the trade-off), and
@@ -55,7 +57,9 @@ class SparseAutoencoder(Amortised):
     Raises:
         ValueError: if a point guide meets a learned scale and at least as many latents as features: data copied without
             error would send the scale to zero. If a point guide meets a horseshoe, whose density at 0 is infinite; if the
-            codes of a guide are negative and the prior's are not; if a flat prior is to learn a rate.
+            codes of a guide are negative and the prior's are not; if a flat prior is to learn a rate. With ``prediction``,
+            as `probae.objectives.PredictiveSparse` does.
+        RuntimeWarning: if a point guide is to learn the rate.
 
     References: Olshausen & Field (1996), *Nature* 381; Tonolini, Jensen & Murray-Smith (2020); Kavukcuoglu, Ranzato &
     LeCun (2008) for ``prediction``.
@@ -103,9 +107,14 @@ class SparseAutoencoder(Amortised):
         p = _prior(prior, latents, rate, flag("learned_rate", learned_rate))
         super().__init__(features, latents, p, code, likelihood, hidden, activation, encoder, decoder, missing)
         self.prediction = None if prediction is None else positive("prediction", prediction)
-        if prediction is not None and learned_rate:
-            raise ValueError(
-                "prediction: expected a rate that is given: at the best codes the density grows with it without end"
+        if prediction is not None:
+            require_linear(self)
+        elif point and learned_rate:
+            warnings.warn(
+                "learned_rate: at a point guide the objective has no least value, since with all codes at 0 it falls without "
+                "end as the rate grows; what training finds may be a local best: posterior='laplace' has none of this",
+                RuntimeWarning,
+                stacklevel=3,
             )
 
     def initialise(self, x: Tensor, *given: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pyro.distributions as dist
@@ -109,13 +110,20 @@ class SparseCoding(Pair):
         head, decoder = self.head, self.decoder
         with torch.no_grad():
             away = centred(x, head.origin, head.origin_low) - head.unit * decoder.offset
-            columns = head.unit[0] * decoder.columns
-            if self.nonzero is not None:
-                code = matching_pursuit(away, columns, self.nonzero)
-            else:
-                ending: dict[str, Any] = {"iterations": self.iterations, "tolerance": None} if self.training else {}
-                code = fista(away, columns, self.prior.rate, head.scale, self.nonnegative, **ending)
+            code = self._best(away, head.unit[0] * decoder.columns)
         return dist.Delta(code, event_dim=1, validate_args=False)
+
+    def _best(self, away: Tensor, columns: Tensor) -> Tensor:
+        """The best codes of data, less their offset."""
+        if self.nonzero is not None:
+            return matching_pursuit(away, columns, self.nonzero)
+        options = (self.prior.rate, self.head.scale, self.nonnegative)
+        if self.training:
+            return fista(away, columns, *options, iterations=self.iterations, tolerance=None)
+        with warnings.catch_warnings():
+            if not bool(self.initialised):  # the origin is not the data's yet, and may be far from them
+                warnings.simplefilter("ignore", RuntimeWarning)
+            return fista(away, columns, *options)
 
     def initialise(self, x: Tensor) -> None:
         """Take the data's mean and unit from training data, once."""

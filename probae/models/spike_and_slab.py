@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
-from probae.arguments import flag
+from probae.arguments import flag, positive
 from probae.heads import likelihoods
 from probae.heads.likelihoods import Head
 from probae.heads.spike_and_slab import SpikeAndSlabHead, SpikeAndSlabPrior, SupportMixture
@@ -75,7 +75,7 @@ class SpikeAndSlab(Amortised):
         decoder: nn.Module | None = None,
         missing: str | None = None,
     ):
-        prior = SpikeAndSlabPrior(latents, active, slab, flag("learned", learned))
+        prior = SpikeAndSlabPrior(latents, active, positive("slab", slab), flag("learned", learned))
         likelihood = likelihood if likelihood is not None else likelihoods.Normal()
         if decoder is None and getattr(likelihood, "width", None) == 1:
             decoder = Dictionary(latents, features)

@@ -21,11 +21,11 @@ class AuxiliaryK(Objective):
     r"""Dead latents learn what the others leave over.
 
     .. math:: -\frac1N \sum_n \log p\big(x_n \mid \text{decoder}(z_n)_\text{held} + D\, e_n\big), \qquad
-              e_n = \log\big(1 + \exp \text{top}_k(a_n \text{ among dead latents})\big)
+              e_n = u \log\big(1 + \exp \text{top}_k(a_n \text{ among dead latents})\big)
 
-    with a the pre-activations, through a softplus: a ReLU would give those below 0 no gradient. A latent is dead when no datum
-    of the last ``patience`` batches has had it on. Without dead latents the gradient is 0. Nats per datum; weigh it lightly,
-    ``ELBO() + 0.03 * AuxiliaryK(64)``.
+    with a the encoder's outputs and u the unit of the codes; a softplus, since a ReLU would give outputs below 0 no gradient.
+    A latent is dead when no datum of the last ``patience`` batches has had it on. Without dead latents the gradient is 0. Nats
+    per datum; weigh it lightly, ``ELBO() + 0.03 * AuxiliaryK(64)``.
 
     Args:
         k: how many dead latents a datum gives a gradient to; all that are dead, where they are fewer.
@@ -70,10 +70,11 @@ class AuxiliaryK(Objective):
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in nats per datum."""
         decoder, code = decoder_of(pair), code_of(pair, batch)
-        dead = self.dead.expand(code.preactivation.shape)
-        ranked = code.preactivation.masked_fill(~dead, torch.finfo(code.v.dtype).min)
+        dead = self.dead.expand(code.output.shape)
+        ranked = code.output.masked_fill(~dead, torch.finfo(code.v.dtype).min)
         index = ranked.topk(min(self.k, ranked.shape[-1]), -1).indices
-        extra = torch.zeros_like(ranked).scatter(-1, index, F.softplus(code.preactivation.gather(-1, index))) * dead
+        revived = torch.zeros_like(ranked).scatter(-1, index, F.softplus(code.output.gather(-1, index)))
+        extra = code.unit * revived * dead
         output = decoder(code.v).detach() + decoder(extra) - decoder(torch.zeros_like(extra))
         return -log_likelihood(pair, output, batch).mean()
 

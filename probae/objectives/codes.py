@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from probae.batches import Batch, call, leaves
-from probae.heads.posteriors import Code
+from probae.heads.posteriors import Code, thresholds_held
 from probae.tracing.missing import masked
 
 if TYPE_CHECKING:
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def code_of(pair: Pair, batch: Batch) -> Code:
-    """The code of each datum, with its pre-activations and gates.
+    """The code of each datum, with its pre-activations and gates, beside that of the loss it is added to.
 
     Raises:
         ValueError: if the guide of the pair is no point head of `probae.posteriors`.
     """
     pair.need("posterior")
-    code = call(pair.posterior, batch)
+    with thresholds_held(pair):
+        code = call(pair.posterior, batch)
     if not isinstance(code, Code):
         raise ValueError(
             f"expected a guide that is a point, a head of probae.posteriors such as TopK(8); got a {type(code).__name__}"

@@ -47,7 +47,7 @@ class DenoisingScoreMatching(Objective):
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar."""
         score, x = score_of(pair, batch)
-        noise = torch.randn_like(x)
+        noise = torch.where(x.isnan(), 0.0, torch.randn_like(x))  # what is missing has no score to be matched
         return (score(x + self.scale * noise) + noise / self.scale).square().sum(-1).mean() / 2
 
     def monitor(self, pair: Pair) -> Monitor:

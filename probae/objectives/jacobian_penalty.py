@@ -11,7 +11,7 @@ from probae.arguments import one_of
 from probae.arguments import size as whole_size
 from probae.batches import Batch, leaves
 from probae.heads.nn import MLP
-from probae.heads.posteriors import Point, Sigmoid
+from probae.heads.posteriors import Point, Sigmoid, thresholds_held
 from probae.objectives.objective import Monitor, Objective
 from probae.programs.smooth import apart, code_of, jacobian, pulled_back, reconstruction_of
 
@@ -41,7 +41,7 @@ class JacobianPenalty(Objective):
 
     Raises:
         ValueError: if an argument is none of these; in use, if the pair has no ``posterior(x)`` (and ``likelihood(z)``), or a
-            closed form is asked for of an encoder that is no `probae.nn.MLP` with a plain or sigmoid code.
+            closed form is asked for of an encoder that is no `probae.nn.MLP`, linear first, with a plain or sigmoid code.
 
     References: Rifai, Vincent, Muller, Glorot & Bengio (2011), *Contractive auto-encoders*, ICML; Alain & Bengio (2014) for the
     reconstruction; Hutchinson (1990).
@@ -65,6 +65,10 @@ class JacobianPenalty(Objective):
 
     def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
         """The loss, a scalar, in inverse squared units of the data (none, for the reconstruction)."""
+        with thresholds_held(pair):
+            return self._penalty(pair, batch)
+
+    def _penalty(self, pair: Pair, batch: Batch) -> Tensor:
         if self.layers == "each" or self.method == "closed":
             return self._closed(pair, batch)
         if self.method == "auto" and self.of == "encoder" and _depth(pair) == 1:
@@ -82,8 +86,8 @@ class JacobianPenalty(Objective):
         depth = _depth(pair)
         if depth is None or (depth > 1 and self.layers == "joint"):
             raise ValueError(
-                "a closed form: expected an encoder that is a probae.nn.MLP, of one layer unless layers='each', whose code is "
-                f"a point or a sigmoid; got {type(getattr(pair, 'encoder', None)).__name__}"
+                "a closed form: expected an encoder that is a probae.nn.MLP, linear first, of one layer unless layers='each', "
+                f"whose code is a point or a sigmoid; got {type(getattr(pair, 'encoder', None)).__name__}"
                 f"{'' if depth is None else f' of {depth} layers'}: use method='exact' or 'hutchinson'"
             )
         return torch.stack([penalty.mean() for penalty in layer_penalties(pair, batch)]).sum()
@@ -124,6 +128,10 @@ def _code(pair: Any) -> Any:
 def _depth(pair: Any) -> int | None:
     """The number of layers of an encoder whose penalties have a closed form, or None."""
     network = getattr(pair, "encoder", None)
-    if not isinstance(network, MLP) or type(getattr(pair, "code", None)) not in {Point, Sigmoid}:
+    if (
+        not isinstance(network, MLP)
+        or network.activate_input
+        or type(getattr(pair, "code", None)) not in {Point, Sigmoid}
+    ):
         return None
     return sum(isinstance(layer, nn.Linear) for layer in network.layers)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from probae.arguments import size as whole_size
 from probae.batches import Batch
 from probae.heads.corruption import Corruption
+from probae.heads.nn import several
 from probae.objectives.bound import Bound
 from probae.objectives.objective import Monitor
 
@@ -32,6 +32,7 @@ class Matryoshka(Bound):
         particles, corruption: as for `probae.objectives.ELBO`.
 
     Raises:
+        TypeError: if the sizes are no sequence.
         ValueError: if the sizes do not rise from 1 at least, or in use exceed L; if the pair has not one site of latents.
 
     References: Kusupati et al. (2022), *Matryoshka representation learning*; Bussmann et al. (2025).
@@ -45,7 +46,7 @@ class Matryoshka(Bound):
 
     def __init__(self, sizes: Sequence[int], particles: int = 1, corruption: Corruption | None = None):
         super().__init__(particles, corruption)
-        self.sizes = tuple(whole_size("sizes", m) for m in sizes)
+        self.sizes = several("sizes", sizes)
         if not self.sizes or any(a >= b for a, b in zip(self.sizes, self.sizes[1:], strict=False)):
             raise ValueError(f"sizes: expected numbers of latents that rise, (4, 8, 16) say, got {self.sizes}")
 

@@ -16,6 +16,7 @@ from probae.heads.priors import Exponential, Laplace
 from probae.heads.sparse_inference import fista
 from probae.objectives.objective import Monitor, Objective
 from probae.programs.smooth import code_of
+from probae.runtime.seeding import evaluating
 
 if TYPE_CHECKING:
     from probae.pair import Pair
@@ -37,7 +38,8 @@ class PredictiveSparse(Objective):
 
     Raises:
         ValueError: if an argument is out of range; in use, if the pair is not a linear decoder with a Normal likelihood under
-            a Laplace or Exponential prior, or takes missing values.
+            a Laplace or Exponential prior of a given rate, takes missing values, or has a learned scale and as many latents as
+            features.
 
     Reference: Kavukcuoglu, Ranzato & LeCun (2008), *Fast inference in sparse coding algorithms*, arXiv 1010.3467.
 
@@ -58,13 +60,14 @@ class PredictiveSparse(Objective):
         joint = pair.likelihood(codes).log_prob(batch) + pair.prior().log_prob(codes)
         return (self.weight * (codes - predicted).square().sum(-1) - joint).mean()
 
-    def infer(self, pair: Pair, x: Tensor, iterations: int = 10_000, tolerance: float = 1e-13) -> Tensor:
+    def infer(self, pair: Pair, x: Any, iterations: int = 10_000, tolerance: float = 1e-13) -> Tensor:
         """The codes z* (N, L) at data x (N, D), to a tolerance; see `probae.heads.sparse_inference.fista`."""
-        return self._codes(pair, x, iterations, tolerance)[0]
+        with evaluating(pair):
+            return self._codes(pair, pair.as_data(x), iterations, tolerance)[0]
 
     def _codes(self, pair: Any, x: Batch, iterations: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
         """The inferred codes, without gradient, and the predicted ones."""
-        _require_linear(pair)
+        require_linear(pair)
         if not isinstance(x, Tensor):
             raise ValueError(f"expected one array of data, got a {type(x).__name__}")
         function, flat = code_of(pair, x)
@@ -95,8 +98,8 @@ class PredictiveSparse(Objective):
         return f"weight={self.weight:g}, iterations={self.iterations}"
 
 
-def _require_linear(pair: Any) -> None:
-    """Raise a ValueError unless −log p(x, z) is a square and an L1 penalty."""
+def require_linear(pair: Any) -> None:
+    """Raise a ValueError unless −log p(x, z) is a square and an L1 penalty, and bounded from below in what is learned."""
     linear = hasattr(getattr(pair, "decoder", None), "columns")
     normal = isinstance(getattr(pair, "head", None), Normal) and pair.head.kind != "predicted"
     laplace = isinstance(getattr(pair, "prior", None), Laplace | Exponential)
@@ -104,4 +107,14 @@ def _require_linear(pair: Any) -> None:
         raise ValueError(
             "predictive sparse decomposition: expected a probae.SparseAutoencoder with prior='laplace' or 'exponential', a "
             f"Normal likelihood and no missing values, whose codes FISTA finds; got {type(pair).__name__}"
+        )
+    if pair.prior.fixed is None:
+        raise ValueError(
+            "predictive sparse decomposition: expected a rate that is given: at the best codes the density grows with it "
+            "without end"
+        )
+    if pair.head.learned and pair.latents >= pair.features:
+        raise ValueError(
+            f"predictive sparse decomposition: with {pair.latents} latents of {pair.features} features data could be copied "
+            "and a learned scale shrink to zero: expected a number, likelihoods.Normal(scale=1.0)"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from probae.arguments import positive
 from probae.batches import Batch
+from probae.heads.tied import TransposedMLP
 from probae.objectives.objective import Monitor, Objective
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class WeightDecay(Objective):
 
     It adds to any objective, ``ELBO() + WeightDecay(1e-3)``. One rate decays all trained parameters with two axes or more;
     biases and scales are left alone. A rate for each latent decays the rows :math:`e_l` of the encoder's last layer and the
-    columns :math:`d_l` of the decoder's first.
+    columns :math:`d_l` of the decoder's first; where they are tied, both are one, and count twice.
 
     Of a linear autoencoder with loss :math:`E \lVert x - W_2 W_1 x \rVert^2` a uniform rate below the q-th eigenvalue of the
     covariance gives :math:`W_2 = W_1^\top = U_q (I - \lambda \Lambda_q^{-1})^{1/2} O`, the principal subspace up to a rotation
@@ -55,6 +56,8 @@ class WeightDecay(Objective):
         super().__init__()
         each: Any = rate.tolist() if hasattr(rate, "tolist") else rate
         several = isinstance(each, Sequence) and not isinstance(each, str)
+        if several and not each:
+            raise ValueError("rate: expected a number, or one for each latent, got none")
         found = [positive("rate", r, zero=True) for r in each] if several else positive("rate", each, zero=True)
         self.register_buffer("rate", torch.tensor(found, dtype=torch.float64))
 
@@ -85,14 +88,18 @@ class WeightDecay(Objective):
 def _around_latents(pair: Pair, latents: int) -> tuple[Tensor, Tensor]:
     """The encoder's last weight (width, L, M), and the decoder's first (M, L)."""
     encoder, decoder = getattr(pair, "encoder", None), getattr(pair, "decoder", None)
-    last = [m for m in encoder.modules() if isinstance(m, nn.Linear)] if isinstance(encoder, nn.Module) else []
-    first = [m for m in decoder.modules() if isinstance(m, nn.Linear)] if isinstance(decoder, nn.Module) else []
-    if not last or not first:
+    last, first = _linear(encoder), _linear(decoder)
+    if not last or not (first or isinstance(decoder, TransposedMLP)):
         raise ValueError("WeightDecay: a rate for each latent needs an encoder and a decoder with linear layers")
-    rows, columns = last[-1].weight, first[0].weight
+    rows = last[-1].weight
+    columns = rows[: decoder.latents].mT if isinstance(decoder, TransposedMLP) else first[0].weight
     if getattr(pair, "latents", latents) != latents or rows.shape[0] % latents or columns.shape[1] < latents:
         raise ValueError(
             f"WeightDecay: {latents} rates, expected one for each latent; the encoder's last layer has {rows.shape[0]} outputs "
             f"and the decoder's first {columns.shape[1]} inputs"
         )
     return rows.unflatten(0, (-1, latents)), columns[:, :latents]
+
+
+def _linear(network: Any) -> list[nn.Linear]:
+    return [m for m in network.modules() if isinstance(m, nn.Linear)] if isinstance(network, nn.Module) else []

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.arguments import one_of, size, whole
+from probae.arguments import one_of, whole
 from probae.batches import as_batch
 from probae.data.datasets.dataset import Schema
 from probae.heads import likelihoods
 from probae.heads.likelihoods import Head, ScaleHead
-from probae.heads.nn import ACTIVATIONS, MLP
+from probae.heads.nn import ACTIVATIONS, MLP, several
 from probae.heads.posteriors import Point
 from probae.heads.stacked import Stacked, WithScale
 from probae.models.amortised import Amortised
@@ -84,7 +84,7 @@ def pretrain(
     x = as_batch(data)
     if not isinstance(x, Tensor):
         raise ValueError(f"data: expected one array, got a {type(x).__name__} of arrays")
-    widths = [size(f"latents, at {i}", width) for i, width in enumerate(latents)]
+    widths = several("latents", latents)
     whole("the number of layers", len(widths))
     one_of("activation", activation, ACTIVATIONS)
     seed = checked_seed(seed)
@@ -95,6 +95,8 @@ def pretrain(
         plain = deep()
     if not isinstance(plain, Amortised) or plain.given is not None:
         raise TypeError(f"model: expected one that takes an encoder and a decoder, got {type(plain).__name__}")
+    if plain.tied:
+        raise ValueError("model: expected one whose decoder has weights of its own, those of the layers, got tied=True")
     layers: list[Any] = []
     for k, width in enumerate(widths):
         if k:

@@ -11,6 +11,9 @@ from torch import Tensor
 from probae.adapter import as_pair
 from probae.batches import Batch, call, leaves, rebuilt
 from probae.objectives import ELBO, MarginalLikelihood, Objective
+from probae.objectives.bound import Bound
+from probae.objectives.names import named
+from probae.objectives.objective import Monitor
 from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import require_numbers
@@ -30,9 +33,15 @@ class Around(Pair):
         self.given = getattr(self.inner, "given", None)
 
     def default_objective(self) -> Objective:
-        """That of the inner pair; the ELBO, where that is log p(x) and the pair around it knows none."""
-        objective = self.inner.default_objective()
-        return ELBO() if isinstance(objective, MarginalLikelihood) and not self.tractable else objective
+        """That of the inner pair, see `Inside`; the ELBO, where that is log p(x) and the pair around it knows none."""
+        objective = named(None, self.inner)
+        if isinstance(objective, MarginalLikelihood):
+            return objective if self.tractable else ELBO()
+        return objective if isinstance(objective, Bound) else Inside(objective)
+
+    def inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the inner pair sees in training, and what joins its log density, (N,)."""
+        raise NotImplementedError
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -105,3 +114,28 @@ class Around(Pair):
 
     def _back(self, y: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class Inside(Objective):
+    r"""An objective of the inner pair, one that looks at its networks, at the values made from x.
+
+    .. math:: \text{loss}(x) = \text{loss}_\text{inner}(y) - \frac1N \sum_n \log |\det \partial y / \partial x|_n
+
+    A loss by traces of the two programs needs none of this: the programs of the outer pair have the determinant.
+    """
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, pair: Pair, batch: Batch, size: int, step: Tensor) -> Tensor:
+        """The loss, a scalar, in nats per datum."""
+        outer: Any = pair
+        (_, x), *given = leaves(batch)
+        y, log_det = outer.inside(x if x.is_floating_point() else x.to(outer.dtype))
+        inner = rebuilt(batch, [y, *(leaf for _, leaf in given)])
+        return self.objective(outer.inner, inner, size, step) - log_det.mean()
+
+    def monitor(self, pair: Pair) -> Monitor:
+        """The loss itself: what the inner one watches, it would watch of the inner pair."""
+        return "objective"

@@ -113,6 +113,11 @@ class Dequantised(Around):
             "as likelihoods.DiscretisedNormal, or impute with the inner pair at the middles of the bins"
         )
 
+    def inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x + u for a draw of u, which has density 1."""
+        y = self._wide(x) + torch.rand_like(x, dtype=self.dtype)
+        return y, y.new_zeros(len(y))
+
     def _forth(self, x: Tensor) -> Tensor:
         return self._wide(x) + 0.5
 

@@ -138,6 +138,11 @@ class Transformed(Around):
         self.inner.maximum_likelihood(self._forth(self.as_data(x)), **options)
         return self.eval()
 
+    def inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """T(x), and the log-determinant (N,), 0 where the inner values are a mass."""
+        y, log_det = self.apply_to(x)
+        return y, torch.zeros_like(log_det) if self._is_mass else log_det
+
     def _forth(self, x: Tensor) -> Tensor:
         return self.apply_to(x)[0]
 
