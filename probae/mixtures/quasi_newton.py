@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-_FAR = 50.0  # no parameter goes beyond: a likelihood that is flat out there has no maximum
+FAR = 50.0  #: no parameter goes beyond: a likelihood that is flat out there has no maximum
 
 
-def minimise(model: nn.Module, loss: Callable[[Any], Tensor], tolerance: float, max_iterations: int) -> float:
+def minimise(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    tolerance: float,
+    max_iterations: int,
+    most: Mapping[str, Tensor] | None = None,
+) -> float:
     """Set a model's parameters to a minimum of a loss by L-BFGS, in float64; gives the largest derivative that is left.
 
     Args:
@@ -23,6 +29,7 @@ def minimise(model: nn.Module, loss: Callable[[Any], Tensor], tolerance: float, 
         loss: of a copy of the model, a scalar.
         tolerance: the largest derivative at which it ends.
         max_iterations: the most steps.
+        most: upper bounds, by parameter, that are not `FAR`.
     """
     from scipy.optimize import minimize
 
@@ -38,6 +45,8 @@ def minimise(model: nn.Module, loss: Callable[[Any], Tensor], tolerance: float, 
         return float(found.detach()), parameters_to_vector(gradient).cpu().numpy()
 
     start = parameters_to_vector(parameters).detach().cpu().numpy().astype(np.float64)
+    far = [(most or {}).get(name, torch.full_like(p, FAR)).flatten().tolist() for name, p in model.named_parameters()]
+    bounds = [(-FAR, upper) for part in far for upper in part]
     options = {
         "maxiter": max_iterations,
         "gtol": tolerance / 2,
@@ -45,7 +54,7 @@ def minimise(model: nn.Module, loss: Callable[[Any], Tensor], tolerance: float, 
         "maxfun": 4 * max_iterations,
         "maxcor": 30,
     }
-    done = minimize(value, start, jac=True, method="L-BFGS-B", bounds=[(-_FAR, _FAR)] * len(start), options=options)
+    done = minimize(value, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     _, gradient = value(done.x)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), parameters, strict=True):

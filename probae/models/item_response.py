@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from probae.arguments import one_of, positive, size, whole
 from probae.heads.likelihoods import Bernoulli, Head, OrderedCategorical
 from probae.mixtures.marginal import Marginal
-from probae.mixtures.quadrature import adapted, hermite, moments_at
-from probae.mixtures.quasi_newton import minimise, standard_errors
+from probae.mixtures.quadrature import Counted, adapted, even, hermite, moments_at
+from probae.mixtures.quasi_newton import FAR, minimise, standard_errors
 from probae.mixtures.weighted_likelihood import require_support
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
@@ -23,6 +23,8 @@ from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
 
 SLOPES = ("item", "shared")
+_FEW = 64  # values up to which they are counted at nodes that all data share
+_REACH, _SIDE = 6.0, {1: 121, 2: 41}  # of these nodes: how far they go, and how many on a side
 
 
 @recorded
@@ -209,7 +211,19 @@ class ItemResponse(Pair):
         def loss(work: Any) -> Tensor:
             return -(work.log_marginal(patterns) * count).sum() / len(x)
 
-        gradient = minimise(self, loss, tolerance, max_iterations)
+        most = self._most()
+        values = patterns[~patterns.isnan()].unique()
+        if len(values) <= _FEW:
+            # nodes that all data share lead near to the maximum at a fraction of the cost
+            counted = Counted(patterns, values, *even(self.zero.double(), _SIDE[self.latents], _REACH))
+            minimise(
+                self,
+                lambda work: -(counted.log_marginal(work.likelihood) * count).sum() / len(x),
+                tolerance,
+                max_iterations,
+                most,
+            )
+        gradient = minimise(self, loss, tolerance, max_iterations, most)
         if gradient > 10 * tolerance:
             warnings.warn(
                 f"maximum_likelihood: the gradient is {gradient:.3g} at its largest, above tolerance={tolerance:.3g}: are "
@@ -235,6 +249,14 @@ class ItemResponse(Pair):
             each.copy_(axes[:, None] * (spread[:, None] if self.head.width > 1 else 1.0))
         if self.bias is not None:
             self.bias.zero_()
+
+    def _most(self) -> dict[str, Tensor]:
+        """Bounds of the gaps between cut points: a level that nobody chose would have no probability at all, without end."""
+        if self.bias is not None:
+            return {}
+        most = torch.full_like(self.head.cuts, FAR)  # type: ignore[arg-type]
+        most[:, 1:] = math.log(FAR)
+        return {"head.cuts": most}
 
     def _turn(self) -> None:
         """Turn the traits: the first item loads on the first alone, and the slopes on the diagonal are positive."""
