@@ -146,7 +146,7 @@ def _sequences(schema: Schema, latents: int, **options: Any) -> Any:
 def _traits(schema: Schema, latents: int, **options: Any) -> Any:
     head = likelihoods.OrderedCategorical(maximum(schema) + 1) if schema.kind == "counts" else likelihoods.Bernoulli()
     settings = {"likelihood": head, "missing": schema.missing, **options}
-    return ItemResponse(schema.features, min(latents, 2), **settings)
+    return ItemResponse(schema.features, latents if latents <= 2 else 1, **settings)
 
 
 def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
@@ -271,8 +271,8 @@ CATALOGUE: dict[str, Model] = {
         "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
     ),
     "item_response": Model(
-        f"item response theory, one or two traits (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
-        kinds=("binary", "counts"), most=CLASSES - 1,
+        f"item response theory: one trait, two where asked for two (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981",
+        _traits, kinds=("binary", "counts"), most=CLASSES - 1,
     ),
     "mixture_of_factor_analysers": Model(
         "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996", _linear(MixtureOfFactorAnalysers),

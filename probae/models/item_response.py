@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -183,7 +184,9 @@ class ItemResponse(Pair):
     def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-7, max_iterations: int = 1_000) -> ItemResponse:
         r"""Set the parameters to a maximum of the marginal likelihood of data (N, D), by quasi-Newton steps; returns the model.
 
-        People who gave the same answers are counted, so that a step costs what their number of patterns does. Of two traits
+        People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers
+        have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's posterior
+        from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits
         the first item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
 
         Args:
@@ -212,17 +215,8 @@ class ItemResponse(Pair):
             return -(work.log_marginal(patterns) * count).sum() / len(x)
 
         most = self._most()
-        values = patterns[~patterns.isnan()].unique()
-        if len(values) <= _FEW:
-            # nodes that all data share lead near to the maximum at a fraction of the cost
-            counted = Counted(patterns, values, *even(self.zero.double(), _SIDE[self.latents], _REACH))
-            minimise(
-                self,
-                lambda work: -(counted.log_marginal(work.likelihood) * count).sum() / len(x),
-                tolerance,
-                max_iterations,
-                most,
-            )
+        if (quick := self._at_shared_nodes(patterns)) is not None:
+            minimise(self, lambda work: -(quick(work) * count).sum() / len(x), tolerance, max_iterations, most)
         gradient = minimise(self, loss, tolerance, max_iterations, most)
         if gradient > 10 * tolerance:
             warnings.warn(
@@ -234,6 +228,14 @@ class ItemResponse(Pair):
         with torch.no_grad():
             self._turn()
         return self.eval()
+
+    def _at_shared_nodes(self, x: Tensor) -> Callable[[ItemResponse], Tensor] | None:
+        """log p(x) of a copy of the model at a fraction of the cost, and nearly exact; None where values are many."""
+        values = x[~x.isnan()].unique()
+        if len(values) > _FEW:
+            return None
+        counted = Counted(x, values, *even(self.zero.double(), _SIDE[self.latents], _REACH))
+        return lambda work: counted.log_marginal(work.likelihood)
 
     def _start(self, x: Tensor) -> None:
         """Slopes along the principal axes of the standardised answers."""
