@@ -15,7 +15,7 @@ from probae.arguments import one_of, positive, size, whole
 from probae.heads.likelihoods import Bernoulli, Head, OrderedCategorical
 from probae.mixtures.marginal import Marginal
 from probae.mixtures.quadrature import Counted, adapted, even, hermite, moments_at
-from probae.mixtures.quasi_newton import FAR, minimise, standard_errors
+from probae.mixtures.quasi_newton import FAR, minimise, standard_errors, units
 from probae.mixtures.weighted_likelihood import require_support
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
@@ -181,7 +181,7 @@ class ItemResponse(Pair):
             self.initialised.fill_(True)
 
     @isolated
-    def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-7, max_iterations: int = 1_000) -> ItemResponse:
+    def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-6, max_iterations: int = 1_000) -> ItemResponse:
         r"""Set the parameters to a maximum of the marginal likelihood of data (N, D), by quasi-Newton steps; returns the model.
 
         People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers
@@ -214,10 +214,11 @@ class ItemResponse(Pair):
         def loss(work: Any) -> Tensor:
             return -(work.log_marginal(patterns) * count).sum() / len(x)
 
-        most = self._most()
+        most, unit = self._most(), None
         if (quick := self._at_shared_nodes(patterns)) is not None:
-            minimise(self, lambda work: -(quick(work) * count).sum() / len(x), tolerance, max_iterations, most)
-        gradient = minimise(self, loss, tolerance, max_iterations, most)
+            unit = units(self, quick, count.double())
+            minimise(self, lambda work: -(quick(work) * count).sum() / len(x), tolerance, max_iterations, most, unit)
+        gradient = minimise(self, loss, tolerance, max_iterations, most, unit)
         if gradient > 10 * tolerance:
             warnings.warn(
                 f"maximum_likelihood: the gradient is {gradient:.3g} at its largest, above tolerance={tolerance:.3g}: are "
