@@ -25,7 +25,7 @@ from probae.tracing.missing import known, masked, moments, observed, require_obs
 
 SLOPES = ("item", "shared")
 _FEW = 64  # values up to which they are counted at nodes that all data share
-_REACH, _SIDE = 6.0, {1: 121, 2: 41}  # of these nodes: how far they go, and how many on a side
+_REACH, _SIDE = 6.0, 121  # of these nodes: how far they go, and how many there are
 
 
 @recorded
@@ -184,10 +184,10 @@ class ItemResponse(Pair):
     def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-6, max_iterations: int = 1_000) -> ItemResponse:
         r"""Set the parameters to a maximum of the marginal likelihood of data (N, D), by quasi-Newton steps; returns the model.
 
-        People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers
-        have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's posterior
-        from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits
-        the first item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
+        People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers to
+        one trait have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's
+        posterior from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits the first item
+        loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
 
         Args:
             x: the data, NaN where an answer is missing.
@@ -231,11 +231,14 @@ class ItemResponse(Pair):
         return self.eval()
 
     def _at_shared_nodes(self, x: Tensor) -> Callable[[ItemResponse], Tensor] | None:
-        """log p(x) of a copy of the model at a fraction of the cost, and nearly exact; None where values are many."""
+        """log p(x) of a copy of the model at a fraction of the cost, and nearly exact; None where values are many.
+
+        Nor of two traits: there these nodes lie so far apart that they reward slopes that are too steep.
+        """
         values = x[~x.isnan()].unique()
-        if len(values) > _FEW:
+        if self.latents > 1 or len(values) > _FEW:
             return None
-        counted = Counted(x, values, *even(self.zero.double(), _SIDE[self.latents], _REACH))
+        counted = Counted(x, values, *even(self.zero.double(), _SIDE, _REACH))
         return lambda work: counted.log_marginal(work.likelihood)
 
     def _start(self, x: Tensor) -> None:
