@@ -186,8 +186,8 @@ class ItemResponse(Pair):
 
         People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers to
         one trait have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's
-        posterior from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits the first item
-        loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
+        posterior from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits the first
+        item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
 
         Args:
             x: the data, NaN where an answer is missing.
