@@ -1,5 +1,6 @@
 # make compare   the main job: install, fit a line-up of models to real digits, print the table
 # make test      install with the test extra, check, run the tests
+# COVERAGE=1     with make test: which lines of probae the tests ran, at the end
 # CPU=1          on Linux without an NVIDIA GPU: take PyTorch's CPU build, not gigabytes of CUDA
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python $(if $(COVERAGE),-m slipcover --source probae) -m pytest -n auto --dist loadgroup
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

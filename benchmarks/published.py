@@ -272,13 +272,19 @@ def mixtures(data: Any, parts: Sequence[Tensor], options: argparse.Namespace) ->
     found = {}
     for kind, make in kinds.items():
         best, value = None, -math.inf
-        for classes, smoothing in itertools.product(options.classes, options.smoothing):
-            model = make(data.features, classes, seed=options.seed).double()
-            given = {"smoothing": smoothing, "restarts": 1, "seed": options.seed, "tolerance": 1e-4}
-            model.maximum_likelihood(train, **given, max_iterations=options.iterations)
+        fits = [(classes, smoothing, 1) for classes, smoothing in itertools.product(options.classes, options.smoothing)]
+        for classes, smoothing, parts in fits:  # which grow while they are gone through
+            model = make(data.features, parts * classes, seed=options.seed).double()
+            given = {"smoothing": smoothing, "restarts": 1, "seed": options.seed, "tolerance": 1e-3}
+            model.maximum_likelihood(
+                train, **given, max_iterations=options.iterations, **({} if parts == 1 else {"parts": parts})
+            )
             held = probae.log_evidence(model, validation, "exact").mean
             if held > value:
-                best, value = (f"{kind}: {classes}, smoothing {smoothing:g}", model), held
+                of = f"{classes}" if parts == 1 else f"{parts} × {classes}"
+                best, value, size = (f"{kind}: {of}, smoothing {smoothing:g}", model), held, (classes, smoothing)
+            if (classes, smoothing, parts) == fits[-1] and parts == 1 and kind == "mixture of trees":
+                fits.append((*size, options.parts))
         assert best is not None
         found[best[0]] = best[1]
     return found
@@ -343,9 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     binary.add_argument("--steps", type=int, default=20_000, help="at most so many, fewer once validation gets worse")
     binary.add_argument("--k", type=int, default=20, help="particles of the IWAE objective")
     binary.add_argument("--exact", action="store_true", help="only models whose log p(x) is exact: minutes")
-    binary.add_argument("--classes", nargs="+", type=int, default=[1, 6, 12, 25, 50], help="of the mixtures")
-    binary.add_argument("--smoothing", nargs="+", type=float, default=[0.3, 10.0, 150.0], help="of the mixtures")
-    binary.add_argument("--iterations", type=int, default=60, help="the most EM steps of a mixture")
+    binary.add_argument("--classes", nargs="+", type=int, default=[1, 6, 20, 40], help="of the mixtures")
+    binary.add_argument("--smoothing", nargs="+", type=float, default=[1.0, 10.0, 100.0], help="of the mixtures")
+    binary.add_argument("--parts", type=int, default=8, help="mixtures of trees of the best size that are averaged")
+    binary.add_argument("--iterations", type=int, default=30, help="the most EM steps of a mixture")
     binary.add_argument("--rows", type=int, help="of the test set; all by default")
     binary.add_argument("--particles", type=int, default=1_000)
     binary.add_argument(

@@ -58,6 +58,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sample(2)
 def test_value_and_gradient_are_those_of_autograd(case):
     made, asked = CASES[case]
     pair = model(**made)
@@ -83,6 +84,7 @@ def test_the_formula_of_one_sigmoid_layer():
 
 
 @pytest.mark.parametrize("of", ["encoder", "reconstruction"])
+@pytest.mark.sample(1)
 def test_hutchinsons_estimate_is_unbiased(of):
     pair = model(hidden=(4,))
     exact = float(penalty(pair, of=of, method="exact").detach())

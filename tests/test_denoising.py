@@ -38,6 +38,7 @@ def test_the_corruption_of_a_model_is_that_of_its_objective_and_is_saved(kind, o
     assert torch.equal(again.reconstruct(X), told.reconstruct(X))  # of the data as they are: nothing is corrupted
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_linear_one_is_its_closed_form():
     """Squared error of x -> r(x + noise): E|r(x + e) − x|² = |r(x) − x|² + s²|A|², r affine with matrix A."""
     model = probae.Autoencoder(D, L, likelihood=probae.likelihoods.Normal(1.0), corruption=Gaussian(0.5), seed=1)

@@ -56,6 +56,7 @@ def test_two_levels_of_a_graded_response_are_the_two_parameter_model():
     assert graded.standard_errors(x)["intercept"].shape == (5, 1)
 
 
+@pytest.mark.slow
 def test_two_traits_fit_better_and_the_first_item_is_on_the_first():
     x = lsat(7)
     model = ItemResponse(5, 2, nodes=15).double().maximum_likelihood(x, tolerance=1e-5)

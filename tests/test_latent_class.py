@@ -67,6 +67,7 @@ def gaps(x, share=0.2):
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.sample(4)
 def test_log_p_and_posterior_are_the_written_out_sums_and_em_ends_where_their_gradient_is_zero(name):
     x = gaps(drawn(HEADS[name][0]))
     model = made(name, missing="mask").maximum_likelihood(x, restarts=2, tolerance=1e-12)
@@ -137,6 +138,7 @@ def test_smoothing_keeps_probability_for_answers_that_no_member_gave():
     assert (smooth.optima.path.diff() > -1e-12).all()
 
 
+@pytest.mark.slow
 def test_training_by_gradients_comes_near_to_em():
     x = drawn("categorical")
     best = float(made("categorical").maximum_likelihood(x, restarts=4, tolerance=1e-6).optima.values.max())

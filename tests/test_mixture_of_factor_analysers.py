@@ -39,6 +39,7 @@ def written_out(model, x):
 
 
 @NOISES
+@pytest.mark.sample(2)
 def test_log_p_is_the_written_out_sum_and_em_ends_where_its_gradient_is_zero(noise):
     x = 10 * gaps(drawn()) + 1e3
     model = MixtureOfFactorAnalysers(D, L, K, noise=noise, missing="mask").double()
@@ -112,6 +113,7 @@ def test_what_does_not_fit_is_refused_and_what_shrinks_is_named():
         MixtureOfFactorAnalysers(D, 4, 3).double().maximum_likelihood(x, restarts=1, tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_counts_are_dequantised_and_trained_by_the_elbo():
     x = torch.randint(0, 9, (40, D), generator=torch.Generator().manual_seed(0)).float()
     model = probae.Dequantised(MixtureOfFactorAnalysers(D, L, K))

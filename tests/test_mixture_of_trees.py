@@ -79,6 +79,7 @@ def test_one_class_is_the_best_of_all_trees():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 2.0])
+@pytest.mark.sample(1)
 def test_what_em_maximises_never_falls(smoothing):
     x = data(3, 200, 6)
     model = (
@@ -92,6 +93,18 @@ def test_what_em_maximises_never_falls(smoothing):
         np.testing.assert_allclose(
             float(model.log_marginal(x).detach().mean()), float(model.optima.path[-1]), atol=1e-10
         )
+
+
+def test_parts_are_the_mean_of_mixtures_fitted_apart():
+    x = data()
+    model = MixtureOfTrees(D, 4).double().maximum_likelihood(x, parts=2, restarts=1, seed=1)
+    joint = written_out(model, states(2))
+    halves = [logsumexp(half, axis=1) - logsumexp(half) for half in (joint[:, :2], joint[:, 2:])]
+    expected = logsumexp(halves, axis=0) - np.log(2)
+    np.testing.assert_allclose(model.log_marginal(states(2)).detach().numpy(), expected, atol=1e-12)
+    assert not np.allclose(halves[0], halves[1])
+    with pytest.raises(ValueError, match="divisor"):
+        MixtureOfTrees(D, 4).maximum_likelihood(x, parts=3)
 
 
 def test_draws_have_the_frequencies_of_the_states():

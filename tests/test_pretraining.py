@@ -45,6 +45,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.sample(4)
 def test_the_deep_model_is_the_composition_of_its_layers(kind):
     x, layers = data(), []
 
@@ -62,6 +63,7 @@ def test_the_deep_model_is_the_composition_of_its_layers(kind):
 
 
 @pytest.mark.parametrize("name", names("real"))
+@pytest.mark.sample(6)
 def test_any_shallow_row_of_the_catalogue_is_a_layer_or_is_refused(name):
     x = data(dtype=torch.float32)
     row = make(name, Schema((D,)), 3)
@@ -78,6 +80,7 @@ def test_any_shallow_row_of_the_catalogue_is_a_layer_or_is_refused(name):
 
 @pytest.mark.parametrize("model", ["vae", "sparse_vae"])
 @pytest.mark.parametrize("layer", ["autoencoder", "vae", "ppca"])
+@pytest.mark.sample(3)
 def test_a_deep_model_whose_guide_has_a_scale(layer, model, tmp_path):
     x = data(dtype=torch.float32)
     deep = probae.pretrain(x, (5, 2), layer=layer, model=model, **QUICK)

@@ -77,6 +77,7 @@ def test_so_it_is_for_ppca():
 
 
 @pytest.mark.parametrize("directions", [1, 5])
+@pytest.mark.sample(1)
 def test_slices_are_unbiased(directions):
     pair = at(MEAN + 0.3, COVARIANCE + EYE)
     exact, exact_gradients = loss_and_gradients(ScoreMatching(), pair)
@@ -105,6 +106,7 @@ def test_the_denoising_optimum_is_the_density_blurred_by_the_noise():
 
 
 @pytest.mark.parametrize("objective", [ScoreMatching(), SlicedScoreMatching(2), DenoisingScoreMatching(1.0)], ids=str)
+@pytest.mark.sample(1)
 def test_it_trains_without_the_constant_eager_and_traced(objective):
     states = []
     for way in (False, "flat"):

@@ -177,6 +177,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sample(2)
 def test_a_graph_takes_the_same_steps_and_a_saved_model_has_the_same_codes(kind, tmp_path):
     head, objective = KINDS[kind]
     x, _ = dictionary_data(60)

@@ -81,8 +81,8 @@ def maximise(
     *,
     restarts: int = 10,
     seed: int = 0,
-    tolerance: float = 1e-10,
-    max_iterations: int = 2_000,
+    tolerance: float = 1e-8,
+    max_iterations: int = 1_000,
     accelerated: bool = True,
 ) -> Optima:
     r"""Set a model's parameters to the best optimum that EM finds from several starts; the work is in float64.

@@ -146,7 +146,7 @@ def _sequences(schema: Schema, latents: int, **options: Any) -> Any:
 def _traits(schema: Schema, latents: int, **options: Any) -> Any:
     head = likelihoods.OrderedCategorical(maximum(schema) + 1) if schema.kind == "counts" else likelihoods.Bernoulli()
     settings = {"likelihood": head, "missing": schema.missing, **options}
-    return ItemResponse(schema.features, latents if latents <= 2 else 1, **settings)
+    return ItemResponse(schema.features, latents if latents == 2 else 1, **settings)
 
 
 def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
@@ -271,8 +271,8 @@ CATALOGUE: dict[str, Model] = {
         "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
     ),
     "item_response": Model(
-        f"item response theory: one trait, two where asked for two (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981",
-        _traits, kinds=("binary", "counts"), most=CLASSES - 1,
+        f"item response theory, one trait or two (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
+        kinds=("binary", "counts"), most=CLASSES - 1,
     ),
     "mixture_of_factor_analysers": Model(
         "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996", _linear(MixtureOfFactorAnalysers),
@@ -286,8 +286,8 @@ CATALOGUE: dict[str, Model] = {
         "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
     ),
     "mixture_of_trees": Model(
-        "mixture of trees: features that depend on one another, by EM", "Meilă & Jordan 2000", _trees,
-        kinds=("binary", "counts"), most=CLASSES - 1,
+        "mixture of trees: features that depend on one another, by EM (counts up to 4)", "Meilă & Jordan 2000", _trees,
+        kinds=("binary", "counts"), most=4,
     ),
     "spike_and_slab": Model(
         "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",

@@ -150,8 +150,8 @@ class LatentClass(Pair):
         restarts: int = 10,
         seed: int = 0,
         smoothing: float = 0.0,
-        tolerance: float = 1e-10,
-        max_iterations: int = 2_000,
+        tolerance: float = 1e-8,
+        max_iterations: int = 1_000,
     ) -> LatentClass:
         r"""Fit to data (N, D) by EM from several starts, of which the best is kept; returns the model.
 

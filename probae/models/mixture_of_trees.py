@@ -9,13 +9,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import positive, size
+from probae.arguments import positive, size, whole
 from probae.heads.trees import Tree, best_tree, pair_counts
 from probae.mixtures.expectation_maximisation import Optima, maximise
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
+from probae.runtime.seeding import checked_seed, derived
 
 
 @recorded
@@ -36,7 +37,7 @@ class MixtureOfTrees(Pair):
         values: C, how many values a feature can take; 2 for binary data.
 
     Attributes:
-        optima: where each start of `maximum_likelihood` ended, an `Optima`; None before. It is not saved.
+        optima: where each start of `maximum_likelihood` ended, an `Optima`; None before, and of several parts. It is not saved.
 
     Raises:
         ValueError, TypeError: if a size is below 1, or ``values`` below 2.
@@ -115,6 +116,7 @@ class MixtureOfTrees(Pair):
         self,
         x: Any,
         *,
+        parts: int = 1,
         restarts: int = 3,
         seed: int = 0,
         smoothing: float = 1.0,
@@ -131,14 +133,27 @@ class MixtureOfTrees(Pair):
 
         Args:
             x: the data.
+            parts: how many mixtures of K / parts classes are fitted, each from starts of its own. The model is then the mean of
+                their densities, which overfits less than one mixture of K classes.
             restarts: how many starts: memberships drawn at random.
             seed: of the starts.
             smoothing: α >= 0; 0 is maximum likelihood.
             tolerance, max_iterations: when a start ends; see `probae.mixtures.expectation_maximisation.maximise`.
 
         Raises:
-            ValueError: if the data are no whole numbers from 0 to C − 1, or fewer than classes.
+            ValueError: if the data are no whole numbers from 0 to C − 1, or fewer than classes, or if K is no multiple of
+                the parts.
         """
+        if self.classes % whole("parts", parts):
+            raise ValueError(f"parts: expected a divisor of the number of classes, {self.classes}, got {parts}")
+        if parts > 1:
+            given = {
+                "restarts": restarts,
+                "smoothing": smoothing,
+                "tolerance": tolerance,
+                "max_iterations": max_iterations,
+            }
+            return self._average(x, parts, checked_seed(seed), given)
         smoothing = positive("smoothing", smoothing, zero=True)
         x = self.as_data(x).double()
         if not bool(((x >= 0) & (x < self.values) & (x == x.round())).all()):
@@ -173,6 +188,21 @@ class MixtureOfTrees(Pair):
             max_iterations=max_iterations,
             accelerated=False,
         )
+        return self.eval()
+
+    def _average(self, x: Any, parts: int, seed: int, given: dict[str, Any]) -> MixtureOfTrees:
+        """The mean of several mixtures, as one."""
+        found = [
+            MixtureOfTrees(self.features, self.classes // parts, self.values, seed=0)  # type: ignore[call-arg]
+            .to(self.logits)
+            .maximum_likelihood(x, seed=derived(seed, part), **given)
+            for part in range(parts)
+        ]
+        with torch.no_grad():
+            self.logits.copy_(torch.cat([torch.log_softmax(one.logits, -1) for one in found]))
+            self.tables.copy_(torch.cat([one.tables for one in found]))
+            self.parents.copy_(torch.cat([one.parents for one in found]))
+            self.order.copy_(torch.cat([one.order for one in found]))
         return self.eval()
 
     def _maximise(self, counts: Callable[[Tensor], Tensor], share: Tensor, prior: Tensor) -> None:
