@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from probae.arguments import one_of
 from probae.data.datasets.dataset import Schema
 from probae.evidence import log_evidence
 from probae.models import make
-from probae.runtime.seeding import checked_seed, derived, seeded
+from probae.runtime.seeding import checked_seed, derived, seeded, with_seed
 from probae.training import fit
 
 
@@ -94,13 +95,15 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
                 model = as_pair(make(self.model, self._schema(x), self.latents, **dict(self.options or {}))).double()
             options = dict(self.fit_options or {})
             if callable(getattr(model, "maximum_likelihood", None)):
-                model.maximum_likelihood(x, **options)
+                model.maximum_likelihood(x, **with_seed(model.maximum_likelihood, derived(seed, 1), options))
             else:
                 fit(model, x, **{"progress": False, "seed": derived(seed, 1), **options})
         except ValueError as error:
             raise ValueError(f"{error} (X has n_samples={len(x)}, n_features={x.shape[1]})") from error
         self.model_ = model
-        self._n_features_out = _rows(model.encode(x[:1])).shape[1]
+        codes = model.encode(x[:1])
+        self._sites = {name: code.shape[1:] for name, code in codes.items()} if isinstance(codes, dict) else None
+        self._n_features_out = _rows(codes).shape[1]
         return self
 
     def transform(self, X: Any) -> Any:
@@ -113,7 +116,12 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
         z = check_array(X, dtype=np.float64)
         if z.shape[1] != self._n_features_out:
             raise ValueError(f"X has {z.shape[1]} latents, but the model has {self._n_features_out}")
-        return _rows(self.model_.decode(z))
+        if self._sites is None:
+            return _rows(self.model_.decode(z))
+        shapes = self._sites.values()
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+        parts = (part.reshape(len(z), *shape) for part, shape in zip(np.split(z, ends, 1), shapes, strict=True))
+        return _rows(self.model_.decode(dict(zip(self._sites, parts, strict=True))))
 
     def score_samples(self, X: Any) -> Any:
         """log p(x_n), in nats, (N,): exact, or a lower bound."""

@@ -380,3 +380,41 @@ def test_bfi_as_r_prints_it():
     model = fitted(items, 5, missing="mask")
     loadings = model.loadings("oblimin").abs()
     assert set(loadings.groupby(lambda item: item[0]).mean().idxmax(axis=1)) == set(loadings.columns)  # the Big Five
+
+
+def test_loadings_and_scores_do_not_depend_on_the_units():
+    x = drawn_factors()
+    a = torch.tensor([1e-3, 1e3, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    gaps = x.masked_fill(torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.1, torch.nan)
+    for data, missing in ((x, None), (gaps, "mask")):
+        one, other = (
+            probae.FactorAnalysis(6, 2, missing=missing).double().maximum_likelihood(y) for y in (data, a * data)
+        )
+        np.testing.assert_allclose(other.loadings(), one.loadings(), atol=1e-4)
+        np.testing.assert_allclose(other.scores(a * data), one.scores(data), atol=1e-3)
+
+
+def drawn_factors():
+    """Data whose loadings change their order of magnitude, and so the sign that is told by it, with the units."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 2, generator=g).double()
+    z, noise = (torch.randn(80, n, generator=g.manual_seed(n)).double() for n in (2, 6))
+    return z @ weight.mT + 0.7 * noise
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [(np.full((6, 6), np.nan), "finite"), (np.eye(6) - 0.5 * (1 - np.eye(6)), "positive semidefinite")],
+)
+def test_what_is_no_covariance_is_refused(covariance, message):
+    with pytest.raises(ValueError, match=message):
+        probae.FactorAnalysis(6, 1).summary(covariance=covariance, n=50)
+
+
+def test_a_row_of_gaps_is_no_datum_and_whole_numbers_are_data():
+    x = (10 * drawn_factors()).round()
+    x[0] = torch.nan
+    model = probae.FactorAnalysis(6, 1, missing="mask").double().maximum_likelihood(x)
+    assert model.summary(x, draws=0).fit.n == len(x) - 1
+    whole = probae.parallel_analysis(x[1:].long(), draws=5)
+    assert torch.equal(whole.eigenvalues, probae.parallel_analysis(x[1:], draws=5).eigenvalues)

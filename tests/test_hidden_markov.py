@@ -163,3 +163,10 @@ def test_what_does_not_fit_is_refused():
         HiddenMarkov((3, 1), 2, likelihoods.Laplace()).maximum_likelihood(torch.randn(5, 3, 1))
     with pytest.raises(ValueError, match="support of Bernoulli"):
         HiddenMarkov((3, 1), 2, likelihoods.Bernoulli()).maximum_likelihood(torch.full((5, 3, 1), 2.0))
+
+
+def test_a_state_that_shrinks_to_a_point_is_named():
+    x = torch.randn(6, 10, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, :4] = 9.0
+    with pytest.warns(RuntimeWarning, match="states .* at the likelihood's floor"):
+        HiddenMarkov((10, 1), 2, likelihoods.Normal("predicted")).double().maximum_likelihood(x, restarts=2)

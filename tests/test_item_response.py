@@ -48,7 +48,7 @@ def test_estimates_and_standard_errors_are_those_of_the_r_package_ltm():
 def test_two_levels_of_a_graded_response_are_the_two_parameter_model():
     x = lsat(7)
     two, graded = (
-        ItemResponse(5, likelihood=head).double().maximum_likelihood(x)
+        ItemResponse(5, likelihood=head).double().maximum_likelihood(x, tolerance=1e-7)
         for head in (likelihoods.Bernoulli(), likelihoods.OrderedCategorical(2))
     )
     torch.testing.assert_close(graded.log_marginal(x), two.log_marginal(x), atol=1e-5, rtol=0)
@@ -134,3 +134,19 @@ def test_what_does_not_fit_is_refused():
         ItemResponse(5, 2, slopes="shared")
     with pytest.raises(ValueError, match="maximum of the likelihood"):
         ItemResponse(5, seed=0).double().standard_errors(lsat(6))
+
+
+@pytest.mark.parametrize("head", [likelihoods.OrderedCategorical(4), likelihoods.Categorical(3)])
+def test_nodes_that_all_data_share_give_the_same_log_p(head):
+    model = ItemResponse(6, 1, head, missing="mask", seed=0).double()
+    x = model.sample(20).double()
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = nan
+    torch.testing.assert_close(model._at_shared_nodes(x)(model), model.log_marginal(x), rtol=0, atol=1e-6)
+
+
+def test_a_level_that_nobody_chose_keeps_a_little_probability():
+    torch.manual_seed(0)
+    x = torch.randint(0, 3, (60, 3)).double()
+    model = ItemResponse(3, likelihood=likelihoods.OrderedCategorical(5)).double().maximum_likelihood(x)
+    unseen = torch.tensor([[4.0, 0.0, 1.0]], dtype=torch.float64)
+    assert -200 < float(model.log_marginal(unseen)) < -20

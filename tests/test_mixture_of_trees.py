@@ -8,7 +8,7 @@ import torch
 from scipy.special import logsumexp
 
 import probae
-from probae.heads.trees import best_tree
+from probae.heads.trees import best_tree, pair_counts
 from probae.models import MixtureOfTrees
 
 N, D = 60, 4
@@ -141,3 +141,16 @@ def test_trees_and_probabilities_are_saved(tmp_path):
     model = MixtureOfTrees(D, 2).maximum_likelihood(data(), restarts=1)
     loaded = probae.load(probae.save(model, tmp_path))
     assert torch.equal(loaded.log_marginal(states(2)), model.log_marginal(states(2)))
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_pairs_are_counted_with_their_weights(classes):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randint(0, classes, (9, 3), generator=g), torch.rand(9, generator=g, dtype=torch.float64)
+    found = pair_counts(x, classes)(weight).reshape(3, classes, 3, classes)
+    expected = torch.zeros_like(found)
+    for row, w in zip(x.tolist(), weight, strict=True):
+        for i, a in enumerate(row):
+            for j, b in enumerate(row):
+                expected[i, a, j, b] += w
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)

@@ -8,7 +8,7 @@ import torch
 from scipy import special, stats
 
 import probae
-from probae.priors import Mixture, VampPrior
+from probae.priors import Laplace, Mixture, VampPrior
 
 D, L, K = 5, 2, 4
 
@@ -91,3 +91,9 @@ def test_a_prior_of_another_model_of_none_or_beside_labels_is_refused():
         vae(prior)
     with pytest.raises(ValueError, match="labels"):
         vae(VampPrior(L, K), given=3)
+
+
+@pytest.mark.parametrize("prior", [Mixture(2, 3), VampPrior(2, 3), Laplace(2)])
+def test_a_prior_of_another_number_of_latents_is_refused(prior):
+    with pytest.raises(ValueError, match="expected one of 3 latents, as the model has, got one of 2"):
+        probae.VAE(4, 3, prior=prior)

@@ -85,3 +85,19 @@ def test_models_that_are_trained_by_steps(model, kind, given):
 def test_a_mistake_is_told_when_it_is_fitted(change, match):
     with pytest.raises(ValueError, match=match):
         LatentVariableModel(**change).fit(data())
+
+
+def test_starts_follow_from_the_random_state():
+    x = data(60, latents=3)
+    options = {"model": "latent_class", "latents": 4, "fit_options": {"restarts": 1}}
+    scores = {LatentVariableModel(random_state=seed, **options).fit(x).score(x) for seed in (0, 0, 1, 2)}
+    assert len(scores) == 3
+
+
+def test_codes_of_several_sites_go_back_to_data():
+    x = data(60)
+    estimator = LatentVariableModel("mixture_of_factor_analysers").fit(x)
+    codes = estimator.transform(x)
+    assert codes.shape == (60, 3 + 1)  # the components' probabilities, and the factor
+    expected = estimator.model_.decode({"component": codes[:, :3], "z": codes[:, 3:]})
+    np.testing.assert_array_equal(estimator.inverse_transform(codes), expected)

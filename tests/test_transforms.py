@@ -539,3 +539,14 @@ def test_a_transform_of_another_width_is_refused():
     pair = Transformed(probae.PPCA(3, 1), Affine([0.0, 1.0], [1.0, 1.0]))
     with pytest.raises(ValueError, match=r"site 'x': the transform failed on data of shape \(4, 3\)"):
         probae.log_evidence(pair, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("around", [Dequantised, lambda pair: Transformed(pair, [Affine(LOC, SCALE)])])
+def test_the_starts_of_an_inner_model_follow_from_the_seed(around):
+    x = torch.randint(0, 9, (40, 3), generator=torch.Generator().manual_seed(0)).double()
+    starts = []
+    for seed in (0, 1):
+        pair = around(probae.MixtureOfFactorAnalysers(3, 1, 2)).double()
+        pair.inner.maximum_likelihood = lambda y, seed=0, **options: starts.append(seed)
+        pair.maximum_likelihood(x, seed=seed)
+    assert starts == [0, 1]

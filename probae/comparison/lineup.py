@@ -28,7 +28,7 @@ from probae.data.datasets import Dataset
 from probae.models import CATALOGUE, Model, register
 from probae.pair import Pair
 from probae.runtime.processes import require_shared_memory
-from probae.runtime.seeding import seeded
+from probae.runtime.seeding import seeded, with_seed
 from probae.storage import saving
 from probae.training import Run, fit
 from probae.transforms.expost import expost_prior
@@ -125,7 +125,7 @@ def train(
         pair = as_pair(CATALOGUE[name].build(data.schema, latents))
     start = time.perf_counter()
     if has_maximum_likelihood(pair):
-        pair.maximum_likelihood(data.train)
+        pair.maximum_likelihood(data.train, **with_seed(pair.maximum_likelihood, seed, {}))
         return pair, time.perf_counter() - start
     rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
     held = tuple(part[:_VALIDATION] for part in held) if isinstance(held, tuple) else held[:_VALIDATION]

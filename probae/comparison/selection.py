@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,7 @@ from probae.comparison.folds import held_out
 from probae.evidence import Auto, Estimator
 from probae.evidence.evaluation import estimator_of
 from probae.runtime.isolation import isolated
-from probae.runtime.seeding import checked_seed, seeded
+from probae.runtime.seeding import checked_seed, seeded, with_seed
 from probae.training import fit as train
 
 if TYPE_CHECKING:
@@ -156,6 +155,8 @@ def select(
     if not starts:
         raise ValueError("seeds: expected one at least")
     starts = [checked_seed(start) for start in starts]
+    if len(set(starts)) < len(starts):
+        raise ValueError(f"seeds: expected different ones, got {starts!r:.200}")
     estimator = estimator_of(method, particles, options)
     functions = {
         name: [partial(_fitted, factory, setting, start, dict(fit or {})) for start in starts]
@@ -199,7 +200,5 @@ def _fitted(factory: Callable[..., Any], setting: Setting, seed: int, options: d
     if not has_maximum_likelihood(pair):
         train(model, x, **{"seed": seed, "progress": False, **options})
         return model
-    if "seed" in inspect.signature(pair.maximum_likelihood).parameters:
-        options = {"seed": seed, **options}
-    pair.maximum_likelihood(x, **options)
+    pair.maximum_likelihood(x, **with_seed(pair.maximum_likelihood, seed, options))
     return model

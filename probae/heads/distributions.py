@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.utils import broadcast_all
+from torch.distributions.utils import broadcast_all, lazy_property
 from torch.nn.functional import logsigmoid
 
 from probae.runtime.precision import float64
@@ -28,6 +28,62 @@ class Normal(dist.Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), in nats."""
         return -0.5 * ((value - self.loc) / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
+
+
+class OrderedCategorical(dist.Categorical):
+    r"""A logistic variable around an output, cut into levels; its density reads the two cut points beside a value alone.
+
+    .. math:: P(x = k) = \sigma(c_k - o) - \sigma(c_{k-1} - o)
+              = \sigma(c_k - o)\, \sigma(o - c_{k-1}) \left(1 - e^{c_{k-1} - c_k}\right)
+
+    with :math:`c_{-1} = -\infty` and :math:`c_{C-1} = \infty`; the product keeps its digits in both tails.
+
+    Args:
+        output: o (..., *shape).
+        cutpoints: c (*shape, C − 1), rising.
+        log_gap: log(c_k − c_{k−1}) (*shape, C − 2).
+
+    Example:
+        >>> levels = OrderedCategorical(torch.zeros(1), torch.tensor([[-1.0, 1.0]]), torch.tensor([[2.0]]).log())
+        >>> levels.log_prob(torch.tensor([1.0])).exp(), levels.probs
+        (tensor([0.4621]), tensor([[0.2689, 0.4621, 0.2689]]))
+    """
+
+    def __init__(self, output: Tensor, cutpoints: Tensor, log_gap: Tensor):
+        self.output, self.cutpoints, self.log_gap = output, cutpoints, log_gap
+        self._num_events = cutpoints.shape[-1] + 1
+        TorchDistribution.__init__(self, output.shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> OrderedCategorical:
+        """The same distribution with another batch shape."""
+        return OrderedCategorical(self.output.expand(batch_shape), self.cutpoints, self.log_gap)
+
+    @lazy_property
+    def logits(self) -> Tensor:
+        """log P(x = k) (..., *shape, C)."""
+        away = self.cutpoints - self.output.unsqueeze(-1)
+        below, above = logsigmoid(away), logsigmoid(-away)
+        between = below[..., 1:] + above[..., :-1] + _log1mexp(self.log_gap)
+        return torch.cat([below[..., :1], between, above[..., -1:]], -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), in nats."""
+        edge = torch.zeros_like(self.cutpoints[..., :1])
+        tables = (
+            torch.cat([self.cutpoints, edge + torch.inf], -1),
+            torch.cat([edge - torch.inf, self.cutpoints], -1),
+            torch.cat([edge, _log1mexp(self.log_gap), edge], -1),
+        )
+        each = torch.arange(edge.numel(), device=edge.device).reshape(edge.shape[:-1])
+        above, below, size = (table.reshape(-1, self._num_events)[each, value.long()] for table in tables)
+        return logsigmoid(above - self.output) + logsigmoid(self.output - below) + size
+
+
+def _log1mexp(log_gap: Tensor) -> Tensor:
+    """log(1 − exp(−gap)), down to gaps of nothing."""
+    narrow = log_gap < -10
+    wide = torch.where(narrow, torch.zeros_like(log_gap), log_gap)
+    return torch.where(narrow, log_gap - log_gap.exp() / 2, torch.log(-torch.expm1(-wide.exp())))
 
 
 class Translated(TorchDistribution):

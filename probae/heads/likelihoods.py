@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from probae.arguments import flag, positive, size, whole
 from probae.heads.distributions import Binomial as BinomialDistribution
 from probae.heads.distributions import DiscretisedNormal as DiscretisedNormalDistribution
+from probae.heads.distributions import OrderedCategorical as OrderedCategoricalDistribution
 from probae.heads.distributions import Poisson as PoissonDistribution
 from probae.heads.distributions import Translated, parts
 from probae.heads.nn import event_shape, moments
@@ -352,19 +353,9 @@ class OrderedCategorical(Head):
 
     def forward(self, output: Tensor) -> Any:
         """p(x | z) at the decoder's output (..., D)."""
-        away = self.cutpoints - output.unsqueeze(-1)
-        below, above = F.logsigmoid(away), F.logsigmoid(-away)
-        # σ(b) − σ(a) = σ(b) σ(−a) (1 − exp(a − b)), which keeps its digits in both tails
-        between = below[..., 1:] + above[..., :-1] + _log1mexp(self.cuts[:, 1:])
-        logits = torch.cat([below[..., :1], between, above[..., -1:]], -1).unflatten(-2, self.shape)
-        return dist.Categorical(logits=logits, validate_args=False).to_event(len(self.shape))
-
-
-def _log1mexp(log_gap: Tensor) -> Tensor:
-    """log(1 − exp(−gap)), down to gaps of nothing."""
-    narrow = log_gap < -10
-    wide = torch.where(narrow, torch.zeros_like(log_gap), log_gap)
-    return torch.where(narrow, log_gap - log_gap.exp() / 2, torch.log(-torch.expm1(-wide.exp())))
+        cutpoints, log_gap = (part.unflatten(0, self.shape) for part in (self.cutpoints, self.cuts[:, 1:]))
+        levels = OrderedCategoricalDistribution(output.unflatten(-1, self.shape), cutpoints, log_gap)
+        return levels.to_event(len(self.shape))
 
 
 def _from_cutpoints(cutpoints: Tensor) -> Tensor:

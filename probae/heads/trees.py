@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+
+_MANY = 8  # classes from which their indicators are kept as a sparse matrix
 
 
 class Tree(TorchDistribution):
@@ -73,6 +77,21 @@ class Tree(TorchDistribution):
                 drawn = torch.multinomial(chances.reshape(-1, self.classes), 1).reshape(*shape, 1)
                 x = x.scatter(-1, d, drawn)
         return x.to(self.log_table.dtype)
+
+
+def pair_counts(x: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """How often each two values occur together in data x (N, D), as a function of their weights (N,): (D C, D C).
+
+    Of many classes the indicators are nearly all 0, and a sparse product is several times as quick.
+    """
+    indicators = F.one_hot(x.long(), classes).double().flatten(1)
+    if classes < _MANY or x.device.type != "cpu":
+        return lambda weight: (weight.unsqueeze(-1) * indicators).mT @ indicators
+    from scipy.sparse import csr_array
+
+    sparse = csr_array(indicators.numpy())
+    columns = sparse.T.tocsr()
+    return lambda weight: torch.from_numpy((columns.multiply(weight.numpy()).tocsr() @ sparse).toarray())
 
 
 def best_tree(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

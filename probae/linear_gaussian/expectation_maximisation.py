@@ -49,7 +49,7 @@ def expectation_maximisation(
 
     A noise variance that the likelihood would drive to 0 (a *Heywood case*) stops at ``floor`` times the feature's observed
     variance (the mean over features, if it is shared). :math:`W^\top \Psi^{-1} W`, with :math:`\Psi` the noise variances,
-    is diagonal and descending; of each column the entry largest in magnitude is positive.
+    is diagonal and descending; of each column the entry largest in magnitude, on standardised features, is positive.
 
     Args:
         x: The data, shape (N, D), NaN where a value is missing.
@@ -120,7 +120,7 @@ def expectation_maximisation(
     scale = (log_noise / 2).exp()
     # the axes on which the latents are independent given what is complete
     _, _, axes = torch.linalg.svd(weight / scale.unsqueeze(-1), full_matrices=False)
-    weight = signed(unit.unsqueeze(-1) * (weight @ axes.mT))
+    weight = unit.unsqueeze(-1) * signed(weight @ axes.mT)
     total = best.value - float((data.seen @ unit.log()).sum()) / len(given)
     scale = unit[0] * scale[0] if shared else unit * scale
     return result(given, loc + unit * shift, weight, scale, total)

@@ -123,7 +123,7 @@ def factor_analysis(
     A noise variance that the likelihood would drive to 0 (a *Heywood case*) stops at ``floor`` times the feature's
     variance, and there :math:`\Sigma_{ii}` may exceed :math:`S_{ii}`. Few data or many latents make such cases and
     local optima common, hence more than one start. :math:`W^\top \Psi^{-1} W`, with :math:`\Psi` the noise variances,
-    is diagonal and descending; of each column the entry largest in magnitude is positive.
+    is diagonal and descending; of each column the entry largest in magnitude, on standardised features, is positive.
 
     Args:
         x: The data, shape (N, D). Give either ``x`` or ``covariance``.
@@ -211,11 +211,12 @@ def factor_analysis(
             RuntimeWarning,
             stacklevel=3,
         )
-    scale = deviation * (log_noise / 2).exp()
+    noise = (log_noise / 2).exp()  # on standardised features
+    scale = deviation * noise
     weight = scale.new_zeros(len(scale), latents)
     weight[:, : profile.rank] = profile.signal * (profile.values[: profile.rank] - 1).sqrt()
     total = profile.value + 0.5 * len(scale) * math.log(2 * math.pi) + deviation.log().sum().item()
-    return result(given, loc, signed(scale[:, None] * weight), scale, -total)
+    return result(given, loc, deviation[:, None] * signed(noise[:, None] * weight), scale, -total)
 
 
 def _by_singular_values(x: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:

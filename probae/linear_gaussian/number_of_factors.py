@@ -14,7 +14,9 @@ from probae.batches import as_matrix
 from probae.export.figures import scree_figure
 from probae.linear_gaussian.adequacy import correlation_of
 from probae.linear_gaussian.saturated import saturated
+from probae.runtime.precision import float64
 from probae.runtime.seeding import checked_seed
+from probae.tracing.missing import require_numbers
 
 if TYPE_CHECKING:
     import pandas
@@ -103,8 +105,10 @@ def parallel_analysis(
     quantile = positive("quantile", quantile, below=1)
     draws, rng = whole("draws", draws), np.random.default_rng(checked_seed(seed))
     if x is not None:
-        x = as_matrix("x", x, "(N, D)")
-        covariance, n = saturated(x).covariance, len(x)
+        x = float64(as_matrix("x", x, "(N, D)"))
+        require_numbers(x, "x", missing="mask")
+        found = saturated(x)
+        covariance, n = found.covariance, found.n
     own = correlation_of(covariance)
     n = whole("n", n, 2)
     values = eigenvalues(own, kind)

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probae.linear_gaussian.adequacy import correlation_of
 from probae.runtime.precision import float64
 from probae.tracing.missing import moments, require_observed
+
+_ROUNDED = 0.05  # the negative eigenvalues that printed tables, rounded to two digits, may have
 
 
 class Saturated(NamedTuple):
@@ -60,11 +63,21 @@ def saturated(x: Tensor, tolerance: float = 1e-8, max_iterations: int = 2_000) -
         total = _of_covariance(second, len(z))
     else:
         inner, second, total = _expectation_maximisation(z, seen, tolerance, max_iterations)
-    return Saturated(len(x), loc + scale * inner, second * scale * scale[:, None], total - units, independent)
+    count = int(seen.any(1).sum())  # a row of nothing but gaps is no datum
+    return Saturated(count, loc + scale * inner, second * scale * scale[:, None], total - units, independent)
 
 
 def saturated_at(covariance: Tensor, n: int) -> Saturated:
-    """The same of n data of which the covariance alone is known; their mean is put to 0."""
+    """The same of n data of which the covariance alone is known; their mean is put to 0.
+
+    Raises:
+        ValueError: if the matrix is no covariance: not finite, not symmetric, or with a negative eigenvalue.
+    """
+    least = float(torch.linalg.eigvalsh(correlation_of(covariance))[0])
+    if least < -_ROUNDED:
+        raise ValueError(
+            f"covariance: expected a positive semidefinite matrix, got one whose correlations have the eigenvalue {least:.3g}"
+        )
     second = float64(covariance)
     variances = second.diagonal()
     independent = -0.5 * n * float((variances.log() + math.log(2 * math.pi) + 1).sum())

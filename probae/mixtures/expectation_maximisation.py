@@ -138,7 +138,7 @@ def maximise(
             f"EM did not converge: its best start gained more than tolerance={tolerance:.3g} nats per datum at the last of "
             f"max_iterations={max_iterations} steps",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return Optima(
         ends,

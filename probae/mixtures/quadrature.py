@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,28 +33,51 @@ def hermite(nodes: int, like: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def adapted(
-    log_joint: Callable[[Tensor], Tensor],
-    node: Tensor,
-    log_weight: Tensor,
-    loc: Tensor,
-    tril: Tensor,
-    passes: int = _PASSES,
+    log_joint: Callable[[Tensor], Tensor], node: Tensor, log_weight: Tensor, loc: Tensor, tril: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Nodes (Q, N, L) around each datum's posterior, and the logarithms (Q, N) of what each adds to p(x).
 
     Args:
         log_joint: z (Q, N, L) -> log p(x, z) (Q, N).
         node, log_weight, loc, tril: as `hermite` gives them.
-        passes: how often the nodes are placed; once leaves them where all data begin.
     """
     density = log_weight + (node.square().sum(-1) + node.shape[-1] * math.log(2 * math.pi)) / 2
-    for i in range(passes):
+    for i in range(_PASSES):
         z = loc + (tril @ node[:, None, :, None]).squeeze(-1)
         size = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         terms = log_joint(z) + density.unsqueeze(-1) + size
-        if i < passes - 1:  # where the nodes stand needs no gradient
+        if i < _PASSES - 1:  # where the nodes stand needs no gradient
             loc, tril = (part.detach() for part in moments_at(z.detach(), terms.detach(), _NARROW))
     return z, terms
+
+
+class Counted:
+    r"""Data of few values at nodes that all of them share: log p(x | z) is a product of two matrices.
+
+    .. math:: \log p(x_n \mid z_q) = \sum_d \sum_v [x_{nd} = v] \log p(x_d = v \mid z_q)
+
+    Args:
+        x: data (N, D), NaN where a value is missing.
+        values: (V,), those that occur.
+        z: nodes (Q, L).
+        log_weight: of the prior at the nodes, (Q,).
+    """
+
+    def __init__(self, x: Tensor, values: Tensor, z: Tensor, log_weight: Tensor):
+        self.indicators = (values[:, None] == x.unsqueeze(-2)).to(z).flatten(1)  # (N, V D)
+        self.values, self.z, self.log_weight = values.reshape(-1, 1, 1).expand(-1, 1, x.shape[1]), z, log_weight
+
+    def log_marginal(self, likelihood: Callable[[Tensor], Any]) -> Tensor:
+        """log p(x) (N,); the likelihood's features are independent given z."""
+        each = likelihood(self.z).base_dist.log_prob(self.values)  # (V, Q, D)
+        return torch.logsumexp(self.indicators @ each.transpose(0, 1).flatten(1).mT + self.log_weight, -1)
+
+
+def even(like: Tensor, side: int, reach: float) -> tuple[Tensor, Tensor]:
+    """Evenly spaced nodes (Q, L) out to a reach, and the logarithms (Q,) of N(0, I) on them, which add up to 1."""
+    line = torch.linspace(-reach, reach, side).to(like)
+    z = torch.cartesian_prod(*[line] * len(like)).reshape(-1, len(like))
+    return z, torch.log_softmax(-z.square().sum(-1) / 2, 0)
 
 
 def moments_at(z: Tensor, terms: Tensor, narrow: float = 1e-6) -> tuple[Tensor, Tensor]:

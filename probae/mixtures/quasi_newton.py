@@ -6,16 +6,23 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-_FAR = 50.0  # no parameter goes beyond: a likelihood that is flat out there has no maximum
+_LEAST = 1e-4  # of the mean square of a gradient
+FAR = 50.0  #: no parameter goes beyond: a likelihood that is flat out there has no maximum
 
 
-def minimise(model: nn.Module, loss: Callable[[Any], Tensor], tolerance: float, max_iterations: int) -> float:
+def minimise(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    tolerance: float,
+    max_iterations: int,
+    most: Mapping[str, Tensor] | None = None,
+    unit: Tensor | None = None,
+) -> float:
     """Set a model's parameters to a minimum of a loss by L-BFGS, in float64; gives the largest derivative that is left.
 
     Args:
@@ -23,34 +30,67 @@ def minimise(model: nn.Module, loss: Callable[[Any], Tensor], tolerance: float, 
         loss: of a copy of the model, a scalar.
         tolerance: the largest derivative at which it ends.
         max_iterations: the most steps.
+        most: upper bounds, by parameter, that are not `FAR`.
+        unit: in which parameters, in a row, are moved, as `units` gives them; 1 unless told.
     """
     from scipy.optimize import minimize
 
     work = copy.deepcopy(model).double()
     parameters = list(work.parameters())
-    device = parameters[0].device
+    start = parameters_to_vector(parameters).detach()
+    unit = torch.ones_like(start) if unit is None else unit
+    slope = torch.zeros_like(start)
 
     def value(vector: Any) -> tuple[float, Any]:
-        vector_to_parameters(torch.as_tensor(vector, device=device).clone(), parameters)
+        vector_to_parameters(torch.as_tensor(vector).to(unit) * unit, parameters)
         with torch.enable_grad():
             found = loss(work)
-            gradient = torch.autograd.grad(found, parameters)
-        return float(found.detach()), parameters_to_vector(gradient).cpu().numpy()
+            slope.copy_(parameters_to_vector(torch.autograd.grad(found, parameters)))
+        return float(found.detach()), (slope * unit).cpu().numpy()
 
-    start = parameters_to_vector(parameters).detach().cpu().numpy().astype(np.float64)
+    def stop(_: Any) -> None:
+        if float(slope.abs().max()) <= tolerance / 2:
+            raise StopIteration
+
+    far = parameters_to_vector([(most or {}).get(name, torch.full_like(p, FAR)) for name, p in work.named_parameters()])
+    bounds = list(zip((-FAR / unit).tolist(), (far / unit).tolist(), strict=True))
     options = {
         "maxiter": max_iterations,
-        "gtol": tolerance / 2,
+        "gtol": float(tolerance / 2 * unit.min()),
         "ftol": 0.0,
         "maxfun": 4 * max_iterations,
         "maxcor": 30,
     }
-    done = minimize(value, start, jac=True, method="L-BFGS-B", bounds=[(-_FAR, _FAR)] * len(start), options=options)
-    _, gradient = value(done.x)
+    first = (start / unit).cpu().numpy()
+    done = minimize(value, first, jac=True, method="L-BFGS-B", bounds=bounds, callback=stop, options=options)
+    value(done.x)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), parameters, strict=True):
             mine.copy_(theirs)
-    return float(np.abs(gradient).max())
+    return float(slope.abs().max())
+
+
+def units(model: nn.Module, log_prob: Callable[[Any], Tensor], count: Tensor, draws: int = 16) -> Tensor:
+    r"""Units in which the likelihood curves alike by each parameter: :math:`E[g_n^2]^{-1/2}`, g_n a datum's own gradient.
+
+    Signs drawn at random tell it without the gradient of each datum: on average the square of :math:`\sum_n \pm g_n` is
+    :math:`\sum_n g_n^2`.
+
+    Args:
+        model: a module whose parameters are free of constraints.
+        log_prob: of a copy of the model, of data (N,).
+        count: how many data there are of each (N,).
+        draws: of the signs.
+    """
+    work = copy.deepcopy(model).double()
+    parameters = list(work.parameters())
+    generator, squares = torch.Generator().manual_seed(0), torch.zeros_like(parameters_to_vector(parameters).detach())
+    for _ in range(draws):
+        signs = 2.0 * torch.randint(0, 2, (len(count),), generator=generator) - 1
+        with torch.enable_grad():
+            total = (log_prob(work) * count.sqrt() * signs.to(count.device)).sum()
+            squares += parameters_to_vector(torch.autograd.grad(total, parameters)).square() / draws
+    return (squares / count.sum() + _LEAST).rsqrt()
 
 
 def standard_errors(

@@ -7,6 +7,7 @@ r"""Weighted maximum likelihood under a likelihood head, in closed form: the M s
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -114,13 +115,25 @@ def _normal(head: Any, x: Tensor, weights: Tensor) -> Tensor:
     return loc
 
 
-def at_the_floor(head: Head, output: Tensor) -> list[int]:
-    """The classes in which a scale that is learned has shrunk to the head's floor: a density that is unbounded but for it."""
+def warn_of_floor(head: Head, output: Tensor, what: str, remedy: str) -> None:
+    """Warn of classes whose scale, learned, has shrunk to the head's floor: their density is unbounded but for it.
+
+    Args:
+        head, output: with the outputs (K, width · D) of K classes.
+        what: they are called, ``"classes"`` or ``"states"``.
+        remedy: what else may be done.
+    """
     if not isinstance(head, ScaleHead) or (head.fixed and not head.learned):
-        return []
+        return
     scale = head.parameters_at(output)[1].expand(*output.shape[:-1], output.shape[-1] // head.width)
     least = head._least(head.unit if head.kind != "shared" else head.unit.mean())
-    return (scale <= least * (1 + 1e-3)).any(-1).nonzero().flatten().tolist()
+    if shrunk := (scale <= least * (1 + 1e-3)).any(-1).nonzero().flatten().tolist():
+        warnings.warn(
+            f"the scale of {what} {shrunk} is at the likelihood's floor, where the density is unbounded but for it: give "
+            f"likelihoods.Normal a higher floor=, {remedy}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 _SOLVERS: dict[type[Head], Callable[[Any, Tensor, Tensor], Tensor]] = {

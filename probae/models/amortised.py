@@ -100,6 +100,10 @@ class Amortised(Pair):
             if network is not None:
                 _check_network(name, network, inputs, outputs)
         if isinstance(prior, Prior):
+            if prior.latents != latents:
+                raise ValueError(
+                    f"prior: expected one of {latents} latents, as the model has, got one of {prior.latents}"
+                )
             if self.given is not None and isinstance(prior, VampPrior):
                 raise ValueError(
                     "prior: a VampPrior has no labels or covariates to give to the encoder; use another prior"

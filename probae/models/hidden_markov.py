@@ -15,7 +15,7 @@ from probae.heads.nn import event_shape
 from probae.mixtures.chains import Chain, posterior
 from probae.mixtures.expectation_maximisation import Optima, maximise
 from probae.mixtures.marginal import Marginal
-from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support
+from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support, warn_of_floor
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.recipe import recorded
@@ -155,6 +155,9 @@ class HiddenMarkov(Pair):
 
         Raises:
             ValueError: if the data do not fit the likelihood, or that has no closed M step.
+
+        Warns:
+            RuntimeWarning: if a state's scale shrinks to the likelihood's floor: the density is unbounded but for it.
         """
         require_closed_form(self.head)
         x = self.as_data(x).double()
@@ -171,6 +174,7 @@ class HiddenMarkov(Pair):
             len(x),
             **options,  # type: ignore[arg-type]
         )
+        warn_of_floor(self.head, self.outputs.detach(), "states", "or fewer states")
         return self.eval()
 
     def _start(self, steps: Tensor, generator: torch.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from probae.arguments import one_of, positive, size, whole
 from probae.heads.likelihoods import Bernoulli, Head, OrderedCategorical
 from probae.mixtures.marginal import Marginal
-from probae.mixtures.quadrature import adapted, hermite, moments_at
-from probae.mixtures.quasi_newton import minimise, standard_errors
+from probae.mixtures.quadrature import Counted, adapted, even, hermite, moments_at
+from probae.mixtures.quasi_newton import FAR, minimise, standard_errors, units
 from probae.mixtures.weighted_likelihood import require_support
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
@@ -23,7 +24,8 @@ from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
 
 SLOPES = ("item", "shared")
-_ALIKE = 1e-9  # nats between two rules of quadrature that give the same
+_FEW = 64  # values up to which they are counted at nodes that all data share
+_REACH, _SIDE = 6.0, 121  # of these nodes: how far they go, and how many there are
 _CHECKED, _ACCURATE = 100, 1e-3  # people whose quadrature is checked, and the error that is told, nats
 
 
@@ -150,8 +152,8 @@ class ItemResponse(Pair):
     def _log_marginal(self, x: Tensor, nodes: int) -> Tensor:
         return torch.logsumexp(self._summed(x, nodes)[1], 0)
 
-    def _summed(self, x: Tensor, nodes: int, coarse: bool = False) -> tuple[Tensor, Tensor]:
-        """The nodes of each datum, (Q, N, L), and the logarithms of what each adds to p(x), (Q, N); ``coarse`` shares them."""
+    def _summed(self, x: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+        """The nodes of each datum, (Q, N, L), and the logarithms of what each adds to p(x), (Q, N)."""
 
         def log_joint(z: Tensor) -> Tensor:
             fn, values = self.likelihood(z), x
@@ -159,8 +161,6 @@ class ItemResponse(Pair):
                 fn, values = masked(fn, x)
             return fn.log_prob(values) + self.prior().log_prob(z)
 
-        if coarse:
-            return adapted(log_joint, *hermite(nodes, self.zero, 1), passes=1)
         return adapted(log_joint, *hermite(nodes, self.zero, len(x)))
 
     @isolated
@@ -183,11 +183,13 @@ class ItemResponse(Pair):
             self.initialised.fill_(True)
 
     @isolated
-    def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-7, max_iterations: int = 1_000) -> ItemResponse:
+    def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-6, max_iterations: int = 1_000) -> ItemResponse:
         r"""Set the parameters to a maximum of the marginal likelihood of data (N, D), by quasi-Newton steps; returns the model.
 
-        People who gave the same answers are counted, so that a step costs what their number of patterns does. Of two traits
-        the first item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
+        People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers to
+        one trait have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's
+        posterior from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits the first
+        item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
 
         Args:
             x: the data, NaN where an answer is missing.
@@ -211,15 +213,14 @@ class ItemResponse(Pair):
         patterns, count = torch.unique(x.nan_to_num(math.inf), dim=0, return_counts=True)
         patterns = patterns.masked_fill(patterns.isinf(), torch.nan)
 
-        def loss(work: Any, coarse: bool = False) -> Tensor:
-            nodes = 3 * self.nodes if coarse else self.nodes
-            log_marginal = torch.logsumexp(work._summed(patterns, nodes, coarse)[1], 0)
-            return -(log_marginal * count).sum() / len(x)
+        def loss(work: Any) -> Tensor:
+            return -(work.log_marginal(patterns) * count).sum() / len(x)
 
-        if self.latents == 1:  # quick, and near; of two traits, nodes that all share reward slopes that are too steep
-            gradient = minimise(self, lambda work: loss(work, coarse=True), tolerance, max_iterations)
-        if self.latents > 1 or not self._is_fine(patterns[:_CHECKED]):
-            gradient = minimise(self, loss, tolerance, max_iterations)
+        most, unit = self._most(), None
+        if (quick := self._at_shared_nodes(patterns)) is not None:
+            unit = units(self, quick, count.double())
+            minimise(self, lambda work: -(quick(work) * count).sum() / len(x), tolerance, max_iterations, most, unit)
+        gradient = minimise(self, loss, tolerance, max_iterations, most, unit)
         if gradient > 10 * tolerance:
             warnings.warn(
                 f"maximum_likelihood: the gradient is {gradient:.3g} at its largest, above tolerance={tolerance:.3g}: are "
@@ -238,11 +239,16 @@ class ItemResponse(Pair):
             )
         return self.eval()
 
-    def _is_fine(self, x: Tensor) -> bool:
-        """Whether nodes that all share give what those around each posterior give."""
-        with torch.no_grad():
-            shared, own = (self._summed(x, *rule)[1].logsumexp(0) for rule in ((3 * self.nodes, True), (self.nodes,)))
-        return bool(((shared - own).abs() < _ALIKE).all())
+    def _at_shared_nodes(self, x: Tensor) -> Callable[[ItemResponse], Tensor] | None:
+        """log p(x) of a copy of the model at a fraction of the cost, and nearly exact; None where values are many.
+
+        Nor of two traits: there these nodes lie so far apart that they reward slopes that are too steep.
+        """
+        values = x[~x.isnan()].unique()
+        if self.latents > 1 or len(values) > _FEW:
+            return None
+        counted = Counted(x, values, *even(self.zero.double(), _SIDE, _REACH))
+        return lambda work: counted.log_marginal(work.likelihood)
 
     def _start(self, x: Tensor) -> None:
         """Slopes along the principal axes of the standardised answers."""
@@ -258,6 +264,14 @@ class ItemResponse(Pair):
             each.copy_(axes[:, None] * (spread[:, None] if self.head.width > 1 else 1.0))
         if self.bias is not None:
             self.bias.zero_()
+
+    def _most(self) -> dict[str, Tensor]:
+        """Bounds of the gaps between cut points: a level that nobody chose would have no probability at all, without end."""
+        if self.bias is not None:
+            return {}
+        most = torch.full_like(self.head.cuts, FAR)  # type: ignore[arg-type]
+        most[:, 1:] = math.log(FAR)
+        return {"head.cuts": most}
 
     def _turn(self) -> None:
         """Turn the traits: the first item loads on the first alone, and the slopes on the diagonal are positive."""

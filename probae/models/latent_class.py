@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from probae.arguments import positive, size
 from probae.heads.likelihoods import Bernoulli, Head
 from probae.heads.nn import event_shape
 from probae.mixtures.expectation_maximisation import Optima, maximise
-from probae.mixtures.weighted_likelihood import at_the_floor, most_likely, require_closed_form, require_support
+from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support, warn_of_floor
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.recipe import recorded
@@ -194,13 +193,7 @@ class LatentClass(Pair):
             tolerance=tolerance,
             max_iterations=max_iterations,
         )
-        if shrunk := at_the_floor(self.head, self.outputs.detach()):
-            warnings.warn(
-                f"the scale of classes {shrunk} is at the likelihood's floor, where the density is unbounded but for it: give "
-                "likelihoods.Normal a higher floor=, use smoothing=, or fewer classes",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        warn_of_floor(self.head, self.outputs.detach(), "classes", "use smoothing=, or fewer classes")
         return self.eval()
 
     def _start(self, x: Tensor, generator: torch.Generator) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probae.arguments import positive, size, whole
-from probae.heads.trees import Tree, best_tree
+from probae.heads.trees import Tree, best_tree, pair_counts
 from probae.mixtures.expectation_maximisation import Optima, maximise
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
@@ -160,21 +160,21 @@ class MixtureOfTrees(Pair):
             raise ValueError(f"site 'x': expected whole numbers from 0 to {self.values - 1}")
         if len(x) < self.classes:
             raise ValueError(f"site 'x': expected at least as many data as classes, {self.classes}, got {len(x)}")
-        indicators = F.one_hot(x.long(), self.values).double().flatten(1)
+        counts = pair_counts(x, self.values)
         same = torch.eye(self.values, dtype=x.dtype) / self.values - self.values**-2.0
         chance = torch.eye(self.features, dtype=x.dtype).kron(same).to(x.device) + self.values**-2.0
-        prior = smoothing / (len(x) + 1) * (indicators.mT @ indicators + chance)
+        prior = smoothing / (len(x) + 1) * (counts(x.new_ones(len(x))) + chance)
 
         def start(work: MixtureOfTrees, generator: torch.Generator) -> None:
             drawn = torch.rand(len(x), self.classes, generator=generator, dtype=torch.float64).to(x.device)
-            work._maximise(indicators, torch.softmax(4 * drawn, -1), prior)
+            work._maximise(counts, torch.softmax(4 * drawn, -1), prior)
 
         def step(work: MixtureOfTrees) -> Tensor:
             joint = work.log_joint(x)
             value = torch.logsumexp(joint, -1).sum()
             if smoothing:
                 value = value + work._penalty(prior)
-            work._maximise(indicators, torch.softmax(joint, -1), prior)
+            work._maximise(counts, torch.softmax(joint, -1), prior)
             return value / len(x)
 
         self.optima = maximise(
@@ -205,11 +205,11 @@ class MixtureOfTrees(Pair):
             self.order.copy_(torch.cat([one.order for one in found]))
         return self.eval()
 
-    def _maximise(self, indicators: Tensor, share: Tensor, prior: Tensor) -> None:
+    def _maximise(self, counts: Callable[[Tensor], Tensor], share: Tensor, prior: Tensor) -> None:
         """The M step: the weights, and for each class the best tree of its expected pairs."""
         self.logits.copy_(share.mean(0).clamp_min(1e-300).log())
         for k, weight in enumerate(share.unbind(-1)):
-            pairs = (weight.unsqueeze(-1) * indicators).mT @ indicators + prior
+            pairs = counts(weight) + prior
             pairs = pairs / (weight.sum() + prior[: self.values, : self.values].sum()).clamp_min(1e-300)
             found = best_tree(pairs.reshape(self.features, self.values, self.features, self.values))
             self.parents[k], self.order[k], self.tables[k] = found

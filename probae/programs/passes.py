@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Categorical, OneHotCategorical
 
 from probae.arguments import size, whole
 from probae.batches import Batch, as_batch, call, leaves, length, shapes
@@ -235,8 +236,7 @@ def _alone(found: dict[str, Tensor]) -> Any:
 
 def _centre(fn: Any) -> Tensor:
     """The mean, in closed form or of many draws; the mode of classes, which have none."""
-    kind = type(base(fn)).__name__
-    if kind not in {"Categorical", "OneHotCategorical"}:
+    if not isinstance(base(fn), Categorical | OneHotCategorical):
         try:
             return fn.mean
         except (NotImplementedError, AttributeError):  # of a flow, say

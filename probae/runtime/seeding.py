@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -109,6 +110,17 @@ def derived(seed: int, *purpose: int) -> int:
     # not [seed, *purpose]: there a zero at the end makes no difference
     state = np.random.SeedSequence(checked_seed(seed), spawn_key=purpose).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
+
+
+def with_seed(function: Callable[..., Any], seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a function, with a seed where it takes one and none is among them.
+
+    Example:
+        >>> with_seed(lambda x, seed=0: x, 3, {"x": 1}), with_seed(lambda x: x, 3, {"x": 1})
+        ({'seed': 3, 'x': 1}, {'x': 1})
+    """
+    taken = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
+    return taken | dict(options)
 
 
 def streams(device: torch.device) -> list[Tensor]:

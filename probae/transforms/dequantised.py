@@ -12,7 +12,7 @@ from torch import Tensor
 from probae.heads.distributions import Truncation
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
-from probae.runtime.seeding import seeded
+from probae.runtime.seeding import seeded, with_seed
 from probae.transforms.around import Around
 
 _LARGE = 2**14  # a count beside which noise in float32 keeps less than 10 bits
@@ -73,10 +73,11 @@ class Dequantised(Around):
 
     @isolated
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
-        """The inner model's, with its options, on data with noise of a seed added once; returns the pair."""
+        """The inner model's, with its options, on data with noise added once, by a seed, as its starts; returns the pair."""
         x = self.inner.as_data(x)
         with seeded(seed, x.device):
-            self.inner.maximum_likelihood(self._wide(x) + torch.rand_like(x), **options)
+            noisy = self._wide(x) + torch.rand_like(x)
+            self.inner.maximum_likelihood(noisy, **with_seed(self.inner.maximum_likelihood, seed, options))
         return self.eval()
 
     def validate(self, *args: Any, **kwargs: Any) -> None:

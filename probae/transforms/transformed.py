@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
+from probae.runtime.seeding import with_seed
 from probae.tracing.signature import Signature
 from probae.transforms.around import Around
 from probae.transforms.maps import Transform
@@ -133,9 +134,10 @@ class Transformed(Around):
             self.inner.initialise(self._forth(x), *given)
 
     @isolated
-    def maximum_likelihood(self, x: Any, **options: Any) -> Transformed:
-        """The inner model's, with its options, at T(x); returns the pair."""
-        self.inner.maximum_likelihood(self._forth(self.as_data(x)), **options)
+    def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Transformed:
+        """The inner model's, with its options, and a seed where it takes one, at T(x); returns the pair."""
+        y = self._forth(self.as_data(x))
+        self.inner.maximum_likelihood(y, **with_seed(self.inner.maximum_likelihood, seed, options))
         return self.eval()
 
     def inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
