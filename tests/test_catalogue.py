@@ -177,6 +177,18 @@ def test_what_a_model_is_for_follows_from_its_line():
     assert not CATALOGUE["conditional_vae"].suits(Schema((4,)))
 
 
+def test_a_model_without_gaps_says_so_and_is_not_for_data_that_have_some():
+    for name in ("sparse_coding", "predictive_sparse_decomposition", "mixture_of_trees"):
+        kind = CATALOGUE[name].kinds[0]
+        assert not CATALOGUE[name].suits(Schema((4,), kind, missing="mask"))
+        for given in (
+            {"features": Schema((4,), kind, missing="mask")},
+            {"features": 4, "kind": kind, "missing": "mask"},
+        ):
+            with pytest.raises(ValueError, match=f"{name!r} takes no missing values; these do: .*latent_class"):
+                make(name, latents=2, **given)
+
+
 def test_all_are_those_that_suit_the_data():
     pytest.importorskip("sklearn")
     digits = probae.datasets.load("digits")

@@ -54,6 +54,7 @@ class Model:
         varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
         labels: whether it conditions on labels, which the data must have.
         sequences: whether a datum is a sequence, (T, D).
+        gaps: whether it takes missing values.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Model:
     varying: bool = False
     labels: bool = False
     sequences: bool = False
+    gaps: bool = True
 
     def suits(self, schema: Schema) -> bool:
         """Whether it is for such data."""
@@ -75,6 +77,7 @@ class Model:
             and (schema.kind != "real" or schema.varies or not self.varying)
             and (schema.classes is not None or not self.labels)
             and (len(schema.shape) == 2 or not self.sequences)
+            and (schema.missing is None or self.gaps)
         )
 
 
@@ -172,8 +175,6 @@ def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
 
 
 def _trees(schema: Schema, latents: int, **options: Any) -> Any:
-    if schema.missing is not None:
-        raise ValueError("mixture_of_trees: expected data without missing values; latent_class takes them")
     return MixtureOfTrees(schema.features, latents, **{"values": maximum(schema) + 1, **options})
 
 
@@ -287,7 +288,7 @@ CATALOGUE: dict[str, Model] = {
     ),
     "mixture_of_trees": Model(
         "mixture of trees: features that depend on one another, by EM (counts up to 4)", "Meilă & Jordan 2000", _trees,
-        kinds=("binary", "counts"), most=4,
+        kinds=("binary", "counts"), most=4, gaps=False,
     ),
     "spike_and_slab": Model(
         "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
@@ -302,7 +303,7 @@ CATALOGUE: dict[str, Model] = {
     ),
     "predictive_sparse_decomposition": Model(
         "predictive sparse decomposition: Laplace prior, inferred codes, an encoder that predicts them",
-        "Kavukcuoglu et al. 2008", _predictive, kinds=("real",),
+        "Kavukcuoglu et al. 2008", _predictive, kinds=("real",), gaps=False,
     ),
     "generative_stochastic_network": Model(
         "generative stochastic network: a denoising chain, drawn from but without log p(x)", "Bengio et al. 2014", _chain
@@ -313,7 +314,7 @@ CATALOGUE: dict[str, Model] = {
     ),
     "sparse_coding": Model(
         "sparse coding: Laplace prior, codes by FISTA", "Olshausen & Field 1997; Beck & Teboulle 2009", _sparse_coding,
-        kinds=("real",),
+        kinds=("real",), gaps=False,
     ),
 }  # fmt: skip
 
@@ -332,6 +333,11 @@ def names(kind: Kind | None = None) -> tuple[str, ...]:
     )
 
 
+def taking_gaps(kind: Kind) -> tuple[str, ...]:
+    """The names of models for a kind of data that take missing values."""
+    return tuple(name for name in names(kind) if CATALOGUE[name].gaps)
+
+
 def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **options: Any) -> Any:
     """A model by its name, for real data unless another kind is said.
 
@@ -342,7 +348,7 @@ def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **optio
         options: of the model's constructor, instead of those of the catalogue.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or the model takes no missing values and is to.
 
     Example:
         >>> make("vae", features=64, latents=8).latents
@@ -353,6 +359,8 @@ def make(name: str, features: Any, latents: int, *, kind: Kind = "real", **optio
         schema = features
     else:  # nothing is known of the data: features share a scale, as if one of them did not vary
         schema = Schema(event_shape("features", features), kind, varies=False)
+    if not model.gaps and (schema.missing is not None or options.pop("missing", None) is not None):
+        raise ValueError(f"missing: {name!r} takes no missing values; these do: {', '.join(taking_gaps(schema.kind))}")
     return model.build(schema, latents, **options)
 
 
