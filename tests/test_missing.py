@@ -534,7 +534,8 @@ def test_the_encoder_sees_the_mask(name):
     def guide(x):
         """A draw of it and its density, where it has one; and the codes."""
         torch.manual_seed(1)
-        return torch.cat([oracles.codes(model, x), model.traces(x).posterior().local], 1)
+        density = model.traces(x).posterior().local.expand(1, len(x)).mT
+        return torch.cat([oracles.codes(model, x).reshape(len(x), -1), density], 1)
 
     assert not torch.equal(guide(x), guide(gap))
     assert torch.isfinite(model.reconstruct(gap)).all()
