@@ -520,7 +520,7 @@ def test_gradients_are_finite_and_do_not_know_what_a_gap_is_filled_with(name):
 @EVERY
 def test_the_encoder_sees_the_mask(name):
     torch.manual_seed(0)
-    model = make(name, D, L, missing="mask").double().eval()
+    model = make(name, D, L + 2, missing="mask").double().eval()
     model.initialise(GAPS)
     draws = torch.randn(8, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x = model.sample(8).double() if weighable(name) else draws
