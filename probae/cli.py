@@ -162,7 +162,10 @@ def list_() -> None:
     from probae.models import CATALOGUE
 
     console = Console(markup=False, highlight=False)
-    table = Table("model", "what it is", "for", title="models", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="models", title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("for")
     for name, model in CATALOGUE.items():
         needs = " with labels" if model.labels else ""
         table.add_row(name, f"{model.title} ({model.paper})", ", ".join(model.kinds) + needs)

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from declared import weighable
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,8 +25,7 @@ import probae
 D, L, N = 4, 2, 24
 CATALOGUE = probae.models.names("real")
 EXACT = ("ppca", "factor_analysis")
-WITHOUT = ("linear_autoencoder", "autoencoder", "stochastic_autoencoder", "sparse_autoencoder")  # no weights
-BOUNDED = tuple(name for name in CATALOGUE if name not in WITHOUT)
+BOUNDED = tuple(name for name in CATALOGUE if weighable(name))
 
 few = settings(
     max_examples=3,

@@ -1,6 +1,5 @@
 """Missing values: exact models against sub-matrices, bounds against quadrature, EM against the gradient and other solvers."""
 
-import functools
 import math
 import os
 import warnings
@@ -12,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from declared import weighable
 from scipy import stats
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -33,14 +33,6 @@ D, L = 5, 2
 LINEAR = {"ppca": probae.PPCA, "factor_analysis": probae.FactorAnalysis}
 EXACT = pytest.mark.parametrize("name", LINEAR)
 EVERY = pytest.mark.parametrize("name", taking_gaps("real"))
-
-
-@functools.cache
-def weighable(name):
-    """Whether there are importance weights: not under a flat prior, nor with a point for a guide."""
-    torch.manual_seed(0)
-    signature = make(name, D, L, missing="mask").eval().signature(torch.zeros(4, D))
-    return not signature.improper and not signature.points
 
 
 def rng(seed=0):
@@ -523,7 +515,7 @@ def test_the_encoder_sees_the_mask(name):
     model = make(name, D, L + 2, missing="mask").double().eval()
     model.initialise(GAPS)
     draws = torch.randn(8, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    x = model.sample(8).double() if weighable(name) else draws
+    x = model.sample(8).double() if weighable(name, missing="mask") else draws
     if hasattr(model, "fill"):
         x[:, 0] = model.fill[0]
     elif name in LINEAR:
@@ -562,7 +554,7 @@ def test_laws_hold_with_gaps(name, tmp_path):
     again = probae.load(probae.save(model, tmp_path))
     assert again.missing == "mask"
     assert torch.equal(oracles.codes(again, GAPS), oracles.codes(model, GAPS))
-    if weighable(name):
+    if weighable(name, missing="mask"):
         a, b = (probae.log_evidence(m, GAPS, "iwae", particles=5).values for m in (model, again))
         assert torch.equal(a, b)
         assert a[1].abs() < 5  # nothing observed: an estimate of 0
