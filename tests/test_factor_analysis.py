@@ -349,7 +349,7 @@ def test_few_data_leave_no_test_of_fit():
 
 
 def real(name):
-    path = Path(os.environ.get("PROBAE_DATA", "nowhere")) / "psychometrics" / name
+    path = Path(os.environ.get("PROBAE_DATA") or "nowhere") / "psychometrics" / name
     if not path.exists():
         pytest.skip(f"{name} is not under PROBAE_DATA")
     return pd.read_csv(path, index_col=0)

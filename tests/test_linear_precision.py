@@ -45,7 +45,7 @@ def real(name):
     if hasattr(datasets, f"load_{name}"):
         x = torch.from_numpy(getattr(datasets, f"load_{name}")().data)
         return x + torch.rand(x.shape, generator=rng(), dtype=torch.float64) if name == "digits" else x
-    folder = Path(os.environ.get("PROBAE_DATA", "nowhere"))
+    folder = Path(os.environ.get("PROBAE_DATA") or "nowhere")
     if not folder.is_dir():
         pytest.skip("PROBAE_DATA is not set")
     if name == "oil_flow":

@@ -136,6 +136,30 @@ def test_the_history_is_that_of_all_rows_in_every_process(outcomes):
     assert torch.equal(first["history"], second["history"])
 
 
+def test_two_processes_train_one_model_evaluate_it_together_and_draw_noise_of_their_own(tmp_path, monkeypatch):
+    body = """
+    found = {"eager": trained()[2], "noisy": trained(kind="vae")[2]}
+    def keep(run):
+        found["noise"] = torch.get_rng_state()
+    trained(kind="vae", steps=10, callbacks=[keep])
+    model = probae.PPCA(6, 2).maximum_likelihood(X)
+    found["exact"] = probae.log_evidence(model, X, shard=True).values
+    torch.save(found, f"{OUT}/{RANK}.pt")
+    """
+    launch(script(tmp_path, body), 2, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path)])
+    exec(START, alone := {})
+    for key, value in alone["trained"]()[2].items():
+        torch.testing.assert_close(first["eager"][key].double(), value.double(), rtol=0, atol=1e-5)
+    assert all(torch.equal(first[kind][key], second[kind][key]) for kind in ("eager", "noisy") for key in first[kind])
+    assert not torch.equal(first["noise"], second["noise"])
+    exact = probae.log_evidence(probae.PPCA(6, 2).maximum_likelihood(alone["X"]), alone["X"]).values
+    for found in (first, second):
+        torch.testing.assert_close(found["exact"], exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_each_process_draws_noise_of_its_own(outcomes):
     first, second = outcomes[2]
     assert not torch.equal(first["noise"], second["noise"])
@@ -147,6 +171,7 @@ def test_a_callback_of_one_process_ends_all(outcomes):
     assert all(found["stopped by one"].tolist() == [10, 20] for found in outcomes[2])
 
 
+@pytest.mark.slow
 def test_evidence_is_shared_out(outcomes):
     ((one,), (first, second)) = outcomes[1], outcomes[2]
     torch.testing.assert_close(first["exact"], one["exact"], rtol=0, atol=1e-5)
@@ -371,18 +396,21 @@ def test_a_loss_that_is_no_number_in_one_process_is_told_by_all_with_its_rows(to
     assert first == f"{second} (rank 1)"
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_all(told):
     first, second = (found["full disk"] for found in told)
     assert first.startswith("OSError: [Errno 27] checkpoint of step 10 could not be written")
     assert second == f"ConnectionError: rank 0 of the 2 processes has stopped, so all do: {first}"
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_same_running_means(told):
     first, second = (found["running mean"] for found in told)
     assert first == second
     assert any(first)
 
 
+@pytest.mark.slow
 def test_processes_can_go_on_after_errors(told):
     assert [found["after all"] for found in told] == [30, 30]
 

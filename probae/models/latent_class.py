@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probae.arguments import positive, size
+from probae.arguments import positive
 from probae.heads.likelihoods import Bernoulli, Head
 from probae.heads.nn import event_shape
-from probae.mixtures.expectation_maximisation import Optima, maximise
+from probae.mixtures.expectation_maximisation import maximise
 from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support, warn_of_floor
-from probae.objectives import MarginalLikelihood, Objective
-from probae.pair import Pair
+from probae.models.finite_mixture import FiniteMixture
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, require_observed
@@ -24,7 +22,7 @@ _CELLS = 2**22  # data × classes × features at a time
 
 
 @recorded
-class LatentClass(Pair):
+class LatentClass(FiniteMixture):
     r"""A finite mixture whose features are independent within a class: latent class analysis, of any likelihood.
 
     .. math:: z \sim \text{Categorical}(\pi), \qquad p(x \mid z = k) = \prod_d p(x_d; \theta_{kd}),
@@ -60,8 +58,6 @@ class LatentClass(Pair):
         (torch.Size([4, 2]), torch.Size([2]))
     """
 
-    #: what a run says that took steps all the same
-    fit_note = "maximum_likelihood(data) finds the optimum of this model by EM, without a learning rate"
     initialised: Tensor
 
     def __init__(
@@ -72,46 +68,29 @@ class LatentClass(Pair):
         *,
         missing: str | None = None,
     ):
-        super().__init__()
+        super().__init__(classes)
         self.missing = known(missing)
         if likelihood is not None and not isinstance(likelihood, Head):
             raise TypeError(f"likelihood: expected a head of probae.likelihoods, got {type(likelihood).__name__}")
         self.event_shape = event_shape("features", features)
         self.event_dim = len(self.event_shape)
-        self.classes = self.latents = size("classes", classes)
         self.head = (likelihood if likelihood is not None else Bernoulli()).bind(self.event_shape)
         self.features: int = self.head.features  # type: ignore[assignment]
-        self.logits = nn.Parameter(torch.zeros(self.classes))
         self.outputs = nn.Parameter(0.5 * torch.randn(self.classes, self.head.width * self.features))
         self.register_buffer("initialised", torch.tensor(False))
-        self.optima: Optima | None = None
 
     @property
     def keeps_precision(self) -> bool:  # type: ignore[override]
         """Whether the likelihood does."""
         return self.head.keeps_precision
 
-    @property
-    def class_probabilities(self) -> Tensor:
-        """π (K,)."""
-        return torch.softmax(self.logits, -1).detach()
-
-    def prior(self) -> Any:
-        """p(z): one of the K classes."""
-        return dist.OneHotCategorical(logits=self.logits, validate_args=False)
-
     def likelihood(self, z: Tensor) -> Any:
         """p(x | z): the head at the class's outputs."""
         return self.head(z @ self.outputs)
 
-    def posterior(self, x: Tensor) -> Any:
-        """p(z | x), exactly."""
-        return dist.OneHotCategorical(logits=self.log_joint(x), validate_args=False)
-
     def marginal(self) -> Any:
         """p(x), the sum over classes."""
-        weights = dist.Categorical(logits=self.logits, validate_args=False)
-        return dist.MixtureSameFamily(weights, self.head(self.outputs), validate_args=False)
+        return self.mixed(self.head(self.outputs))
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log p(x, z = k) (..., K); of what is observed of x, where values are missing."""
@@ -119,20 +98,6 @@ class LatentClass(Pair):
         if self.missing is not None:
             fn, x = masked(fn, x)
         return torch.log_softmax(self.logits, -1) + fn.log_prob(x).to(self.logits)
-
-    def log_marginal(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """log p(x) (N,), exactly; of what is observed, where values are missing."""
-        return torch.logsumexp(self.log_joint(x if x.is_floating_point() else x.to(self.dtype)), -1)
-
-    @isolated
-    def responsibilities(self, x: Any) -> Tensor:
-        """p(z = k | x) (N, K): how likely each class is for each datum."""
-        with torch.no_grad():
-            return torch.softmax(self.log_joint(self.as_data(x)), -1)
-
-    def default_objective(self) -> Objective:
-        """The exact −log p(x)."""
-        return MarginalLikelihood()
 
     def initialise(self, x: Tensor) -> None:
         """Take the likelihood's units from training data, once."""

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from probae.arguments import positive, size, whole
 from probae.heads.trees import Tree, best_tree, pair_counts
-from probae.mixtures.expectation_maximisation import Optima, maximise
-from probae.objectives import MarginalLikelihood, Objective
-from probae.pair import Pair
+from probae.mixtures.expectation_maximisation import maximise
+from probae.models.finite_mixture import FiniteMixture
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, derived
 
 
 @recorded
-class MixtureOfTrees(Pair):
+class MixtureOfTrees(FiniteMixture):
     r"""A mixture of K trees over discrete features: a latent class model whose features depend on one another.
 
     .. math:: z \sim \text{Categorical}(\pi), \qquad
@@ -57,52 +55,26 @@ class MixtureOfTrees(Pair):
     order: Tensor
 
     def __init__(self, features: int, classes: int, values: int = 2):
-        super().__init__()
+        super().__init__(classes)
         self.features, self.values = size("features", features), size("values", values, 2)
-        self.classes = self.latents = size("classes", classes)
-        self.logits = nn.Parameter(torch.zeros(self.classes))
         self.tables = nn.Parameter(
             0.5 * torch.randn(self.classes, self.features, 1, self.values).repeat(1, 1, values, 1)
         )
         self.register_buffer("parents", torch.arange(self.features).repeat(self.classes, 1))
         self.register_buffer("order", torch.arange(self.features).repeat(self.classes, 1))
-        self.optima: Optima | None = None
-
-    def prior(self) -> Any:
-        """p(z): one of the K classes."""
-        return dist.OneHotCategorical(logits=self.logits, validate_args=False)
 
     def likelihood(self, z: Tensor) -> Any:
         """p(x | z): the tree of the class."""
         k = z.argmax(-1)
         return Tree(self.parents[k], self.order[k], self._log_tables[k])
 
-    def posterior(self, x: Tensor) -> Any:
-        """p(z | x), exactly."""
-        return dist.OneHotCategorical(logits=self.log_joint(x), validate_args=False)
-
     def marginal(self) -> Any:
         """p(x), the sum over classes."""
-        weights = dist.Categorical(logits=self.logits, validate_args=False)
-        return dist.MixtureSameFamily(weights, self._trees(), validate_args=False)
+        return self.mixed(self._trees())
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log p(x, z = k) (..., K)."""
         return torch.log_softmax(self.logits, -1) + self._trees().log_prob(x.unsqueeze(-2))
-
-    def log_marginal(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """log p(x) (N,), exactly."""
-        return torch.logsumexp(self.log_joint(x), -1)
-
-    @isolated
-    def responsibilities(self, x: Any) -> Tensor:
-        """p(z = k | x) (N, K): how likely each class is for each datum."""
-        with torch.no_grad():
-            return torch.softmax(self.log_joint(self.as_data(x)), -1)
-
-    def default_objective(self) -> Objective:
-        """The exact −log p(x)."""
-        return MarginalLikelihood()
 
     @property
     def _log_tables(self) -> Tensor:

@@ -14,7 +14,7 @@ from probae.batches import Batch, call, leaves, length, rows_at, rows_of
 from probae.runtime.seeding import evaluating, seeded
 from probae.tracing.agreement import check_event
 from probae.tracing.masks import Site, kept, splits_an_event, unmasked
-from probae.tracing.missing import known, require_numbers
+from probae.tracing.missing import all_finite, known, require_numbers
 from probae.tracing.particles import Seen
 from probae.tracing.probing import run_at, run_both, with_more_sites
 from probae.tracing.protocol import Pair
@@ -79,7 +79,8 @@ def _within_supports(pair: Pair, batch: Batch, signature: Signature) -> bool:
         leaf, tensor = tensors[name]  # type: ignore[index]
         fn = unmasked(site["fn"])
         for number, rows in enumerate(tensor.split(_ROWS)):
-            values = torch.where(rows.isnan(), leaf.fill, rows) if rows.is_floating_point() else rows
+            whole = not rows.is_floating_point() or all_finite(rows)
+            values = rows if whole else torch.where(rows.isnan(), leaf.fill, rows)
             seen = {**site, "fn": fn, "value": values, "mask": None}
             if (outside := _outside(seen, number * _ROWS)) is not None:
                 raise ValueError(outside)

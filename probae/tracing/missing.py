@@ -23,10 +23,16 @@ def known(missing: Any) -> str | None:
     return one_of("missing", missing, WAYS)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether all numbers are finite. Their sum tells it in one pass, unless it overflows."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def require_numbers(leaf: Tensor, where: str, missing: str | None = None) -> None:
     """Raise a ValueError unless all numbers are finite; NaN passes where it says that a value is missing."""
-    if not leaf.is_floating_point() or (good := torch.isfinite(leaf)).all():
+    if not leaf.is_floating_point() or all_finite(leaf):
         return
+    good = leaf.isfinite()
     if missing is not None and (good := good | leaf.isnan()).all():
         return
     first = tuple(int(i) for i in (~good).nonzero()[0])

@@ -18,6 +18,7 @@ from probae.tracing.agreement import check_places, check_sites
 from probae.tracing.data_axis import frames
 from probae.tracing.leaves import leaves_of
 from probae.tracing.masks import Site, is_masked
+from probae.tracing.missing import all_finite
 from probae.tracing.protocol import Pair
 from probae.tracing.signature import Leaf, Signature, Variable, merged, rows_in_plate
 from probae.tracing.sites import (
@@ -50,10 +51,11 @@ def signature_of(pair: Pair, batch: Batch, seed: int = 0) -> Signature:
             run_both(pair, _few(batch, length(batch)), None)
     with evaluating(pair, seed):
         counts = _counts(batch)
-        trials = _trials(pair, batch, counts)
+        trials, makes = _trials(pair, batch, counts)
     with evaluating(pair, seed):
-        rows = _few(batch, length(batch) if trials is None else min(length(batch), _ROWS))
-        guide, model = run_both(pair, rows, None)  # this run's parameters stay
+        if makes or not pair.takes_particles:  # this run's parameters stay, and may be made from the data
+            rows = _few(batch, length(batch) if trials is None else min(length(batch), _ROWS))
+            guide, model = run_both(pair, rows, None)
         if trials is None:
             sites, own = data_axis.sites_of(guide, model), data_axis.sites_of(model)
             data_axis.require_shapes(sites)
@@ -156,8 +158,8 @@ def _counts(batch: Batch) -> list[int]:
     return [n for n in range(5, 8 + len(taken)) if n not in taken][:2]
 
 
-def _trials(pair: Pair, batch: Batch, counts: list[int]) -> list[tuple[Batch, Any, Any]] | None:
-    """The programs' runs on so many rows, or None where they do not run on them."""
+def _trials(pair: Pair, batch: Batch, counts: list[int]) -> tuple[list[tuple[Batch, Any, Any]] | None, bool]:
+    """The programs' runs on so many rows, or None where they do not run on them; and whether these make parameters."""
     found, declared = [], []
     try:
         for count in counts:
@@ -169,10 +171,10 @@ def _trials(pair: Pair, batch: Batch, counts: list[int]) -> list[tuple[Batch, An
             found.append((rows, guide, model))
         tracked = data_axis.tracking([(data_axis.sites_of(*run), length(rows)) for rows, *run in found])
         if not tracked or declared[0] != declared[-1]:  # a parameter for each datum knows all of them
-            return None
+            return None, True
     except ValueError:
-        return None
-    return found
+        return None, True
+    return found, any(declared)
 
 
 def run_both(pair: Pair, rows: Batch, signature: Signature | None, seen: Batch | None = None) -> tuple[Any, Any]:
@@ -267,8 +269,9 @@ def _few(batch: Batch, count: int) -> Batch:
 
 def _without_gaps(leaf: Tensor, rows: Tensor) -> Tensor:
     """Rows of numbers: what is missing takes a value that its column has elsewhere, since programs may take no other."""
-    if not leaf.is_floating_point() or (good := torch.isfinite(rows)).all():
+    if not leaf.is_floating_point() or all_finite(rows):
         return rows
+    good = rows.isfinite()
     largest = torch.where(torch.isfinite(leaf), leaf, -torch.inf).amax(0)
     return torch.where(good, rows, torch.where(torch.isfinite(largest), largest, 0.0))
 
