@@ -47,25 +47,25 @@ def most_likely(
     """
     if noise == "isotropic" and seen is None and values.shape[1] <= _FEW:
         return _principal(values, share, laws[0].weight.shape[1], floor)
-    locs, weights, rests, totals = [], [], [], []
+    locs, weights, rests, totals, squares = [], [], [], [], values.square()
     for k, law in enumerate(laws):
         r = share[:, k] + _NOTHING / len(values)
         mean, tril = law.posterior((values - law.loc) / law.scale, seen)
         z = torch.cat([mean, torch.ones_like(mean[:, :1])], 1)
-        second = z.unsqueeze(-1) * z.unsqueeze(-2)
-        second[:, :-1, :-1] += tril @ tril.mT
-        inside = torch.ones_like(values[:1]) if seen is None else seen
-        first = (r[:, None] * values * inside).mT @ z  # (D, L + 1)
-        if seen is None:
-            gram = torch.einsum("n,nij->ij", r, second).expand(values.shape[1], -1, -1)
+        spread = torch.nn.functional.pad(tril @ tril.mT, (0, 1, 0, 1))
+        weighted = r[:, None] * z
+        first = values.mT @ weighted  # (D, L + 1)
+        ridge = _NOTHING * torch.eye(z.shape[1]).to(z)
+        if seen is None:  # one covariance of z for all data, one Gram matrix for all features
+            gram = weighted.mT @ z + r.sum() * spread + ridge
+            solved = torch.linalg.solve(gram, first.mT).mT
             total = r.sum().expand(values.shape[1])
         else:
-            gram = ((r[:, None] * seen).mT @ second.flatten(1)).unflatten(1, second.shape[1:])
+            second = z.unsqueeze(-1) * z.unsqueeze(-2) + spread
+            gram = ((r[:, None] * seen).mT @ second.flatten(1)).unflatten(1, second.shape[1:]) + ridge
+            solved = torch.linalg.solve(gram, first.unsqueeze(-1)).squeeze(-1)
             total = r @ seen
-        gram = gram + _NOTHING * torch.eye(gram.shape[-1]).to(gram)
-        solved = torch.linalg.solve(gram, first.unsqueeze(-1)).squeeze(-1)
-        squares = (r[:, None] * values.square() * inside).sum(0)
-        rests.append((squares - (solved * first).sum(-1)).clamp_min(0))
+        rests.append((r @ squares - (solved * first).sum(-1)).clamp_min(0))
         totals.append(total.clamp_min(_NOTHING))
         locs.append(solved[:, -1])
         weights.append(solved[:, :-1])
