@@ -63,6 +63,12 @@ def column_names(data: Any) -> tuple[str, ...] | None:
     return None if columns is None or not hasattr(data, "iloc") else tuple(map(str, columns))
 
 
+def index_of(data: Any) -> Any:
+    """The index of the first DataFrame of data, or None."""
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, tuple) else [data]
+    return next((part.index for part in parts if column_names(part) is not None), None)
+
+
 def as_matrix(name: str, data: Any, axes: str) -> Tensor:
     """One array with two axes as a tensor of its own dtype.
 

@@ -67,11 +67,6 @@ def recorded(cls: T | None = None, *, role: str = "", name: str | None = None) -
     return cls
 
 
-def record(instance: Any, **arguments: Any) -> None:
-    """Arguments that an object of a recorded class has learned since it was built, names of columns say: saved with it."""
-    vars(instance).get("_arguments", {}).update({name: _frozen(value) for name, value in arguments.items()})
-
-
 def savable(cls: T | None = None, *, name: str | None = None) -> Any:
     """Make a class of one's own savable: `probae.load` then builds it again, without ``into=``.
 

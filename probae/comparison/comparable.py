@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, as_batch, checksums, leaves, length, same_data
+from probae.batches import Batch, as_batch, checksums, column_names, leaves, length, same_data
 from probae.evidence import Evidence
 
 _SCALES = 5.0  # between training and held-out data of one kind, standard deviations do not differ by so much
@@ -53,6 +53,9 @@ def require_these_data(name: str, evidence: Evidence, x: Any) -> None:
 
 def require_one_kind(train: Any, x: Batch) -> None:
     """Raise a ValueError if training data are not of the kind of held-out data x: other features, or another pre-processing."""
+    named, expected = column_names(train), column_names(x)
+    if named and expected and named != expected:
+        raise ValueError(f"train: expected the columns of x, in their order, {list(expected)}, got {list(named)}")
     batch = as_batch(train, torch.float64)
     for (name, a), (_, b) in zip(leaves(batch), leaves(as_batch(x, torch.float64)), strict=False):
         where = "train" if name == "x" else f"train: leaf {name!r}"

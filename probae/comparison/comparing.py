@@ -103,7 +103,8 @@ def compare(
             [(name, measure) for name, found in fits.items() for measure in _measures(found, checked[name])]
         )
         if train is not None:
-            require_one_kind(checked_training(train), x)
+            checked_training(train)
+            require_one_kind(train, x)
         bar = tqdm(fits.items(), disable=not progress, unit="model", desc="log p(x)")
         entries = [_entry(name, found, x, estimator, seed, checked[name]) for name, found in bar]
         if train is not None:

@@ -16,6 +16,7 @@ from probae.mixtures.expectation_maximisation import Optima, maximise
 from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support, warn_of_floor
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, require_observed
@@ -143,6 +144,7 @@ class LatentClass(Pair):
             self.initialised.fill_(True)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(
         self,
         x: Any,

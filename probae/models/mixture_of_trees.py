@@ -14,6 +14,7 @@ from probae.heads.trees import Tree, best_tree, pair_counts
 from probae.mixtures.expectation_maximisation import Optima, maximise
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, derived
@@ -112,6 +113,7 @@ class MixtureOfTrees(Pair):
         return Tree(self.parents, self.order, self._log_tables)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(
         self,
         x: Any,

@@ -29,6 +29,7 @@ from probae.runtime.seeding import Generator
 _DERIVED = {
     "_signatures",
     "remembered",
+    "_columns",
     "_constraints",
     "_places",
     "_guides",

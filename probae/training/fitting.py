@@ -75,7 +75,8 @@ def fit(
 ) -> Run:
     """Train a model in place, by stochastic variational inference.
 
-    Pair and data are checked before the first step. With ``validation``, what ``run.monitor`` names is evaluated at every
+    Pair and data are checked before the first step; the names of a DataFrame's columns are kept, see
+    `probae.Pair.feature_names_in_`. With ``validation``, what ``run.monitor`` names is evaluated at every
     record, and the parameters of the best record are the ones kept, the objective's too. Ctrl-C ends training and returns
     the run.
 
@@ -161,6 +162,8 @@ def fit(
     model = _built(model, seed)
     pair = as_pair(model)
     pair.require_trainable()
+    pair.require_columns(data)
+    pair.require_columns(validation, {**pair.named_columns, **pair.columns_of(data)})
     goal = named(objective, pair)
 
     pair.to(where)
@@ -185,6 +188,7 @@ def fit(
                 _require_whole(signature, batch_size, stream, team)
             if folder is not None:
                 stream.require_resumable()
+            pair.learn_columns(data)
             goal.to(device=where)
             # from before they learn of the data; what is trained starts as in the first process
             fixed = {name: fingerprint(t) for name, t in held(modules).items() if not t.requires_grad}

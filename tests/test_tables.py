@@ -1,0 +1,189 @@
+"""Tables in, tables out: names of columns and the index of a DataFrame are kept, and other columns are refused."""
+
+import copy
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import probae
+
+D, L, N = 4, 2, 30
+NAMES = ["age", "height", "weight", "pulse"]
+
+
+def frame(n=N, seed=0, gaps=False):
+    x = np.random.default_rng(seed).normal(size=(n, 1)) + 0.5 * np.random.default_rng(seed + 1).normal(size=(n, D))
+    x[::7, 1] = np.nan if gaps else x[::7, 1]
+    return pd.DataFrame(x, columns=NAMES, index=pd.Index([f"person {i}" for i in range(n)], name="who"))
+
+
+def closed_form(x):
+    return probae.PPCA(D, L).double().maximum_likelihood(x)
+
+
+def by_em(x):
+    return probae.MixtureOfFactorAnalysers(D, 1, components=2).double().maximum_likelihood(x)
+
+
+def trained(x):
+    model = probae.VAE(D, L, hidden=(3,), seed=0).double()
+    probae.fit(model, x, steps=2, batch_size=8, progress=False)
+    return model
+
+
+def transformed(x):
+    affine = probae.transforms.Affine(torch.ones(D).double(), 2.0)
+    return probae.Transformed(probae.FactorAnalysis(D, L).double(), affine).maximum_likelihood(x)
+
+
+def dequantised(x):
+    return probae.Dequantised(probae.PPCA(D, L).double()).maximum_likelihood(x)
+
+
+def ex_post(x):
+    return probae.expost_prior(trained(x), x, scale=None)
+
+
+def around_functions(x):
+    inner = trained(torch.tensor(x.to_numpy()))
+    pair = probae.Pair(inner.model, inner.guide)
+    probae.fit(pair, x, steps=1, progress=False)
+    return pair
+
+
+MODELS = (closed_form, by_em, trained, transformed, dequantised, ex_post, around_functions)
+EVERY = pytest.mark.parametrize("fitted", MODELS, ids=lambda f: f.__name__)
+
+
+def data_for(fitted):
+    return (4 + 2 * frame()).round().clip(0) if fitted is dequantised else frame()
+
+
+@EVERY
+def test_a_model_fitted_to_a_dataframe_has_its_columns(fitted):
+    x = data_for(fitted)
+    model = fitted(x)
+    assert model.feature_names_in_.tolist() == NAMES
+    assert copy.deepcopy(model).feature_names_in_.tolist() == NAMES
+    assert not hasattr(closed_form(torch.tensor(x.to_numpy())), "feature_names_in_")
+
+
+@EVERY
+def test_passes_give_dataframes_for_dataframes_and_tensors_for_arrays(fitted):
+    x = data_for(fitted)
+    model, array = fitted(x), torch.tensor(x.to_numpy())
+    codes, again = model.encode(x), model.reconstruct(x)
+    if isinstance(codes, dict):  # the component of a mixture is a latent of its own
+        assert list(codes["component"].columns) == ["component1", "component2"]
+        codes = codes["z"]
+    else:
+        assert list(codes.columns) == ["z1", "z2"]
+        np.testing.assert_array_equal(codes, model.encode(array))
+        decoded = model.decode(codes)
+        assert list(decoded.columns) == NAMES
+        np.testing.assert_array_equal(decoded, model.decode(torch.tensor(codes.to_numpy())))
+        with pytest.raises(ValueError, match="z: .*another order.*'z2', expected 'z1'"):
+            model.decode(codes[["z2", "z1"]])
+    assert codes.index.equals(x.index)
+    pd.testing.assert_index_equal(again.index, x.index)
+    assert list(again.columns) == NAMES
+    np.testing.assert_array_equal(again, model.reconstruct(array))
+    drawn = model.sample(5, seed=3)
+    assert (list(drawn.columns), len(drawn)) == (NAMES, 5)
+    assert isinstance(model.sample(5, like=array), torch.Tensor)
+
+
+@EVERY
+@pytest.mark.parametrize("call", ["encode", "reconstruct", "log_evidence"])
+def test_other_columns_are_refused_by_name(fitted, call):
+    x = data_for(fitted)
+    model = fitted(x)
+    run = getattr(probae, call)
+    options = {"method": "refined", "steps": 1, "particles": 2} if call == "log_evidence" and fitted is ex_post else {}
+    with pytest.raises(ValueError, match="another order.*column 0 is 'pulse', expected 'age'"):
+        run(model, x[NAMES[::-1]], **options)
+    with pytest.raises(ValueError, match=r"missing: \['age'\]"):
+        run(model, x[NAMES[1:]], **options)
+    with pytest.raises(ValueError, match=r"not known: \['shoes'\]"):
+        run(model, x.assign(shoes=1.0), **options)
+    run(model, x.to_numpy(), **options)
+
+
+@pytest.mark.parametrize("fitted", [closed_form, trained, transformed, dequantised, ex_post], ids=lambda f: f.__name__)
+def test_names_are_saved_and_loaded(fitted, tmp_path):
+    model = fitted(data_for(fitted))
+    folder = probae.save(model, tmp_path / "model")
+    assert probae.load(folder).feature_names_in_.tolist() == NAMES
+    described = json.loads((folder / "model.json").read_text())
+    del described["columns"]  # as files were written before there were any
+    (folder / "model.json").write_text(json.dumps(described))
+    assert not hasattr(probae.load(folder), "feature_names_in_")
+
+
+def test_names_in_a_file_are_lists_of_names(tmp_path):
+    folder = probae.save(closed_form(frame()), tmp_path)
+    described = json.loads((folder / "model.json").read_text()) | {"columns": {"x": 3}}
+    (folder / "model.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="names under 'columns'"):
+        probae.load(folder)
+
+
+def test_imputed_copies_are_one_dataframe_with_a_level_for_the_draw():
+    x = frame(gaps=True)
+    model = probae.FactorAnalysis(D, 1, missing="mask").double().maximum_likelihood(x)
+    filled = model.impute(x, draws=3)
+    assert filled.index.names == ["draw", "who"]
+    assert list(filled.columns) == NAMES
+    np.testing.assert_array_equal(filled.to_numpy().reshape(3, N, D), model.impute(x.to_numpy(), draws=3))
+    pd.testing.assert_frame_equal(filled.loc[1].where(x.notna()), x)
+    assert filled.notna().all(axis=None)
+
+
+def test_a_fit_goes_on_with_the_same_columns_alone_and_maximum_likelihood_starts_anew():
+    x = frame()
+    model = trained(x)
+    with pytest.raises(ValueError, match="another order"):
+        probae.fit(model, x[NAMES[::-1]], steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"missing: \['age'\]"):
+        probae.fit(probae.VAE(D, L), x, validation=x.rename(columns={"age": "years"}), steps=1, progress=False)
+    model = closed_form(x)
+    assert model.maximum_likelihood(x[NAMES[::-1]]).feature_names_in_.tolist() == NAMES[::-1]
+    with pytest.raises(ValueError, match="site 'x'"):
+        model.maximum_likelihood(x.iloc[:, :3])
+    assert model.feature_names_in_.tolist() == NAMES[::-1]  # those of the parameters that it still has
+    assert not hasattr(model.maximum_likelihood(x.to_numpy()), "feature_names_in_")
+
+
+def test_what_is_given_beside_the_data_has_columns_too():
+    x, c = frame(), pd.DataFrame(np.eye(2)[np.arange(N) % 2], columns=["control", "treated"])
+    model = probae.VAE(D, L, hidden=(3,), given=2).double()
+    probae.fit(model, (x, c), steps=1, progress=False)
+    assert model.feature_names_in_.tolist() == NAMES
+    assert list(model.reconstruct((x, c)).columns) == NAMES
+    with pytest.raises(ValueError, match="'c'.*another order.*'treated', expected 'control'"):
+        model.encode((x, c[["treated", "control"]]))
+    with pytest.raises(ValueError, match="'c'.*another order"):
+        model.sample(N, given=c[["treated", "control"]])
+    assert list(model.sample(N, given=c).columns) == NAMES
+
+
+def test_training_data_of_a_comparison_have_the_columns_of_the_held_out_ones():
+    x = frame()
+    with pytest.raises(ValueError, match="train: expected the columns of x"):
+        probae.compare({"ppca": closed_form(x)}, x, train=x[NAMES[::-1]])
+
+
+def test_factor_tables_have_the_names_of_the_data_unless_others_were_told():
+    x = frame()
+    model = probae.Transformed(probae.FactorAnalysis(D, 1).double(), probae.transforms.Affine(0.0, 2.0))
+    inner = model.maximum_likelihood(x).inner
+    assert list(inner.loadings().index) == list(inner.communalities().index) == NAMES
+    told = probae.FactorAnalysis(D, 1, names=list("abcd")).double().maximum_likelihood(x)
+    assert list(told.loadings().index) == list("abcd")
+    assert told.feature_names_in_.tolist() == NAMES
+    scores = told.scores(x)
+    pd.testing.assert_index_equal(scores.index, x.index)
+    np.testing.assert_allclose(scores, told.encode(x), atol=1e-10)
