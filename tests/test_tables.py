@@ -1,7 +1,12 @@
 """Tables in, tables out: names of columns and the index of a DataFrame are kept, and other columns are refused."""
 
 import copy
+import functools
+import importlib
+import inspect
 import json
+import pkgutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -9,6 +14,9 @@ import pytest
 import torch
 
 import probae
+from probae.diagnostics import compare_dictionaries, measure_sparsity
+from probae.evidence import Evidence
+from probae.geometry import small_noise
 
 D, L, N = 4, 2, 30
 NAMES = ["age", "height", "weight", "pulse"]
@@ -25,7 +33,9 @@ def closed_form(x):
 
 
 def by_em(x):
-    return probae.MixtureOfFactorAnalysers(D, 1, components=2).double().maximum_likelihood(x)
+    return (
+        probae.MixtureOfFactorAnalysers(D, 1, components=2).double().maximum_likelihood(x, restarts=1, max_iterations=3)
+    )
 
 
 def trained(x):
@@ -62,10 +72,15 @@ def data_for(fitted):
     return (4 + 2 * frame()).round().clip(0) if fitted is dequantised else frame()
 
 
+@functools.cache
+def once(fitted):
+    """A model that tests share, and leave as it is."""
+    return fitted(data_for(fitted))
+
+
 @EVERY
 def test_a_model_fitted_to_a_dataframe_has_its_columns(fitted):
-    x = data_for(fitted)
-    model = fitted(x)
+    x, model = data_for(fitted), once(fitted)
     assert model.feature_names_in_.tolist() == NAMES
     assert copy.deepcopy(model).feature_names_in_.tolist() == NAMES
     assert not hasattr(closed_form(torch.tensor(x.to_numpy())), "feature_names_in_")
@@ -73,8 +88,8 @@ def test_a_model_fitted_to_a_dataframe_has_its_columns(fitted):
 
 @EVERY
 def test_passes_give_dataframes_for_dataframes_and_tensors_for_arrays(fitted):
-    x = data_for(fitted)
-    model, array = fitted(x), torch.tensor(x.to_numpy())
+    x, model = data_for(fitted), once(fitted)
+    array = torch.tensor(x.to_numpy())
     codes, again = model.encode(x), model.reconstruct(x)
     if isinstance(codes, dict):  # the component of a mixture is a latent of its own
         assert list(codes["component"].columns) == ["component1", "component2"]
@@ -85,7 +100,7 @@ def test_passes_give_dataframes_for_dataframes_and_tensors_for_arrays(fitted):
         decoded = model.decode(codes)
         assert list(decoded.columns) == NAMES
         np.testing.assert_array_equal(decoded, model.decode(torch.tensor(codes.to_numpy())))
-        with pytest.raises(ValueError, match="z: .*another order.*'z2', expected 'z1'"):
+        with pytest.raises(ValueError, match=r"z: .*another order.*'z2', expected 'z1'"):
             model.decode(codes[["z2", "z1"]])
     assert codes.index.equals(x.index)
     pd.testing.assert_index_equal(again.index, x.index)
@@ -99,11 +114,10 @@ def test_passes_give_dataframes_for_dataframes_and_tensors_for_arrays(fitted):
 @EVERY
 @pytest.mark.parametrize("call", ["encode", "reconstruct", "log_evidence"])
 def test_other_columns_are_refused_by_name(fitted, call):
-    x = data_for(fitted)
-    model = fitted(x)
+    x, model = data_for(fitted), once(fitted)
     run = getattr(probae, call)
     options = {"method": "refined", "steps": 1, "particles": 2} if call == "log_evidence" and fitted is ex_post else {}
-    with pytest.raises(ValueError, match="another order.*column 0 is 'pulse', expected 'age'"):
+    with pytest.raises(ValueError, match=r"another order.*column 0 is 'pulse', expected 'age'"):
         run(model, x[NAMES[::-1]], **options)
     with pytest.raises(ValueError, match=r"missing: \['age'\]"):
         run(model, x[NAMES[1:]], **options)
@@ -114,8 +128,7 @@ def test_other_columns_are_refused_by_name(fitted, call):
 
 @pytest.mark.parametrize("fitted", [closed_form, trained, transformed, dequantised, ex_post], ids=lambda f: f.__name__)
 def test_names_are_saved_and_loaded(fitted, tmp_path):
-    model = fitted(data_for(fitted))
-    folder = probae.save(model, tmp_path / "model")
+    folder = probae.save(once(fitted), tmp_path / "model")
     assert probae.load(folder).feature_names_in_.tolist() == NAMES
     described = json.loads((folder / "model.json").read_text())
     del described["columns"]  # as files were written before there were any
@@ -163,9 +176,9 @@ def test_what_is_given_beside_the_data_has_columns_too():
     probae.fit(model, (x, c), steps=1, progress=False)
     assert model.feature_names_in_.tolist() == NAMES
     assert list(model.reconstruct((x, c)).columns) == NAMES
-    with pytest.raises(ValueError, match="'c'.*another order.*'treated', expected 'control'"):
+    with pytest.raises(ValueError, match=r"'c'.*another order.*'treated', expected 'control'"):
         model.encode((x, c[["treated", "control"]]))
-    with pytest.raises(ValueError, match="'c'.*another order"):
+    with pytest.raises(ValueError, match=r"'c'.*another order"):
         model.sample(N, given=c[["treated", "control"]])
     assert list(model.sample(N, given=c).columns) == NAMES
 
@@ -187,3 +200,110 @@ def test_factor_tables_have_the_names_of_the_data_unless_others_were_told():
     scores = told.scores(x)
     pd.testing.assert_index_equal(scores.index, x.index)
     np.testing.assert_allclose(scores, told.encode(x), atol=1e-10)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def analysed():
+    """Data with a strange name of a column, and a factor analysis of them."""
+    x = frame(60).rename(columns={"age": "<b>age</b>"})
+    return probae.FactorAnalysis(D, 1).double().maximum_likelihood(x), x
+
+
+def unreliable():
+    values = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    believed = torch.tensor([True, False, True])
+    return Evidence(values, 0.1 + 0 * values, "lower", "iwae", "density", particles=10, reliable=believed)
+
+
+def chosen():
+    return probae.select(lambda latents: probae.PPCA(D, latents), {"latents": (1, 2)}, frame(), folds=2, seeds=2)
+
+
+@functools.cache
+def diagnosed():
+    return probae.diagnose(once(closed_form), frame(), particles=30, gaps=True)
+
+
+RESULTS = {
+    "Run": lambda: probae.fit(probae.VAE(D, L), torch.randn(9, D), steps=2, progress=False),
+    "Evidence": lambda: probae.log_evidence(*analysed()),
+    "Sandwich": lambda: probae.sandwich(analysed()[0], n=4, chains=4, distributions=10, compile=False),
+    "RateDistortion": lambda: probae.rate_distortion(
+        analysed()[0], analysed()[1], chains=4, distributions=10, compile=False
+    ),
+    "Comparison": lambda: probae.compare({"<b>fa</b>": analysed()[0]}, analysed()[1]),
+    "Selection": chosen,
+    "Diagnosis": diagnosed,
+    "Gaps": lambda: diagnosed().gaps,
+    "Gap": lambda: diagnosed().gaps.total,
+    "Units": lambda: diagnosed().units["z"],
+    "Sparsity": lambda: measure_sparsity(once(trained), frame(), threshold=0.1),
+    "Recovery": lambda: compare_dictionaries(np.eye(D), np.eye(D)[:, ::-1]),
+    "FactorReport": lambda: analysed()[0].summary(analysed()[1], draws=5),
+    "GoodnessOfFit": lambda: analysed()[0].summary(analysed()[1], draws=0).fit,
+    "ParallelAnalysis": lambda: probae.parallel_analysis(analysed()[1], draws=5),
+    "SamplingAdequacy": lambda: analysed()[0].summary(analysed()[1], draws=0).sampling_adequacy,
+    "ChiSquareTest": lambda: analysed()[0].summary(analysed()[1], draws=0).sphericity,
+    "Rotation": lambda: analysed()[0].rotated(None),
+    "Optima": lambda: once(by_em).optima,
+    "Tangents": lambda: probae.tangents(once(trained), frame()),
+    "SmallNoise": lambda: small_noise(once(trained), frame()),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_has_a_table_a_short_text_and_html(name):
+    result = RESULTS[name]()
+    assert type(result).__name__ == name
+    table = result.to_frame()
+    assert isinstance(table, pd.DataFrame)
+    assert len(table) > 0
+    text, page = repr(result), result._repr_html_()
+    assert "tensor(" not in text
+    assert len(text.splitlines()[0]) < 300
+    assert "<table" in page
+    assert "<b>age" not in page
+    assert "<b>fa" not in page
+    ElementTree.fromstring(f"<div>{page.replace('&nbsp;', ' ')}</div>")  # well formed
+
+
+def test_every_class_with_a_table_is_tested_above():
+    """Whatever public class has `to_frame` is one of those results."""
+    found = set()
+    for module in pkgutil.walk_packages(probae.__path__, "probae."):
+        if module.name.endswith("__main__"):
+            continue
+        for thing in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(thing) and thing.__module__.startswith("probae.") and "to_frame" in dir(thing):
+                found.add(thing.__name__)
+    assert found - {"Tabular", "PerDatum"} == set(RESULTS)
+
+
+def test_unreliable_errors_are_marked_in_the_table_and_told_in_one_note():
+    evidence = unreliable()
+    assert repr(evidence).count("not reliable for 1 of 3 data") == 1
+    assert f"{evidence.mean_mc_stderr:.4f}†" in repr(evidence)
+    others = {name: unreliable() for name in ("b", "c")}
+    exact = Evidence(evidence.values, 0 * evidence.values, "exact", "exact", "density")
+    result = probae.compare({"a": exact, **others}, torch.zeros(3, 2))
+    assert sum("unreliable" in note for note in result.notes) == 1
+    note = next(note for note in result.notes if "unreliable" in note)
+    assert note.startswith("†")
+    assert "b (33% of the data), c (33% of the data)" in note
+    lines = {line.split()[0]: line for line in repr(result).splitlines()}
+    assert ["†" in lines[name] for name in "abc"] == [False, True, True]
+    assert result._repr_html_().count("†") == 3
+    assert result.table["mc_stderr"].dtype == float
+
+
+def test_a_note_on_counts_says_what_was_counted_and_blames_no_likelihood():
+    """Two Binomial models, one hardly trained, on counts that pile up at the ends."""
+    x = torch.cat([torch.zeros(40, 3), torch.full((40, 3), 9.0), torch.full((20, 3), 4.0)])
+    model = probae.VAE(3, 1, likelihood=probae.likelihoods.Binomial(9), seed=0)
+    result = probae.compare({"vae": model}, x, train=x, method="elbo", particles=5)
+    note = next(note for note in result.notes if "worse than independent features" in note)
+    assert "80% of the counts are 0 or 9" in note
+    assert "Gaussian" not in note.split(": ", 1)[1]

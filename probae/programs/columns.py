@@ -15,7 +15,10 @@ Names = dict[str, tuple[str, ...]]
 
 
 class Columns:
-    """The part of a `Pair` that knows the names of columns, by array of a batch; a pair around another shares those of the inner one."""
+    """The part of a `Pair` that knows the names of columns, by array of a batch.
+
+    A pair around another shares those of the inner one.
+    """
 
     _columns: Names
     arguments: tuple[str, ...]

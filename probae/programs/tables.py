@@ -156,7 +156,7 @@ def alone(found: dict[str, Any]) -> Any:
 
 
 def latent_names(site: str, values: Tensor) -> list[str]:
-    """The columns of values (N, L) of a site: ``z1``, ``z2``, ..., or ``z1_1``, ... of the site ``"z1"``; of (N,), the site itself.
+    """The columns of values (N, L) of a site: ``z1``, ``z2``, ..., of the site ``"z1"`` ``z1_1``, ...; of (N,) the site itself.
 
     Example:
         >>> latent_names("z", torch.zeros(5, 2)), latent_names("z1", torch.zeros(5, 1))
