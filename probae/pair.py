@@ -15,6 +15,7 @@ from probae.programs.parameters import Parameters, object_of
 from probae.programs.passes import Passes
 from probae.programs.placement import Placement
 from probae.programs.runs import Program, Runs
+from probae.programs.start import Start
 from probae.programs.tables import Tables
 from probae.recipe import is_ours, to_json
 from probae.tracing.leaves import positional
@@ -22,7 +23,7 @@ from probae.tracing.missing import masked, require_numbers
 from probae.tracing.signature import Signature
 
 
-class Pair(Runs, Tables, Passes, Parameters, Placement, nn.Module):
+class Pair(Runs, Tables, Passes, Start, Parameters, Placement, nn.Module):
     r"""A model p(x, z) and a guide q(z | x), both Pyro programs.
 
     Two ways to write one. Around two functions, which may use ``pyro.module`` and ``pyro.param`` (their parameters are
@@ -45,6 +46,9 @@ class Pair(Runs, Tables, Passes, Parameters, Placement, nn.Module):
 
     Where ``missing = "mask"`` (an attribute of the class, or of the pair), NaN in x is a value missing at random: the
     standard model observes the rest alone, and a posterior or programs of one's own fill the gaps before they look.
+
+    A model with a ``maximum_likelihood`` that is asked for evidence, codes or draws before it was fitted answers from its
+    initial values, and warns.
 
     Shapes: x (..., N, D), z (..., N, L), the data plate ``"data"`` at dimension −1; particles, K, further to the left.
 

@@ -48,6 +48,8 @@ def recorded(cls: T | None = None, *, role: str = "", name: str | None = None) -
             if not _TOO_LARGE.search(str(error)):
                 raise
             raise ValueError(f"{cls.__name__}: expected sizes that fit into memory; {error}") from error
+        if type(self) is cls and hasattr(self, "constructed"):
+            self.constructed()
 
     if "seed" in signature.parameters:
         raise RuntimeError(f"{cls.__name__}: seed= is what every recorded class has; its own needs another name")

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import warnings
 from xml.etree import ElementTree
 
 import numpy as np
@@ -230,7 +231,7 @@ def diagnosed():
 RESULTS = {
     "Run": lambda: probae.fit(probae.VAE(D, L), torch.randn(9, D), steps=2, progress=False),
     "Evidence": lambda: probae.log_evidence(*analysed()),
-    "Sandwich": lambda: probae.sandwich(analysed()[0], n=4, chains=4, distributions=10, compile=False),
+    "Sandwich": lambda: probae.sandwich(analysed()[0], n=4, chains=4, distributions=10, pilot=2, compile=False),
     "RateDistortion": lambda: probae.rate_distortion(
         analysed()[0], analysed()[1], chains=4, distributions=10, compile=False
     ),
@@ -307,3 +308,43 @@ def test_a_note_on_counts_says_what_was_counted_and_blames_no_likelihood():
     note = next(note for note in result.notes if "worse than independent features" in note)
     assert "80% of the counts are 0 or 9" in note
     assert "Gaussian" not in note.split(": ", 1)[1]
+
+
+# -- before a fit ------------------------------------------------------------------------------------------------------
+
+UNFITTED = {
+    "ppca": lambda: probae.PPCA(D, L),
+    "factor_analysis": lambda: probae.FactorAnalysis(D, L),
+    "latent_class": lambda: probae.LatentClass(D, 2),
+    "dequantised": lambda: probae.Dequantised(probae.FactorAnalysis(D, L)),
+    "transformed": lambda: probae.Transformed(probae.PPCA(D, L), probae.transforms.Affine(0.0, 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", UNFITTED)
+@pytest.mark.parametrize("call", ["log_evidence", "encode", "reconstruct", "sample"])
+def test_a_model_that_maximum_likelihood_fits_says_that_it_was_never_fitted(name, call):
+    model, x = UNFITTED[name](), torch.arange(40.0).reshape(10, D) % 2
+    argument = 3 if call == "sample" else x
+    with pytest.warns(RuntimeWarning, match="never fitted"):
+        getattr(probae, call)(model.double(), argument)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda model, x, folder: model.maximum_likelihood(x),
+        lambda model, x, folder: probae.fit(model, x, steps=1, progress=False).model,
+        lambda model, x, folder: setattr(model, "loc", torch.ones(D)) or model,
+        lambda model, x, folder: model.load_state_dict(probae.PPCA(D, L).state_dict()) and model,
+        lambda model, x, folder: probae.load(probae.save(model, folder)),
+        lambda model, x, folder: probae.VAE(D, L),
+    ],
+    ids=["maximum_likelihood", "fit", "assignment", "load_state_dict", "load", "network"],
+)
+def test_a_model_with_parameters_of_its_own_does_not(fit, tmp_path):
+    x = torch.tensor(frame().to_numpy()).float()
+    model = fit(probae.PPCA(D, L, seed=0), x, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        probae.encode(copy.deepcopy(model), x)

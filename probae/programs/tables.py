@@ -39,6 +39,7 @@ class Tables(Columns):
             ValueError: if the prior is flat, if the programs have never seen data and get no ``like``, or if they condition on
                 something that is not given.
         """
+        self.warn_unfitted()
         found = self._sample(size("n", n), like, seed, given)
         names = self.named_columns if like is None else self.columns_of(like)
         return self._features(found, names, None) if names else alone(found)
@@ -55,6 +56,7 @@ class Tables(Columns):
         Raises:
             ValueError: if the pair has no guide.
         """
+        self.warn_unfitted()
         found = self._encode(x)
         if not self.columns_of(x):
             return alone(found)
@@ -83,6 +85,7 @@ class Tables(Columns):
                 expected = latent_names(str(site), torch.empty(0, len(names)))
                 if sorted(names) == sorted(expected):
                     require_same_names(expected, names, "z")
+        self.warn_unfitted()
         found = self._decode(z, given, like)
         if (index := index_of(z)) is None:
             return alone(found)
@@ -98,6 +101,7 @@ class Tables(Columns):
         Raises:
             ValueError: if the pair has no guide.
         """
+        self.warn_unfitted()
         found, names = self._reconstruct(x), self.columns_of(x)
         return self._features(found, names, index_of(x)) if names else alone(found)
 
@@ -132,6 +136,7 @@ class Tables(Columns):
             >>> model.impute(torch.tensor([[1.0, torch.nan, 2.0]]), draws=5).shape
             torch.Size([5, 1, 3])
         """
+        self.warn_unfitted()
         found = self._impute(x, whole("draws", draws), whole("particles", particles), seed)
         parts = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else [x]
         filled = [_copies(copies, part) for (_, copies), part in zip(leaves(found), parts, strict=True)]

@@ -30,6 +30,7 @@ _DERIVED = {
     "_signatures",
     "remembered",
     "_columns",
+    "_start",
     "_constraints",
     "_places",
     "_guides",
