@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from probae.arguments import size, whole
-from probae.batches import column_names, index_of, leaves, rebuilt
+from probae.batches import column_names, index_of, is_annotated, leaves, rebuilt
+from probae.data.streams import blocks_of
 from probae.programs.columns import Columns, require_same_names
 from probae.runtime.isolation import isolated
 
@@ -42,7 +43,7 @@ class Tables(Columns):
         self.warn_unfitted()
         found = self._sample(size("n", n), like, seed, given)
         names = self.named_columns if like is None else self.columns_of(like)
-        return self._features(found, names, None) if names else alone(found)
+        return alone(found) if not names or is_annotated(like) else self._features(found, names, None)
 
     @isolated
     def encode(self: Any, x: Any) -> Any:
@@ -50,15 +51,23 @@ class Tables(Columns):
 
         A guide whose means have no closed form, such as a flow, is averaged over 100 draws, which follow from a fixed seed.
 
+        Args:
+            x: N data; a sparse matrix or an AnnData is made dense block by block.
+
         Returns:
-            A DataFrame for a DataFrame, with the columns ``z1``, ``z2``, ...; else a tensor.
+            A DataFrame for a DataFrame, with the columns ``z1``, ``z2``, ...; for an AnnData a NumPy array, to put in
+            ``.obsm``; else a tensor.
 
         Raises:
             ValueError: if the pair has no guide.
         """
         self.warn_unfitted()
-        found = self._encode(x)
-        if not self.columns_of(x):
+        self.require_columns(x)
+        parts = [self._encode(block) for block in blocks_of(x)]
+        found = parts[0] if len(parts) == 1 else {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+        if is_annotated(x):
+            return alone({site: code.cpu().numpy() for site, code in found.items()})
+        if index_of(x) is None:
             return alone(found)
         return alone({site: as_frame(code, latent_names(site, code), index_of(x)) for site, code in found.items()})
 
@@ -102,8 +111,8 @@ class Tables(Columns):
             ValueError: if the pair has no guide.
         """
         self.warn_unfitted()
-        found, names = self._reconstruct(x), self.columns_of(x)
-        return self._features(found, names, index_of(x)) if names else alone(found)
+        found, index = self._reconstruct(x), index_of(x)
+        return alone(found) if index is None else self._features(found, self.columns_of(x), index)
 
     @isolated
     def impute(self: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
@@ -184,7 +193,7 @@ def as_frame(values: Tensor, names: Sequence[str], index: Any) -> Any:
 
 def _copies(copies: Tensor, data: Any) -> Any:
     """Copies (draws, N, D) of a DataFrame as one, those of an array as they are."""
-    if column_names(data) is None:
+    if index_of(data) is None:
         return copies
     import pandas
 

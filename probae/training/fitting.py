@@ -90,8 +90,9 @@ def fit(
         model: a model, a pair, or an object with ``model`` and ``guide``; or a function without arguments that makes one,
             ``lambda: probae.VAE(64, 8)``, which then starts by the run's seed: ``run.model`` is what it made.
         data: a tensor, array, DataFrame, tuple or dict of these, a torch ``Dataset``, a ``DataLoader``, or a
-            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``); the last three are read as training goes. A Hugging Face
-            data set counts as a Dataset; its columns are the leaves of a batch.
+            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``); the last three are read as training goes. So are a matrix of
+            ``scipy.sparse``, an AnnData (its ``X``) and an HDF5 data set, whose rows are made dense a minibatch at a time. A
+            Hugging Face data set counts as a Dataset; its columns are the leaves of a batch.
         validation: data of the same form, for early stopping.
         objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
         steps, batch_size: optimizer steps, and data in each.
