@@ -58,9 +58,39 @@ def as_batch(
 
 
 def column_names(data: Any) -> tuple[str, ...] | None:
-    """The names of the columns of a DataFrame; None of any other array."""
+    """The names of the columns of a DataFrame, or of the variables of an AnnData; None of any other array."""
+    if is_annotated(data):
+        return tuple(map(str, data.var_names))
     columns = getattr(data, "columns", None)
     return None if columns is None or not hasattr(data, "iloc") else tuple(map(str, columns))
+
+
+def index_of(data: Any) -> Any:
+    """The index of the first DataFrame of data, or None."""
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, tuple) else [data]
+    return next((part.index for part in parts if column_names(part) is not None and not is_annotated(part)), None)
+
+
+def is_annotated(data: Any) -> bool:
+    """Whether data are an AnnData, by what it has: a matrix ``X`` with the names of its rows and columns."""
+    return not hasattr(data, "iloc") and all(hasattr(data, name) for name in ("X", "obs_names", "var_names"))
+
+
+def held(data: Any) -> Any:
+    """The matrix of an AnnData; any other data are their own."""
+    return data.X if is_annotated(data) else data
+
+
+def is_by_rows(data: Any) -> bool:
+    """Whether data are sparse, or on disk as HDF5, so that rows are made dense block by block; or a part of them is."""
+    if isinstance(data, tuple | dict):
+        return any(is_by_rows(part) for part in (data.values() if isinstance(data, dict) else data))
+    matrix = held(data)
+    if isinstance(matrix, Tensor | np.ndarray) or not hasattr(matrix, "shape") or hasattr(matrix, "iloc"):
+        return False
+    on_disk = hasattr(matrix, "__getitem__") and (hasattr(matrix, "chunks") and hasattr(matrix, "file"))
+    backed = hasattr(matrix, "to_memory") and hasattr(matrix, "format")
+    return (hasattr(matrix, "tocsr") and hasattr(matrix, "nnz")) or on_disk or backed
 
 
 def as_matrix(name: str, data: Any, axes: str) -> Tensor:
@@ -169,8 +199,9 @@ def _from_array(data: Any, what: str) -> Tensor:
                 raise TypeError(f"{what}: expected columns of numbers, column {name!r} is {dtype}")
         array = np.stack(columns, 1) if columns else np.empty((len(data), 0))
     else:
+        data = held(data)
         try:
-            array = _numbers(data)
+            array = _numbers(data.toarray() if hasattr(data, "tocsr") else data)
         except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths, or of what is no array
             raise TypeError(
                 f"{what}: expected {type_names}; got a {type(data).__name__}, which is not one: {error}"

@@ -15,13 +15,15 @@ from probae.programs.parameters import Parameters, object_of
 from probae.programs.passes import Passes
 from probae.programs.placement import Placement
 from probae.programs.runs import Program, Runs
+from probae.programs.start import Start
+from probae.programs.tables import Tables
 from probae.recipe import is_ours, to_json
 from probae.tracing.leaves import positional
 from probae.tracing.missing import masked, require_numbers
 from probae.tracing.signature import Signature
 
 
-class Pair(Runs, Passes, Parameters, Placement, nn.Module):
+class Pair(Runs, Tables, Passes, Start, Parameters, Placement, nn.Module):
     r"""A model p(x, z) and a guide q(z | x), both Pyro programs.
 
     Two ways to write one. Around two functions, which may use ``pyro.module`` and ``pyro.param`` (their parameters are
@@ -44,6 +46,9 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
 
     Where ``missing = "mask"`` (an attribute of the class, or of the pair), NaN in x is a value missing at random: the
     standard model observes the rest alone, and a posterior or programs of one's own fill the gaps before they look.
+
+    A model with a ``maximum_likelihood`` that is asked for evidence, codes or draws before it was fitted answers from its
+    initial values, and warns.
 
     Shapes: x (..., N, D), z (..., N, L), the data plate ``"data"`` at dimension −1; particles, K, further to the left.
 
@@ -74,6 +79,7 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
     def __init__(self, model: Program | None = None, guide: Program | None = None, owner: Any = None):
         super().__init__()
         self._signatures: dict[Any, Signature] = {}
+        self._columns: dict[str, tuple[str, ...]] = {}
         self.remembered: Signature | None = None
         if model is None and type(self) is Pair:
             raise TypeError("Pair(model, guide): expected a model program; without one, write a subclass")
@@ -249,8 +255,10 @@ class Pair(Runs, Passes, Parameters, Placement, nn.Module):
 
         Raises:
             TypeError: if they are no arrays of real numbers.
-            ValueError: if they are empty, or the pair's dtype loses digits that matter.
+            ValueError: if they are empty, or the pair's dtype loses digits that matter; if a DataFrame has other columns than
+                the one that the pair was fitted to.
         """
+        self.require_columns(x)
         return as_batch(x, self.dtype, self.device, self.keeps_precision)
 
     def as_data(self, x: Any) -> Tensor:

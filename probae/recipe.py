@@ -48,6 +48,8 @@ def recorded(cls: T | None = None, *, role: str = "", name: str | None = None) -
             if not _TOO_LARGE.search(str(error)):
                 raise
             raise ValueError(f"{cls.__name__}: expected sizes that fit into memory; {error}") from error
+        if type(self) is cls and hasattr(self, "constructed"):
+            self.constructed()
 
     if "seed" in signature.parameters:
         raise RuntimeError(f"{cls.__name__}: seed= is what every recorded class has; its own needs another name")
@@ -65,11 +67,6 @@ def recorded(cls: T | None = None, *, role: str = "", name: str | None = None) -
         )
     _BUILDERS[known_as], _NAMES[cls] = cls, known_as  # a cell of a notebook may define a class again
     return cls
-
-
-def record(instance: Any, **arguments: Any) -> None:
-    """Arguments that an object of a recorded class has learned since it was built, names of columns say: saved with it."""
-    vars(instance).get("_arguments", {}).update({name: _frozen(value) for name, value in arguments.items()})
 
 
 def savable(cls: T | None = None, *, name: str | None = None) -> Any:

@@ -295,7 +295,7 @@ def test_data_and_their_covariance_give_one_report():
     one = fitted(x, 2).summary(x, draws=0)
     other = of_covariance(second, 2).summary(covariance=second, n=len(x), draws=0)
     pd.testing.assert_frame_equal(one.to_frame(), other.to_frame(), atol=1e-8)
-    pd.testing.assert_series_equal(one.fit.to_frame(), other.fit.to_frame(), atol=1e-6)
+    pd.testing.assert_frame_equal(one.fit.to_frame(), other.fit.to_frame(), atol=1e-6)
     off = one.residual_correlations.to_numpy()
     np.testing.assert_allclose(np.diag(off), 0, atol=1e-8)
     loadings = one.loadings.to_numpy()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probae.batches import Batch, as_batch, checksums, leaves, length, same_data
+from probae.batches import Batch, as_batch, checksums, column_names, leaves, same_data
+from probae.data.streams import blocks_of
 from probae.evidence import Evidence
 
 _SCALES = 5.0  # between training and held-out data of one kind, standard deviations do not differ by so much
@@ -29,15 +30,14 @@ def require_one_measure(measures: Iterable[tuple[str, str]]) -> None:
 
 def require_these_data(name: str, evidence: Evidence, x: Any) -> None:
     """Raise a ValueError if evidence is of other data than x, as far as it remembers them."""
-    batch = as_batch(x)
-    if len(evidence) != length(batch):
+    rows = torch.cat([checksums(as_batch(block)) for block in blocks_of(x)])
+    if len(evidence) != len(rows):
         raise ValueError(
-            f"models: the evidence of {name!r} is of {len(evidence)} data, and x has {length(batch)}: evidence compares on the "
+            f"models: the evidence of {name!r} is of {len(evidence)} data, and x has {len(rows)}: evidence compares on the "
             "same data"
         )
     if evidence.rows is None:
         return
-    rows = checksums(batch)
     if not (other := ~same_data(evidence.rows, rows)).any():
         return
     if bool(same_data(evidence.rows.sort().values, rows.sort().values).all()):
@@ -53,6 +53,9 @@ def require_these_data(name: str, evidence: Evidence, x: Any) -> None:
 
 def require_one_kind(train: Any, x: Batch) -> None:
     """Raise a ValueError if training data are not of the kind of held-out data x: other features, or another pre-processing."""
+    named, expected = column_names(train), column_names(x)
+    if named and expected and named != expected:
+        raise ValueError(f"train: expected the columns of x, in their order, {list(expected)}, got {list(named)}")
     batch = as_batch(train, torch.float64)
     for (name, a), (_, b) in zip(leaves(batch), leaves(as_batch(x, torch.float64)), strict=False):
         where = "train" if name == "x" else f"train: leaf {name!r}"

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from probae.adapter import as_pair
 from probae.arguments import whole
-from probae.batches import as_batch, leaves, length
+from probae.batches import as_batch, is_by_rows, leaves, length
 from probae.comparison.baselines import checked_training, fit_baselines
 from probae.comparison.comparable import require_one_kind, require_one_measure, require_these_data
 from probae.comparison.entry import Checked, Entry, data_for, evaluated, given
-from probae.comparison.folds import held_out
+from probae.comparison.folds import held_out, in_blocks
 from probae.comparison.result import Comparison, notes_on
+from probae.data.streams.densified import Rows, blocks_of
 from probae.evidence import Auto, Estimator, Evidence
 from probae.evidence.evaluation import estimator_of
 from probae.evidence.weights import prepare
@@ -43,8 +45,9 @@ def compare(
         models: name -> a fitted model, pair or `Run`; or an `Evidence` of x that was computed before; or a list of several
             fits of one kind, whose scatter gives the error between fits. With ``folds``, name -> a function from training
             data to a fitted model, or a list of such functions.
-        x: N held-out data in memory, the same for all; with ``folds`` all of the data. A tuple may hold what some models
-            condition on, (x, labels): each model takes as many arrays as its programs have arguments.
+        x: N held-out data in memory, the same for all, or sparse, made dense block by block; with ``folds`` all of the data.
+            A tuple may hold what some models condition on, (x, labels): each model takes as many arrays as its programs have
+            arguments.
         train: training data, one array (N, D): with them come baselines (independent features, a full-covariance Gaussian,
             and a mixture of ten Gaussians where scikit-learn is installed), dequantised where the models are of counts. One
             that cannot be fitted, such as a Gaussian of features that depend on each other, is left out with a note.
@@ -74,7 +77,14 @@ def compare(
     fits = _named(models)
     estimator, seed = estimator_of(method, particles, options), checked_seed(seed)
     direct = Auto() if particles is None else Auto(particles=particles)  # of baselines
-    data = as_batch(x, torch.float64)
+    sparse = is_by_rows(x)
+    if sparse and (folds is not None or train is not None):
+        raise ValueError(
+            "x: with folds= or train=, expected dense data, since baselines and folds need all of them: x.toarray()"
+        )
+    # of sparse data the first block stands for all, where kinds and measures are checked
+    some = next(blocks_of(x))
+    data = as_batch(some, torch.float64)
     left_out: list[str] = []
 
     from tqdm import tqdm
@@ -93,17 +103,20 @@ def compare(
     else:
         for name, found in fits.items():
             for evidence in found:
-                if isinstance(evidence, Evidence):
+                if not isinstance(evidence, Evidence):
+                    as_pair(evidence).require_columns(data_for(evidence, x))
+                else:
                     require_these_data(name, evidence, x)
         checked = {
-            name: [prepare(fit, data_for(fit, x)) for fit in found if not isinstance(fit, Evidence)]
+            name: [prepare(fit, data_for(fit, some)) for fit in found if not isinstance(fit, Evidence)]
             for name, found in fits.items()
         }
         require_one_measure(
             [(name, measure) for name, found in fits.items() for measure in _measures(found, checked[name])]
         )
         if train is not None:
-            require_one_kind(checked_training(train), x)
+            checked_training(train)
+            require_one_kind(train, x)
         bar = tqdm(fits.items(), disable=not progress, unit="model", desc="log p(x)")
         entries = [_entry(name, found, x, estimator, seed, checked[name]) for name, found in bar]
         if train is not None:
@@ -112,7 +125,8 @@ def compare(
                     raise ValueError(f"models: the name {name!r} belongs to a baseline")
                 entries.append(evaluated(name, [model], x, True, direct, seed))
     first = next(leaves(data))[1]
-    comparison = Comparison(entries, first if first.dim() > 1 else torch.empty(length(data), 0))
+    size = Rows(x).size if sparse else length(data)
+    comparison = Comparison(entries, torch.empty(size, 0) if sparse or first.dim() == 1 else first)
     comparison.settings = {"estimator": estimator, "seed": seed, "folds": folds}
     comparison.notes = [*notes_on(comparison), *left_out]
     if folds is not None:
@@ -143,7 +157,11 @@ def _entry(name: str, fits: list[Any], x: Any, estimator: Estimator, seed: int, 
     kinds = {isinstance(fit, Evidence) for fit in fits}
     if len(kinds) > 1:
         raise ValueError(f"models: the fits of {name!r} are models and evidence: expected one of the two")
-    return given(name, fits) if kinds == {True} else evaluated(name, fits, x, False, estimator, seed, checked)
+    if kinds == {True}:
+        return given(name, fits)
+    if is_by_rows(x):
+        return in_blocks(name, fits, x, estimator, seed)
+    return evaluated(name, fits, x, False, estimator, seed, checked)
 
 
 def _measures(fits: list[Any], checked: Sequence[Checked]) -> list[str]:

@@ -13,6 +13,7 @@ from probae.batches import Batch, as_batch, length, rows_at
 from probae.comparison.baselines import fit_baselines
 from probae.comparison.comparable import require_one_measure
 from probae.comparison.entry import Entry, evaluated
+from probae.data.streams import blocks_of
 from probae.evidence import Estimator
 from probae.evidence.result import joined
 from probae.runtime.seeding import derived
@@ -73,21 +74,35 @@ def held_out(
             found.setdefault(entry.name, []).append(entry)
     notes += said.values()
     order = torch.cat(held).argsort()
-    return [_over_folds(entries, order) for entries in found.values() if len(entries) == folds]
+    return [together(entries, order) for entries in found.values() if len(entries) == folds]
 
 
-def _over_folds(entries: list[Entry], order: Tensor) -> Entry:
+def in_blocks(name: str, fits: Sequence[Any], x: Any, estimator: Estimator, seed: int) -> Entry:
+    """An entry for fitted models on sparse data x, made dense block by block, each with draws of its own."""
+    entries = [
+        evaluated(name, fits, block, False, estimator, derived(seed, number) if number else seed)
+        for number, block in enumerate(blocks_of(x))
+    ]
+    found = together(entries, None, [len(entry.values) if entry.evidence else 1 for entry in entries])
+    return replace(found, models=list(fits))
+
+
+def together(entries: list[Entry], order: Tensor | None, sizes: Sequence[int] = ()) -> Entry:
+    """One entry for parts of the data, put in their order; means are weighted by the parts' sizes, where these are given."""
     first, whole = entries[0], None
+    total = sum(sizes)
+    shares = [size / total for size in sizes] or [1 / len(entries)] * len(entries)
     if all(entry.evidence for entry in entries):
         by_fit = zip(*(entry.evidence or [] for entry in entries), strict=True)
-        whole = [joined(list(parts)).at(order) for parts in by_fit]
+        whole = [joined(list(parts)) for parts in by_fit]
+        whole = whole if order is None else [evidence.at(order) for evidence in whole]
     known = [entry for entry in entries if entry.why_not]
     return replace(
         first,
         models=[model for entry in entries for model in entry.models],
         evidence=whole,
         why_not=known[0].why_not if known else None,
-        reconstruction=sum(entry.reconstruction for entry in entries) / len(entries),
-        active_units=sum(entry.active_units for entry in entries) / len(entries),
+        reconstruction=sum(share * entry.reconstruction for share, entry in zip(shares, entries, strict=True)),
+        active_units=sum(share * entry.active_units for share, entry in zip(shares, entries, strict=True)),
         seconds=sum(entry.seconds for entry in entries),
     )

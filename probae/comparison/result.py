@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from probae.evidence import Evidence
 from probae.evidence.result import BOUNDS
 from probae.export.datatree import comparison_tree
 from probae.export.figures.evidence import evidence_forest, paired_differences
+from probae.export.tabular import MARK, Tabular, in_text, number
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +28,7 @@ _BELIEVED = 0.95  # the share of believable errors below which the reader is tol
 
 
 @dataclass(repr=False)
-class Comparison:
+class Comparison(Tabular):
     """What `compare` returns: ``entries``, the ``table``, and ``notes``, sentences on how to read it.
 
     ``settings`` are those of the evaluation: its ``estimator``, ``seed`` and ``folds``.
@@ -152,30 +152,40 @@ class Comparison:
         """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""
         return comparison_tree(self)
 
-    def __repr__(self) -> str:
-        import pandas
+    def to_frame(self) -> pandas.DataFrame:
+        """The table."""
+        return self.table
 
-        table = self.table
+    def __repr__(self) -> str:
+        table = self._shown()
         shown = table[["log_evidence", "bound", "stderr", "mc_stderr", "difference", "difference_stderr"]].copy()
-        if table["over_independent"].notna().any():
-            shown["over_independent"] = table["over_independent"]
-        for name in ("reconstruction", "active_units", "pareto_k"):
+        for name in ("over_independent", "reconstruction", "active_units", "pareto_k"):
             if table[name].notna().any():
                 shown[name] = table[name]
-        with pandas.option_context("display.max_colwidth", None, "display.width", None):
-            text = shown.to_string(float_format=lambda v: f"{v:.2f}", na_rep="–")
-        return "\n".join([f"log p(x), nats per datum, {len(self.data)} data", text, *(f"· {n}" for n in self.notes)])
+        notes = (f"· {note}" for note in self.notes)
+        return "\n".join([f"log p(x), nats per datum, {len(self.data)} data", in_text(shown), *notes])
 
-    def _repr_html_(self) -> str:
-        import pandas
+    def _shown(self) -> pandas.DataFrame:
+        """The table, with a mark at the Monte-Carlo errors that cannot be believed."""
+        table = self.table
+        unsure = {entry.name for entry in self.entries if is_unsure(entry)}
+        marked = [
+            "–" if math.isnan(error) else number(error) + MARK * (name in unsure)
+            for name, error in table["mc_stderr"].items()
+        ]
+        return table.assign(mc_stderr=marked)
 
-        notes = "".join(f"<li>{html.escape(note, quote=False)}</li>" for note in self.notes)
-        with pandas.option_context("display.max_colwidth", None):
-            return self.table.to_html(float_format=lambda v: f"{v:.2f}", na_rep="–") + f"<ul>{notes}</ul>"
+    def _notes(self) -> list[str]:
+        return self.notes
+
+
+def is_unsure(entry: Entry) -> bool:
+    """Whether an entry is ranked by values whose Monte-Carlo errors cannot be believed for a part of the data."""
+    return entry.ranked and entry.reliable < _BELIEVED
 
 
 def notes_on(comparison: Comparison) -> list[str]:
-    """How to read the table: what beats what, and where the likelihood is to blame."""
+    """How to read the table: what beats what, and which numbers to doubt."""
     table, notes = comparison.table, []
     if (table["bound"] == "lower").any():
         notes.append("a lower bound may sit below log p(x) by more than its error; an exact value does not")
@@ -191,31 +201,27 @@ def notes_on(comparison: Comparison) -> list[str]:
         elif entry.ranked and not comparison.ranks(entry):
             on = ", ".join(entry.given)
             notes.append(f"{entry.name}: its value is log p(x | {on}), so it is not ranked against log p(x)")
-    for entry in comparison.entries:
-        if entry.ranked and entry.reliable < _BELIEVED:
-            share = f"{1 - entry.reliable:.0%} of the data the Monte Carlo standard error is"
-            why = (
-                "unknown (one draw tells none)"
-                if math.isnan(entry.mc_stderr)
-                else "unreliable (heavy-tailed importance weights)"
-            )
-            notes.append(f"{entry.name}: for {share} {why}. The value is still a lower bound")
+    if unsure := [entry for entry in comparison.entries if is_unsure(entry)]:
+        shares = ", ".join(f"{entry.name} ({1 - entry.reliable:.0%} of the data)" for entry in unsure)
+        single = " (one draw tells none)" if any(math.isnan(entry.mc_stderr) for entry in unsure) else ""
+        notes.append(
+            f"{MARK} the Monte Carlo standard error is unreliable{single} for {shares}. The values are still lower bounds"
+        )
     below = table[table["over_independent"] < -2 * table["over_independent_stderr"]].index
     if len(below):
-        worse = "worse than independent features, which have no latents at all"
-        notes.append(f"{', '.join(below)}: {worse}{_ends(comparison.data)}")
+        notes.append(
+            f"{', '.join(below)}: worse than independent features, which have no latents at all{_ends(comparison.data)}. Look "
+            "whether training has ended, and whether the likelihood suits the data"
+        )
     return notes
 
 
 def _ends(x: Tensor) -> str:
-    """What is wrong with a Gaussian of counts that pile up, where they do."""
+    """How many of the data, where they are counts, lie at the ends of their range: what a likelihood has to suit."""
     if x.numel() == 0 or not bool((x == x.round()).all()):
         return ""
     low, high = x.min(), x.max()
     share = float(((x == low) | (x == high)).double().mean())
     if share < 0.2 or high - low < 2:
         return ""
-    return (
-        f": {share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range, where a Gaussian cannot put its "
-        "mass. On such data the likelihood matters more than the latents"
-    )
+    return f"; {share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range"

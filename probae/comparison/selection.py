@@ -18,6 +18,7 @@ from probae.comparison.folds import held_out
 from probae.evidence import Auto, Estimator
 from probae.evidence.evaluation import estimator_of
 from probae.export.figures.evidence import selection_curve
+from probae.export.tabular import Tabular, in_text
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, seeded, with_seed
 from probae.training import fit as train
@@ -29,7 +30,7 @@ Setting = dict[str, Any]
 
 
 @dataclass(repr=False)
-class Selection:
+class Selection(Tabular):
     """What `select` returns.
 
     Attributes:
@@ -95,9 +96,13 @@ class Selection:
             "chosen": setting == self.chosen,
         }
 
+    def to_frame(self) -> pandas.DataFrame:
+        """The table."""
+        return self.table
+
     def __repr__(self) -> str:
-        shown = self.table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
-        return f"{shown}\nbest {_named(self.best)}; within one standard error, with fewest parameters: {_named(self.chosen)}"
+        chosen = f"within one standard error, with fewest parameters: {_named(self.chosen)}"
+        return f"best {_named(self.best)}; {chosen}\n{in_text(self.table, index=False)}"
 
 
 @isolated

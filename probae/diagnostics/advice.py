@@ -13,8 +13,9 @@ from probae.diagnostics.latents import ACTIVE
 
 _SAME = 1e-2  # nats per datum that are not worth a word
 _COLLAPSED = (
-    "no latent is active: the guide says the same of every datum, so the decoder does without them (posterior collapse). Next: "
-    "a weaker decoder, a warm-up of the KL, or another start"
+    "no latent is active: the posterior means hardly move with the data. Training may have hardly begun, or the decoder may do "
+    "without the latents (posterior collapse). Next: longer training; if that changes nothing, a warm-up of the KL, a weaker "
+    "decoder, or another start"
 )
 
 
@@ -54,7 +55,7 @@ def _weights(d: Diagnosis) -> Iterator[str]:
     further = "'enumerate' where the states are few, else more particles" if discrete else "'refined', then 'ais'"
     yield (
         f"{seen}: for {bad} of {d.size} data ({100 * bad / d.size:.3g}%) it is above {d.limit:.2f}, and {d.particles} "
-        "importance weights from this guide do not settle log p(x) there. That is usual for a VAE, and no failure of the "
+        "importance weights from this guide do not settle log p(x) there. It is about the guide, and no failure of the "
         f"model. Next: log_evidence(model, x, method=...) with {further}; the hardest data are in .worst"
     )
 
@@ -101,7 +102,7 @@ def _missed(d: Diagnosis, gaps: Gaps) -> Iterator[str]:
         nats = float(above[missed].mean())
         yield (
             f"for {count} of {len(missed)} data log p(x) lies above the IWAE bound by {nats:.2f} nats, though their k̂ is "
-            "small: the guide misses a part of the posterior there. Next: look at these data, and do not trust 'iwae'"
+            "small: the guide seems to miss a part of the posterior. Next: look at these data, and do not trust 'iwae'"
         )
 
 
@@ -120,7 +121,7 @@ def _units(d: Diagnosis) -> Iterator[str]:
     text = f"{d.active_count} of {total} latents are active (variance of the posterior mean above {ACTIVE})"
     text += f": {', '.join(named)}" if len(named) > 1 else ""
     yield (
-        text if d.active_count == total else f"{text}; the others tell nothing of the data, and fewer would do as well"
+        text if d.active_count == total else f"{text}; the others hardly move with the data, and fewer may do as well"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from probae.evidence.pareto import reliable_below
 from probae.evidence.result import Evidence
 from probae.export.datatree import diagnosis_tree
 from probae.export.figures.diagnosis import diagnosis_panels
+from probae.export.tabular import Tabular
 from probae.tracing.signature import Signature
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis:
+class Diagnosis(Tabular):
     """How well the guide of a pair does, for each datum and for each latent.
 
     Attributes:
@@ -125,13 +125,7 @@ class Diagnosis:
         """A row per latent, by site and number: ``kl`` and its ``kl_mc_stderr``, ``activity``, ``active``."""
         import pandas
 
-        frames = {
-            name: pandas.DataFrame({
-                "kl": unit.kl.numpy(), "kl_mc_stderr": unit.kl_mc_stderr.numpy(), "activity": unit.activity.numpy(),
-                "active": unit.active.numpy(),
-            })
-            for name, unit in self.units.items()
-        }  # fmt: skip
+        frames = {name: unit.to_frame() for name, unit in self.units.items()}
         if not frames:
             return pandas.DataFrame(columns=["kl", "kl_mc_stderr", "activity", "active"])
         return pandas.concat(frames, names=["site", "latent"])
@@ -148,9 +142,11 @@ class Diagnosis:
         if self.why_not is not None:
             raise ValueError(f"there are no importance weights: {self.why_not}")
 
-    def _repr_html_(self) -> str:
-        lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.advice.splitlines())
-        return self.summary().to_html(float_format=lambda value: f"{value:.3f}", na_rep="–") + f"<ul>{lines}</ul>"
+    def _shown(self) -> pandas.DataFrame:
+        return self.summary()
+
+    def _notes(self) -> list[str]:
+        return self.advice.splitlines()
 
     def __repr__(self) -> str:
         lines = (f"· {sentence}" for sentence in self.advice.splitlines())

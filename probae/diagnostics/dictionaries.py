@@ -13,13 +13,14 @@ from torch import Tensor
 
 from probae.arguments import positive
 from probae.diagnostics.sparsity import numbers, require_alike
+from probae.export.tabular import Tabular
 
 if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True)
-class Recovery:
+@dataclass(frozen=True, repr=False)
+class Recovery(Tabular):
     """What `compare_dictionaries` returns.
 
     Attributes:
@@ -72,6 +73,12 @@ class Recovery:
 
         columns = {"max_cosine": self.max_cosine, "match": self.match, "matched_cosine": self.matched_cosine}
         return pd.DataFrame({name: value.numpy() for name, value in columns.items()}).rename_axis("column")
+
+    def __repr__(self) -> str:
+        return (
+            f"<{len(self.match)} columns of a dictionary: mean max cosine {self.mean_max_cosine:.3f}, mean matched cosine "
+            f"{self.mean_matched_cosine:.3f}>"
+        )
 
 
 def compare_dictionaries(found: Any, truth: Any) -> Recovery:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,18 @@ from torch import Tensor
 from probae.batches import Batch, length, rows_at
 from probae.evidence import log_evidence
 from probae.evidence.result import Evidence
+from probae.export.tabular import PerDatum
 from probae.pair import Pair
 from probae.runtime.seeding import derived
+
+if TYPE_CHECKING:
+    import pandas
 
 _REFINED, _AIS = range(2)  # streams of draws, each of its own
 
 
 @dataclass(frozen=True, repr=False)
-class Gap:
+class Gap(PerDatum):
     """The difference between two values of log p(x), or bounds on it, for the same data, nats.
 
     Attributes:
@@ -57,12 +61,24 @@ class Gap:
         shared = (evidence.shared_mc_stderr or 0.0 for evidence in (self.lower, self.upper))
         return math.hypot(float(self.values.std()) / math.sqrt(len(self.lower)), *shared)
 
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per datum: ``lower``, ``upper``, ``gap``, ``mc_stderr``, nats."""
+        import pandas
+
+        columns = {
+            "lower": self.lower.values,
+            "upper": self.upper.values,
+            "gap": self.values,
+            "mc_stderr": self.mc_stderr,
+        }
+        return pandas.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("datum")
+
     def __repr__(self) -> str:
         return f"<gap: {self.mean:.4f} ± {self.mean_stderr:.4f} nats per datum (Monte Carlo {self.mean_mc_stderr:.4f})>"
 
 
-@dataclass(frozen=True)
-class Gaps:
+@dataclass(frozen=True, repr=False)
+class Gaps(PerDatum):
     r"""What lies between the ELBO and log p(x) (Cremer, Li & Duvenaud 2018).
 
     .. math:: \log p(x) - \mathrm{ELBO} = \underbrace{\log p(x) - \mathrm{ELBO}[q^*_x]}_{\text{approximation}}
@@ -96,6 +112,18 @@ class Gaps:
     def approximation(self) -> Gap | None:
         """log p(x) − the best Gaussian's ELBO: what the family costs."""
         return None if self.refined is None else Gap(self.refined, self.top)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per datum: ``total``, and ``amortisation`` and ``approximation`` where they were told apart, nats."""
+        import pandas
+
+        gaps = {name: getattr(self, name) for name in ("total", "amortisation", "approximation")}
+        columns = {name: gap.values.numpy() for name, gap in gaps.items() if gap is not None}
+        return pandas.DataFrame(columns, index=pandas.Index(self.data.numpy(), name="datum"))
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.to_frame().mean().items())
+        return f"<gaps between the ELBO and log p(x) of {len(self.data)} data: {means} nats per datum>"
 
 
 def some_rows(size: int, count: int, seed: int) -> Tensor:

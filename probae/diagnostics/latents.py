@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from probae.batches import Batch, each, length, rows_of
 from probae.evidence.result import as_values
 from probae.evidence.weights import MEMORY
+from probae.export.tabular import Tabular
 from probae.pair import Pair
 from probae.runtime.seeding import evaluating
 from probae.tracing.masks import Site
@@ -21,14 +22,17 @@ from probae.tracing.signature import Signature
 from probae.tracing.sites import base, samples
 from probae.tracing.terms import Traces
 
+if TYPE_CHECKING:
+    import pandas
+
 #: the variance over data of a latent's posterior mean above which Burda et al. (2016) call it active
 ACTIVE = 0.01
 #: numbers of draws that are kept for a `DataTree`, and the fewest draws of a datum that are worth it
 KEPT, FEWEST_KEPT = 2**23, 4
 
 
-@dataclass(frozen=True)
-class Units:
+@dataclass(frozen=True, repr=False)
+class Units(Tabular):
     """The L latents of one site.
 
     Attributes:
@@ -53,6 +57,16 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.activity)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per latent: ``kl`` and its ``kl_mc_stderr``, ``activity``, ``active``."""
+        import pandas
+
+        columns = {name: getattr(self, name).numpy() for name in ("kl", "kl_mc_stderr", "activity", "active")}
+        return pandas.DataFrame(columns).rename_axis("latent")
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} latents, {int(self.active.sum())} active>"
 
 
 class Latents(NamedTuple):

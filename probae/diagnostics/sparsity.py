@@ -12,6 +12,7 @@ from torch import Tensor
 from probae.adapter import as_pair
 from probae.arguments import positive, whole
 from probae.batches import as_matrix, rows_of
+from probae.export.tabular import Tabular
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating
 from probae.tracing.missing import observed, require_numbers
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 _CELLS = 2**23  # numbers of draws at a time
 
 
-@dataclass(frozen=True)
-class Sparsity:
+@dataclass(frozen=True, repr=False)
+class Sparsity(Tabular):
     r"""What `measure_sparsity` returns. L0 and firing density count by Pr(\|z_l\| > τ \| x), which is 0 or 1 at a point.
 
     Attributes:
@@ -60,6 +61,12 @@ class Sparsity:
         means = {name: float(getattr(self, name).mean()) for name in ("l0", "hoyer", "gini")}
         rest = {name: getattr(self, name) for name in ("dead_fraction", "explained_variance", "shrinkage", "threshold")}
         return pd.DataFrame([{**means, **rest}])
+
+    def __repr__(self) -> str:
+        return (
+            f"<codes of {len(self.density)} latents: {float(self.l0.mean()):.2f} on, {self.dead_fraction:.0%} dead, "
+            f"explained variance {self.explained_variance:.3f}>"
+        )
 
     def latents_frame(self) -> pandas.DataFrame:
         """A row for each latent: its firing density, and whether it is dead."""

@@ -17,6 +17,7 @@ from probae.evidence.ais import AIS, Annealer, Block, evidence
 from probae.evidence.reliability import reliable_chains
 from probae.evidence.result import Evidence
 from probae.evidence.weights import padded
+from probae.export.tabular import PerDatum
 from probae.pair import Pair
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, evaluating
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Sandwich:
+class Sandwich(PerDatum):
     """Bounds on log p(x_n) from both sides.
 
     Attributes:

@@ -74,7 +74,8 @@ def log_evidence(
 
     Args:
         model: a model, a pair, or an object with ``model`` and ``guide``.
-        x: N data; a ``numpy.memmap``, a Dataset or a DataLoader that does not shuffle is read block by block.
+        x: N data; a sparse matrix, an AnnData, a ``numpy.memmap``, a Dataset or a DataLoader that does not shuffle is read
+            block by block.
         method: an estimator, or its name.
         particles: K of the estimators that have it; 64 by default for ``"elbo"``, else 1,000.
         seed: of the draws; the caller's own random stream is left as it was.
@@ -142,6 +143,7 @@ def estimator_of(method: str | Estimator, particles: int | None, options: dict[s
 def _by_blocks(model: Any, x: Any, estimator: Estimator, seed: int, compile: bool | str, shard: bool) -> Evidence:
     """Block by block, each with draws of its own; sharded, every process takes its blocks."""
     pair = as_pair(model)
+    pair.require_columns(x)
     device = pair.device or torch.device("cpu")
     team = processes(device) if shard else ALONE
     if isinstance(x, DataLoader) and not isinstance(x.sampler, SequentialSampler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from probae.arguments import one_of, positive
 from probae.export.datatree import evidence_tree
+from probae.export.tabular import MARK, PerDatum
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +32,7 @@ BOUNDS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Evidence:
+class Evidence(PerDatum):
     """log p(x_n), or a bound on it, for each datum.
 
     Attributes:
@@ -162,20 +162,24 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.values)
 
-    def _repr_html_(self) -> str:
-        shown = self.to_frame().describe(percentiles=[0.05, 0.5, 0.95]).drop("count")
-        table = shown.to_html(float_format=lambda value: f"{value:.3f}", na_rep="–")
-        return f"<p>{html.escape(repr(self))}</p>{table}"
+    def _notes(self) -> list[str]:
+        unsure = 0 if self.reliable is None else int((~self.reliable).sum())
+        if self.bound == "exact" or not unsure:
+            return []
+        bounded = "; the column lower has a bound for these that holds all the same" if self.bound == "lower" else ""
+        return [f"{MARK} not reliable for {unsure:,} of {len(self):,} data{bounded}"]
 
     def __repr__(self) -> str:
         log_p = f"log p(x | {', '.join(self.given)})" if self.given else "log p(x)"
         what = BOUNDS[self.bound].replace("log p(x)", log_p)
         draws = f", {self.particles} particle{'s' if self.particles > 1 else ''}" if self.particles else ""
         alone = "no Monte Carlo error: one draw tells none"
-        error = alone if math.isnan(self.mean_mc_stderr) else f"Monte Carlo {self.mean_mc_stderr:.4f}"
+        notes = "".join(f"; {note}" for note in self._notes())
+        mark = MARK if notes else ""
+        error = alone if math.isnan(self.mean_mc_stderr) else f"Monte Carlo {self.mean_mc_stderr:.4f}{mark}"
         return (
             f"<{what}: {self.mean:.4f} ± {self.mean_stderr:.4f} nats per datum ({error}), "
-            f"{len(self)} data, {self.method}{draws}>"
+            f"{len(self)} data, {self.method}{draws}{notes}>"
         )
 
 

@@ -13,6 +13,7 @@ from probae.arguments import positive
 from probae.evidence.ais import AIS, Annealer, Block
 from probae.evidence.hmc import Point
 from probae.evidence.weights import prepare
+from probae.export.tabular import Tabular
 from probae.runtime.isolation import isolated
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class RateDistortion:
+class RateDistortion(Tabular):
     """A curve of T + 1 points, each a mean over the data, nats per datum.
 
     Attributes:

@@ -76,6 +76,7 @@ def prepare(model: Any, x: Any, seed: int = 0) -> tuple[Pair, Batch, Signature]:
     """A pair, a batch of its dtype and on its device, and its signature, all checked."""
     pair = as_pair(model)
     batch = pair.as_batch(x)
+    pair.warn_unfitted()
     return pair, batch, check(pair, batch, seed)
 
 

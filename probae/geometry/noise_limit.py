@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from probae.arguments import positive
+from probae.export.tabular import PerDatum
 from probae.geometry.scores import prepared
 from probae.programs.smooth import jacobian, reconstruction_of
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass(frozen=True)
-class SmallNoise:
+
+@dataclass(frozen=True, repr=False)
+class SmallNoise(PerDatum):
     r"""The squared error of a reconstruction from noisy data, to first order in the noise's variance.
 
     .. math:: E\lVert r(x + \sigma\epsilon) - x \rVert^2 = \lVert r(x) - x \rVert^2
@@ -31,6 +35,17 @@ class SmallNoise:
     residual: Tensor
     contraction: Tensor
     curvature: Tensor
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per datum: ``residual``, ``contraction``, ``curvature``."""
+        import pandas
+
+        names = ("residual", "contraction", "curvature")
+        return pandas.DataFrame({name: getattr(self, name).cpu().numpy() for name in names}).rename_axis("datum")
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {mean:.4g}" for name, mean in self.to_frame().mean().items())
+        return f"<squared error under small noise, {len(self.residual)} data: mean {means}>"
 
     def loss(self, scale: float) -> Tensor:
         """The right-hand side without the last term, (N,), at noise of scale σ."""

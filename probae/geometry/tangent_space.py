@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from probae.arguments import one_of, whole
 from probae.export.figures.geometry import jacobian_spectrum
+from probae.export.tabular import Tabular
 from probae.geometry.scores import prepared
 from probae.programs.smooth import code_of, decoding_of, jacobian
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating
 
+if TYPE_CHECKING:
+    import pandas
+
 
 @dataclass(frozen=True, repr=False)
-class Tangents:
+class Tangents(Tabular):
     """Tangent directions at N data, and how much the code moves along each.
 
     Attributes:
@@ -29,6 +33,15 @@ class Tangents:
     directions: Tensor
     spectrum: Tensor
     of: str
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per singular value, the largest first: its ``mean`` over the data, and the quantiles ``10%`` and ``90%``."""
+        import pandas
+
+        values = self.spectrum.double().cpu()
+        low, high = (values.quantile(q, 0) for q in (0.1, 0.9))
+        frame = pandas.DataFrame({"mean": values.mean(0).numpy(), "10%": low.numpy(), "90%": high.numpy()})
+        return frame.set_axis(pandas.RangeIndex(1, len(frame) + 1, name="singular value"))
 
     def plot(self, ax: Any = None) -> Any:
         """The spectrum: the mean of each singular value over the data, and the middle 80% of them."""

@@ -3,14 +3,18 @@ r"""Whether correlations can be factored: the Kaiser–Meyer–Olkin measure, an
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from probae.arguments import whole
 from probae.batches import as_matrix
+from probae.export.tabular import in_html
 from probae.runtime.precision import float64
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class SamplingAdequacy(NamedTuple):
@@ -19,6 +23,18 @@ class SamplingAdequacy(NamedTuple):
     overall: float
     features: Tensor  #: (D,), float64
 
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per feature: ``kmo``."""
+        import pandas
+
+        return pandas.DataFrame({"kmo": self.features.numpy()}).rename_axis("feature")
+
+    def __repr__(self) -> str:
+        return f"<Kaiser–Meyer–Olkin measure of {len(self.features)} features: {self.overall:.3f}>"
+
+    def _repr_html_(self) -> str:
+        return in_html(repr(self).strip("<>"), self.to_frame())
+
 
 class ChiSquareTest(NamedTuple):
     """A statistic that is χ² under the hypothesis, its degrees of freedom, and the probability of a larger one."""
@@ -26,6 +42,18 @@ class ChiSquareTest(NamedTuple):
     statistic: float
     degrees_of_freedom: int
     p_value: float
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row: ``statistic``, ``degrees_of_freedom``, ``p_value``."""
+        import pandas
+
+        return pandas.DataFrame([self._asdict()])
+
+    def __repr__(self) -> str:
+        return f"<χ² = {self.statistic:.2f} on {self.degrees_of_freedom} degrees of freedom, p = {self.p_value:.3g}>"
+
+    def _repr_html_(self) -> str:
+        return in_html(repr(self).strip("<>"), self.to_frame())
 
 
 def kmo(correlation: Any) -> SamplingAdequacy:

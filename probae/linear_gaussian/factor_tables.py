@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from probae.arguments import flag, one_of, whole
-from probae.batches import as_matrix, column_names
+from probae.batches import as_matrix, column_names, index_of
 from probae.linear_gaussian.report import FactorReport, factor_names, report_of
 from probae.linear_gaussian.rotation import Rotation, rotate
 from probae.linear_gaussian.saturated import saturated, saturated_at
-from probae.recipe import record
 from probae.runtime.isolation import isolated
 from probae.runtime.precision import float64
 from probae.tracing.missing import observed
@@ -32,22 +31,21 @@ class FactorTables:
     of the factors, :math:`h^2` the communalities, and :math:`1 - h^2` the uniquenesses.
     """
 
-    #: of the features, or None
+    #: of the features, as they were told; or None
     names: tuple[str, ...] | None = None
 
-    def name_features(self: Any, names: Sequence[str] | None) -> None:
-        """Take names of the features, unless there are some; None changes nothing.
+    def as_names(self: Any, names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """Names of the features, checked.
 
         Raises:
             ValueError: if there are not as many as features.
         """
-        if names is None or self.names is not None:
-            return
+        if names is None:
+            return None
         names = tuple(map(str, names))
         if len(names) != self.features:
             raise ValueError(f"names: expected one for each of {self.features} features, got {len(names)}")
-        self.names = names
-        record(self, names=names)
+        return names
 
     def as_covariance(self: Any, covariance: Any) -> Tensor:
         """Covariances or correlations (D, D) as a tensor of their own precision.
@@ -133,7 +131,7 @@ class FactorTables:
         import pandas
 
         one_of("method", method, ("regression", "bartlett"))
-        index, data = getattr(x, "index", None) if column_names(x) else None, self.as_data(x)
+        index, data = index_of(x), self.as_data(x)
         z = float64(self.posterior(data).mean) if method == "regression" else self._bartlett(data)
         turned = z @ float64(self.rotated(rotation).matrix).to(z)
         return pandas.DataFrame(turned.cpu().numpy(), index=index, columns=factor_names(self.latents))
@@ -173,7 +171,7 @@ class FactorTables:
         """
         if (x is None) == (covariance is None) or (covariance is None) != (n is None):
             raise ValueError("expected data x, or a covariance with the number n of its data")
-        self.name_features(column_names(x if covariance is None else covariance))
+        named = x if covariance is None else covariance
         weight, scale = float64(self.weight.detach()).cpu(), float64(self.scale.detach()).cpu()
         scale = scale.expand(len(weight))
         if x is not None:
@@ -186,15 +184,18 @@ class FactorTables:
         found = self.rotated(rotation)
         parts = [part.cpu().double() for part in found]
         return report_of(
-            sample, value, free, weight, scale, Rotation(*parts), rotation, self._index(), draws=draws, seed=seed
+            sample, value, free, weight, scale, Rotation(*parts), rotation, self._index(named), draws=draws, seed=seed
         )
 
-    def _index(self: Any) -> Any:
+    def _index(self: Any, data: Any = None) -> Any:
+        """Names of the features as they were told, else those of the data fitted to, else those of these data, else numbers."""
         import pandas
 
-        if self.names is None:
+        names = self.names or getattr(self, "feature_names_in_", None)
+        names = column_names(data) if names is None else names
+        if names is None:
             return pandas.RangeIndex(self.features, name="feature")
-        return pandas.Index(self.names, name="feature")
+        return pandas.Index(names, name="feature")
 
     def _loadings_and_units(self: Any) -> tuple[Tensor, Tensor]:
         """Standardised loadings (D, L), and the standard deviations (D,) of the features under the model."""

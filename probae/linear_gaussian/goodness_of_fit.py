@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from probae.export.tabular import Tabular
 from probae.linear_gaussian.adequacy import ChiSquareTest, chi_square_test
 from probae.linear_gaussian.saturated import Saturated
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True)
-class GoodnessOfFit:
+@dataclass(frozen=True, repr=False)
+class GoodnessOfFit(Tabular):
     r"""A model of covariances against the saturated model and the one of independent features.
 
     Attributes:
@@ -53,8 +54,8 @@ class GoodnessOfFit:
         """Schwarz's criterion, −2 ℓ + ln N parameters; lower is better."""
         return -2 * self.log_likelihood + math.log(self.n) * self.parameters
 
-    def to_frame(self) -> pandas.Series:
-        """All numbers by name."""
+    def to_frame(self) -> pandas.DataFrame:
+        """One row: all numbers by name."""
         import pandas
 
         names = ("n", "log_likelihood", "saturated", "independent", "parameters")
@@ -63,9 +64,9 @@ class GoodnessOfFit:
         values |= {"p_value": self.chi_square.p_value, "bartlett_chi_square": self.bartlett.statistic}
         values |= {"bartlett_p_value": self.bartlett.p_value}
         values |= {name: getattr(self, name) for name in ("rmsea", "tli", "cfi", "srmr", "aic", "bic")}
-        return pandas.Series(values, name="fit", dtype=float)
+        return pandas.DataFrame(values, index=["fit"], dtype=float)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         test, corrected = self.chi_square, self.bartlett
         return "\n".join(
             [

@@ -12,6 +12,7 @@ from torch import Tensor
 from probae.arguments import one_of, positive, whole
 from probae.batches import as_matrix
 from probae.export.figures.factors import scree
+from probae.export.tabular import Tabular
 from probae.linear_gaussian.adequacy import correlation_of
 from probae.linear_gaussian.saturated import saturated
 from probae.runtime.precision import float64
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class ParallelAnalysis:
+class ParallelAnalysis(Tabular):
     """Eigenvalues beside those of independent data.
 
     Attributes:
@@ -56,11 +57,7 @@ class ParallelAnalysis:
         shown = self.to_frame().head(max(self.number + 2, 5))
         return f"parallel analysis: {self.number} {self.kind}\n{shown.to_string(float_format='{:.3f}'.format)}"
 
-    def _repr_html_(self) -> str:
-        return f"<p>parallel analysis: {self.number} {self.kind}</p>{self.to_frame().to_html(float_format='{:.3f}'.format)}"
 
-
-@torch.no_grad()
 def parallel_analysis(
     x: Any = None,
     *,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from probae.export.tabular import Tabular, in_html, in_text
 from probae.linear_gaussian.adequacy import ChiSquareTest, SamplingAdequacy, correlation_of, kmo, sphericity
 from probae.linear_gaussian.goodness_of_fit import GoodnessOfFit, goodness_of_fit
 from probae.linear_gaussian.number_of_factors import ParallelAnalysis, parallel_analysis
@@ -24,7 +25,7 @@ HEYWOOD = 0.005
 
 
 @dataclass(frozen=True, repr=False)
-class FactorReport:
+class FactorReport(Tabular):
     """What `summary` of a linear-Gaussian model returns.
 
     Attributes:
@@ -73,7 +74,7 @@ class FactorReport:
         ]
         if self.rotation in {"oblimin", "promax"}:
             sections.append(("correlations of the factors", self.factor_correlations))
-        sections.append(("fit", str(self.fit)))
+        sections.append(("fit", repr(self.fit)))
         if self.sampling_adequacy is not None and self.sphericity is not None:
             test = self.sphericity
             text = (
@@ -85,22 +86,14 @@ class FactorReport:
         return sections
 
     def __repr__(self) -> str:
-        shown = (
-            f"{title}\n{part if isinstance(part, str) else part.to_string(float_format=_short, na_rep='–')}"
-            for title, part in self._sections()
-        )
+        shown = (f"{title}\n{part if isinstance(part, str) else in_text(part)}" for title, part in self._sections())
         return "\n\n".join(shown)
 
     def _repr_html_(self) -> str:
-        parts = []
-        for title, part in self._sections():
-            body = (
-                "".join(f"<p>{html.escape(line)}</p>" for line in part.splitlines())
-                if isinstance(part, str)
-                else part.to_html(float_format=_short, na_rep="–")
-            )
-            parts.append(f"<h4>{html.escape(title)}</h4>{body}")
-        return "".join(parts)
+        return "".join(
+            in_html(title, part, rows=None) if not isinstance(part, str) else _paragraphs(title, part)
+            for title, part in self._sections()
+        )
 
 
 def report_of(
@@ -186,5 +179,5 @@ def _variance(rotated: Rotation, names: list[str]) -> pandas.DataFrame:
     return pandas.DataFrame([value.numpy() for value in rows.values()], index=list(rows), columns=names)
 
 
-def _short(value: float) -> str:
-    return f"{value:.3f}"
+def _paragraphs(title: str, text: str) -> str:
+    return "".join(f"<p>{html.escape(line)}</p>" for line in (title, *text.splitlines()))

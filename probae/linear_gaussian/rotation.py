@@ -4,17 +4,23 @@ A linear-Gaussian model is as likely under :math:`W T^{-\top}` with latents :mat
 :math:`z`. Rotation uses that freedom to make loadings readable: each near zero, or far from it.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from probae.arguments import flag, one_of, positive, real, whole
 from probae.batches import as_matrix
+from probae.export.tabular import in_html
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Rotation", "rotate"]
 
@@ -25,6 +31,19 @@ class Rotation(NamedTuple):
     loadings: Tensor  #: (D, L), weight @ inv(matrix).T
     matrix: Tensor  #: (L, L), T: the rotated latents are T.T @ z
     correlation: Tensor  #: (L, L), T.T @ T: the identity when the rotation is orthogonal
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The loadings: a row per feature, a column per factor."""
+        import pandas
+
+        columns = [f"factor {number}" for number in range(1, self.loadings.shape[1] + 1)]
+        return pandas.DataFrame(self.loadings.cpu().numpy(), columns=columns).rename_axis("feature")
+
+    def __repr__(self) -> str:
+        return "<rotated loadings of {} features on {} factors>".format(*self.loadings.shape)
+
+    def _repr_html_(self) -> str:
+        return in_html(repr(self).strip("<>"), self.to_frame())
 
 
 def _varimax(squares: Tensor) -> tuple[Tensor, Tensor]:

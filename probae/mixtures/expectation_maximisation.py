@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from probae.arguments import positive, whole
+from probae.export.tabular import Tabular
 from probae.runtime.seeding import checked_seed, derived
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _SAME = 1e-6  # nats per datum by which two starts may differ that are said to h
 
 
 @dataclass(frozen=True, repr=False)
-class Optima:
+class Optima(Tabular):
     """Where each start of EM ended: local optima are common, and the best of few starts may be one.
 
     Attributes:

@@ -15,6 +15,7 @@ from probae.heads.distributions import Translated, parts
 from probae.linear_gaussian.gaussian_gaps import fit_mixture, observed_gaussians, regressions
 from probae.linear_gaussian.singular import require_full_rank
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, evaluating
@@ -85,6 +86,7 @@ class Independent(Pair):
         return dist.Categorical(logits=self.logits, validate_args=False).to_event(1)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any) -> Independent:
         """Set the parameters from data (N, D): moments, or class frequencies with one added to each count (Laplace's
         rule, so that a value never seen keeps some mass); returns the model."""
@@ -178,10 +180,9 @@ class GaussianMixture(Pair):
         weights = dist.Categorical(logits=self.logits.expand(each.batch_shape), validate_args=False)
         return dist.MixtureSameFamily(weights, each, validate_args=False)
 
-    @isolated
-    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Tensor:
-        """Exact draws of what is missing given what was observed, (draws, N, D); there are no particles to choose."""
-        x, draws = self.as_data(x), size("draws", draws)
+    def _impute(self, x: Any, draws: int, particles: int, seed: int) -> Tensor:
+        # exact draws: there are no particles to choose from
+        x = self.as_data(x)
         values, seen = observed(x.double())
         with evaluating(self, seed):
             loc, covariances = self.loc.double() + self.loc_low, self.covariances.double()
@@ -196,6 +197,7 @@ class GaussianMixture(Pair):
         return torch.where(seen, x, drawn.to(x.dtype))
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any, floor: float = 0.05, start: int = 0) -> GaussianMixture:
         """Fit to data (N, D), each feature in units of its standard deviation: in closed form for one component, else by
         scikit-learn's EM, and from there by one for data with gaps where values are missing; returns the model.

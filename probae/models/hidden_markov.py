@@ -18,6 +18,7 @@ from probae.mixtures.marginal import Marginal
 from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support, warn_of_floor
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, require_observed
@@ -142,6 +143,7 @@ class HiddenMarkov(Pair):
             self.initialised.fill_(True)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(
         self, x: Any, *, restarts: int = 10, seed: int = 0, tolerance: float = 1e-8, max_iterations: int = 1_000
     ) -> HiddenMarkov:

@@ -19,6 +19,7 @@ from probae.mixtures.quasi_newton import FAR, minimise, standard_errors, units
 from probae.mixtures.weighted_likelihood import require_support
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
@@ -183,6 +184,7 @@ class ItemResponse(Pair):
             self.initialised.fill_(True)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any, *, tolerance: float = 1e-6, max_iterations: int = 1_000) -> ItemResponse:
         r"""Set the parameters to a maximum of the marginal likelihood of data (N, D), by quasi-Newton steps; returns the model.
 

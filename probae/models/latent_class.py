@@ -14,6 +14,7 @@ from probae.heads.nn import event_shape
 from probae.mixtures.expectation_maximisation import maximise
 from probae.mixtures.weighted_likelihood import most_likely, require_closed_form, require_support, warn_of_floor
 from probae.models.finite_mixture import FiniteMixture
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, require_observed
@@ -108,6 +109,7 @@ class LatentClass(FiniteMixture):
             self.initialised.fill_(True)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(
         self,
         x: Any,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from probae.arguments import size, whole
-from probae.batches import column_names
 from probae.heads.distributions import LowRankNormal, Normal, Translated, centred
 from probae.linear_gaussian import maximum_likelihood
 from probae.linear_gaussian.dependence import require_bounded
 from probae.linear_gaussian.expectation_maximisation import expectation_maximisation
 from probae.linear_gaussian.factor_tables import FactorTables
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.precision import float64
@@ -58,7 +58,7 @@ class LinearGaussian(FactorTables, Pair):
         self.missing = known(missing)
         self.features = size("features", features)
         self.latents = whole("latents", latents, most=self.features)
-        self.name_features(names)
+        self.names = self.as_names(names)
         self.scaled_weight = nn.Parameter(torch.randn(features, latents) / features**0.5)
         self.shift = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(() if shared else features))
@@ -213,7 +213,7 @@ class PPCA(LinearGaussian):
     Args:
         features, latents: D and L.
         missing: ``"mask"`` takes NaN for what is missing at random; posterior and log p(x_observed) stay exact.
-        names: of the features, for tables; those of a DataFrame given to `maximum_likelihood`, unless told.
+        names: of the features, for tables; those of the DataFrame that the model is fitted to, unless told.
 
     Raises:
         ValueError: if there are not 1 <= latents <= features, or so many do not fit into memory.
@@ -231,6 +231,7 @@ class PPCA(LinearGaussian):
         super().__init__(features, latents, missing, True, names)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any, **options: Any) -> PPCA:
         """Set the parameters to the maximum of the likelihood of data (N, D), in closed form; returns the model.
 
@@ -241,7 +242,6 @@ class PPCA(LinearGaussian):
         Raises:
             ValueError: if the data's shape is wrong, or its rank no more than L (the density is then unbounded).
         """
-        self.name_features(column_names(x))
         x = self.as_data(x)
         if x.isnan().any():
             return self._take(expectation_maximisation(x, self.latents, shared=True, **options))
@@ -259,7 +259,7 @@ class FactorAnalysis(LinearGaussian):
     Args:
         features, latents: D and L.
         missing: ``"mask"`` takes NaN for what is missing at random; posterior and log p(x_observed) stay exact.
-        names: of the features, for tables; those of a DataFrame given to `maximum_likelihood`, unless told.
+        names: of the features, for tables; those of the DataFrame that the model is fitted to, unless told.
 
     Raises:
         ValueError: if there are not 1 <= latents <= features, or so many do not fit into memory.
@@ -277,6 +277,7 @@ class FactorAnalysis(LinearGaussian):
         super().__init__(features, latents, missing, False, names)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any = None, *, covariance: Any = None, **options: Any) -> FactorAnalysis:
         """Set the parameters to the maximum of the likelihood of data (N, D), without gradients; returns the model.
 
@@ -292,7 +293,6 @@ class FactorAnalysis(LinearGaussian):
         """
         if (x is None) == (covariance is None):
             raise ValueError(f"expected either x or covariance, got {'neither' if x is None else 'both'}")
-        self.name_features(column_names(x if covariance is None else covariance))
         if covariance is not None:
             return self._take(
                 maximum_likelihood.factor_analysis(

@@ -17,6 +17,7 @@ from probae.mixtures.expectation_maximisation import Optima, maximise
 from probae.mixtures.factor_analysers import Analysers, most_likely, random_start
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, observed, require_observed
@@ -185,6 +186,7 @@ class MixtureOfFactorAnalysers(Pair):
             self.initialised.fill_(True)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(
         self,
         x: Any,

@@ -12,6 +12,7 @@ from probae.arguments import positive, size, whole
 from probae.heads.trees import Tree, best_tree, pair_counts
 from probae.mixtures.expectation_maximisation import maximise
 from probae.models.finite_mixture import FiniteMixture
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, derived
@@ -84,6 +85,7 @@ class MixtureOfTrees(FiniteMixture):
         return Tree(self.parents, self.order, self._log_tables)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(
         self,
         x: Any,

@@ -11,11 +11,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from probae.arguments import size, whole
 from probae.batches import Batch, as_batch, call, leaves, length, shapes
 from probae.programs.imputation import imputed
 from probae.programs.placeholders import placeholder
-from probae.runtime.isolation import isolated
 from probae.runtime.seeding import evaluating
 from probae.tracing.missing import require_numbers
 from probae.tracing.probing import first_line, program_errors
@@ -27,40 +25,24 @@ _DRAWS = 100
 
 
 class Passes:
-    """The methods ``sample``, ``encode``, ``decode``, ``reconstruct`` and ``impute`` of a pair; all run without gradient."""
+    """What a pair computes for `Tables`: values by site, tensors all; no gradient is taken."""
 
-    @isolated
-    def sample(self: Any, n: int, like: Any = None, seed: int = 0, *, given: Any = None) -> Any:
-        """Draw data from the model: z from the prior, then x given z.
-
-        Args:
-            n: how many.
-            like: a batch whose form the draws take; needed by programs that have never seen data.
-            seed: of the draws.
-            given: what the model conditions on, n rows of it or one row for all: an array, or a dict by the names of several.
-
-        Returns:
-            x (n, ...); a dict by site where several are observed.
-
-        Raises:
-            ValueError: if the prior is flat, if the programs have never seen data and get no ``like``, or if they condition on
-                something that is not given.
-        """
-        n = size("n", n)
+    def _sample(self: Any, n: int, like: Any, seed: int, given: Any) -> dict[str, Tensor]:
         with evaluating(self, seed), self.own_parameters():
             if (draw := self.own("draw_data")) is not None:
-                return draw(n) if given is None else draw(n, given)
+                drawn = draw(n) if given is None else draw(n, given)
+                return drawn if isinstance(drawn, dict) else {"x": drawn}
             try:
                 if given is None and like is None and getattr(self, "given", None) is None:
                     if self.has("prior") and self.has("likelihood"):
-                        return _alone({"x": self.likelihood(self.prior().sample((n,))).sample()})
+                        return _finite({"x": self.likelihood(self.prior().sample((n,))).sample()})
                     if self.has("marginal"):
-                        return _alone({"x": self.marginal().sample((n,))})
+                        return _finite({"x": self.marginal().sample((n,))})
                 batch = placeholder(self, n, given, like)
                 signature = _about_all(self.signature(batch))
                 with program_errors("model", batch):
                     model = self.run(poutine.uncondition(self.model), batch, 1, signature)
-                return _alone({name: model.nodes[name]["value"] for name in signature.observed if name in model})
+                return _finite({name: model.nodes[name]["value"] for name in signature.observed if name in model})
             except NotImplementedError as error:
                 raise ValueError(
                     f"the model cannot draw its latents ({first_line(error)}): a flat prior has no draws"
@@ -68,15 +50,7 @@ class Passes:
             except RuntimeError as error:  # of distributions whose parameters are NaN, or of several dtypes
                 raise ValueError(f"the model failed to draw {n} data: {error}") from error
 
-    @isolated
-    def encode(self: Any, x: Any) -> Tensor | dict[str, Tensor]:
-        """The posterior means of the latents at data x, (N, L); a dict by site where there are several.
-
-        A guide whose means have no closed form, such as a flow, is averaged over 100 draws, which follow from a fixed seed.
-
-        Raises:
-            ValueError: if the pair has no guide.
-        """
+    def _encode(self: Any, x: Any) -> dict[str, Tensor]:
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
         batch = _of_numbers(self, x)
@@ -85,26 +59,9 @@ class Passes:
             with _Centres(), program_errors("guide", batch):
                 guide = self.run(self.guide, batch, 1, signature)
             sites = [s for s in samples(guide) if not s["is_observed"] and not s["infer"].get("is_auxiliary")]
-        return _alone({site["name"]: site["value"] for site in sites})
+        return _finite({site["name"]: site["value"] for site in sites})
 
-    @isolated
-    def decode(self: Any, z: Any, *, given: Any = None, like: Any = None) -> Any:
-        """The mean of x given latents z.
-
-        A pair with ``likelihood(z)`` takes z (..., L) and gives (..., D). Any other takes a row of z for each datum, by site in
-        a dict where there are several latents; a latent that is left out takes its centre given those before it.
-
-        Args:
-            z: the latents.
-            given: what the model conditions on, as for `sample`.
-            like: a batch whose form the data take, as for `sample`.
-
-        Returns:
-            The mean of x; a dict by site where several are observed.
-
-        Raises:
-            ValueError: if z does not fit the latents, or something is missing, as for `sample`.
-        """
+    def _decode(self: Any, z: Any, given: Any, like: Any) -> dict[str, Tensor]:
         plain = given is None and like is None and getattr(self, "given", None) is None
         if plain and self.has("likelihood") and not isinstance(z, Mapping):
             z, latents = as_batch(z, self.dtype, self.device), getattr(self, "latents", None)
@@ -114,7 +71,7 @@ class Passes:
             with evaluating(self), self.own_parameters():
                 with program_errors("likelihood", z):
                     mean = _centre(self.likelihood(z))
-                return _alone({"x": mean})
+                return _finite({"x": mean})
         values = as_batch(dict(z) if isinstance(z, Mapping) else z, self.dtype, self.device)
         with evaluating(self):
             batch = placeholder(self, length(values), given, like)
@@ -123,15 +80,9 @@ class Passes:
             with _Centres(), program_errors("model", batch):
                 program = poutine.condition(poutine.uncondition(self.model), data=found)
                 model = self.run(program, batch, 1, signature)
-            return _alone({name: _centre(model.nodes[name]["fn"]) for name in signature.observed if name in model})
+            return _finite({name: _centre(model.nodes[name]["fn"]) for name in signature.observed if name in model})
 
-    @isolated
-    def reconstruct(self: Any, x: Any) -> Any:
-        """The mean of x given the posterior means of its latents, in the shape of x; a dict where several sites are observed.
-
-        Raises:
-            ValueError: if the pair has no guide.
-        """
+    def _reconstruct(self: Any, x: Any) -> dict[str, Tensor]:
         batch = _of_numbers(self, x)
         if not self.has_guide:
             raise ValueError("this pair has no guide, so there is no code of a datum")
@@ -142,39 +93,10 @@ class Passes:
                     guide = self.run(self.guide, batch, 1, signature)
                 with program_errors("model", batch):
                     model = self.run(self.model, batch, 1, signature, poutine.replay, trace=guide)
-            return _alone({name: _centre(model.nodes[name]["fn"]) for name in signature.observed if name in model})
+            return _finite({name: _centre(model.nodes[name]["fn"]) for name in signature.observed if name in model})
 
-    @isolated
-    def impute(self: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
-        r"""Draw what is missing given what was observed, in copies of the data without gaps.
-
-        .. math:: x_\text{missing} \sim \int p(x_\text{missing} \mid z)\, p(z \mid x_\text{observed})\, dz
-
-        Latents are drawn from the guide and resampled by their weights, p(x_observed, z) / q(z | x_observed): exact where
-        the guide is the posterior (each draw is then a particle of its own), else in the limit of many particles. The
-        mean of the copies over draws estimates E[x_missing | x_observed].
-
-        Args:
-            x: N data, NaN where a value that the model observes is missing.
-            draws: how many copies.
-            particles: K, of which the draws are chosen, and no fewer than them.
-            seed: of the draws.
-
-        Returns:
-            x in its own form, each array (draws, N, ...): as it was where it was observed, a draw where it was not.
-
-        Raises:
-            ValueError: if the pair takes no missing values, or has no guide with a density over latents of each datum.
-
-        References: Rubin (1987), *Multiple imputation for nonresponse in surveys*; Mattei & Frellsen (2019), *MIWAE*.
-
-        Example:
-            >>> import probae
-            >>> model = probae.PPCA(features=3, latents=1, missing="mask")
-            >>> model.impute(torch.tensor([[1.0, torch.nan, 2.0]]), draws=5).shape
-            torch.Size([5, 1, 3])
-        """
-        return imputed(self, _of_numbers(self, x), whole("draws", draws), whole("particles", particles), seed)
+    def _impute(self: Any, x: Any, draws: int, particles: int, seed: int) -> Batch:
+        return imputed(self, _of_numbers(self, x), draws, particles, seed)
 
 
 class _Centres(Messenger):
@@ -221,8 +143,8 @@ def _about_all(signature: Signature) -> Signature:
     return signature
 
 
-def _alone(found: dict[str, Tensor]) -> Any:
-    """The values by site, or that of the only one; NaN and infinities are never silent."""
+def _finite(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values by site; NaN and infinities are never silent."""
     for name, value in found.items():
         if not torch.isfinite(value).all():
             raise FloatingPointError(
@@ -230,8 +152,7 @@ def _alone(found: dict[str, Tensor]) -> Any:
                 "neither they nor the data too large for their dtype?"
             )
     # where a value is a parameter of the programs, the caller gets one of its own
-    found = {name: value.detach().clone() if value.requires_grad else value for name, value in found.items()}
-    return next(iter(found.values())) if len(found) == 1 else found
+    return {name: value.detach().clone() if value.requires_grad else value for name, value in found.items()}
 
 
 def _centre(fn: Any) -> Tensor:

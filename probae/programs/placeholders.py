@@ -71,6 +71,7 @@ def _given(pair: Any, n: int, given: Any, signature: Signature) -> dict[str, Ten
     found = {}
     for name, value in given.items():
         leaf = next(leaf for leaf in signature.leaves if leaf.name == name)
+        pair.require_columns({name: value})
         value = [value] if isinstance(value, int | float) else value
         # those of a tuple stay whole numbers
         ((_, rows),) = leaves(as_batch((value,), pair.dtype, pair.device))

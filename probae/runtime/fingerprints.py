@@ -29,6 +29,8 @@ from probae.runtime.seeding import Generator
 _DERIVED = {
     "_signatures",
     "remembered",
+    "_columns",
+    "_start",
     "_constraints",
     "_places",
     "_guides",

@@ -39,6 +39,8 @@ _MOST = 1000  # objects that a recipe builds
 def save(model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads.
 
+    The names of the columns that it was fitted to are kept, `probae.Pair.feature_names_in_`.
+
     A model of probae is rebuilt from its arguments, and so is one of a class that `probae.savable` has made known, with
     networks of such classes. Of any other, the tensors alone are kept, and loading needs ``into=``. Layers
     that share a tensor share it again once it is loaded.
@@ -85,6 +87,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         "recipe_sha256": _recipe_checksum(recipe),
         "made": made,
         "shared": _shared(module),
+        "columns": getattr(module, "named_columns", {}),
         "signature": None if (form := getattr(module, "remembered", None)) is None else form.to_json(),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
@@ -136,6 +139,8 @@ def load(folder: str | os.PathLike[str], into: Any = None) -> Any:
     _read_into(module, tensors, set(described["made"]) if into is not None else set(), folder)
     if described["signature"] is not None and isinstance(module, Pair):
         module.remembered = Signature.from_json(described["signature"])
+    if isinstance(module, Pair):
+        module.named_columns = described["columns"]
     module.eval()
     return into if into is not None else source
 
@@ -182,14 +187,14 @@ def _described(path: Path) -> dict[str, Any]:
         made = described.setdefault("made", [])
         if described.setdefault("signature", None) is not None:
             Signature.from_json(described["signature"])
-        if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
+        if not _are_names(made):
             raise ValueError("expected a list of names under 'made'")
         shared = described.setdefault("shared", [])
-        if not isinstance(shared, list) or not all(
-            isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
-            for names in shared
-        ):
+        if not isinstance(shared, list) or not all(_are_names(names) and len(names) > 1 for names in shared):
             raise ValueError("expected lists of two names or more under 'shared'")
+        columns = described.setdefault("columns", {})
+        if not isinstance(columns, dict) or not all(map(_are_names, columns.values())):
+            raise ValueError("expected lists of names under 'columns'")
         checksum = _recipe_checksum(described["recipe"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no model of probae's: {error}") from error
@@ -198,6 +203,10 @@ def _described(path: Path) -> dict[str, Any]:
     if checksum != described["recipe_sha256"]:
         raise ValueError(f"{path} is damaged: the checksum of its recipe differs")
     return described
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
 def _recipe_checksum(recipe: Any) -> str:

@@ -75,7 +75,8 @@ def fit(
 ) -> Run:
     """Train a model in place, by stochastic variational inference.
 
-    Pair and data are checked before the first step. With ``validation``, what ``run.monitor`` names is evaluated at every
+    Pair and data are checked before the first step; the names of a DataFrame's columns are kept, see
+    `probae.Pair.feature_names_in_`. With ``validation``, what ``run.monitor`` names is evaluated at every
     record, and the parameters of the best record are the ones kept, the objective's too. Ctrl-C ends training and returns
     the run.
 
@@ -89,8 +90,9 @@ def fit(
         model: a model, a pair, or an object with ``model`` and ``guide``; or a function without arguments that makes one,
             ``lambda: probae.VAE(64, 8)``, which then starts by the run's seed: ``run.model`` is what it made.
         data: a tensor, array, DataFrame, tuple or dict of these, a torch ``Dataset``, a ``DataLoader``, or a
-            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``); the last three are read as training goes. A Hugging Face
-            data set counts as a Dataset; its columns are the leaves of a batch.
+            ``numpy.memmap`` (``numpy.load(file, mmap_mode="r")``); the last three are read as training goes. So are a matrix of
+            ``scipy.sparse``, an AnnData (its ``X``) and an HDF5 data set, whose rows are made dense a minibatch at a time. A
+            Hugging Face data set counts as a Dataset; its columns are the leaves of a batch.
         validation: data of the same form, for early stopping.
         objective: an `Objective` or its name; by default the model's own, mostly `ELBO`.
         steps, batch_size: optimizer steps, and data in each.
@@ -161,6 +163,8 @@ def fit(
     model = _built(model, seed)
     pair = as_pair(model)
     pair.require_trainable()
+    pair.require_columns(data)
+    pair.require_columns(validation, {**pair.named_columns, **pair.columns_of(data)})
     goal = named(objective, pair)
 
     pair.to(where)
@@ -185,6 +189,7 @@ def fit(
                 _require_whole(signature, batch_size, stream, team)
             if folder is not None:
                 stream.require_resumable()
+            pair.learn_columns(data)
             goal.to(device=where)
             # from before they learn of the data; what is trained starts as in the first process
             fixed = {name: fingerprint(t) for name, t in held(modules).items() if not t.requires_grad}

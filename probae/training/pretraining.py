@@ -119,7 +119,9 @@ def pretrain(
             fit(layers[-1], x, seed=derived(seed, k), **options)
         x = layers[-1].encode(x)
     with seeded(derived(seed, len(widths)), torch.get_default_device()), torch.no_grad():
-        return _joined(deep, plain, layers, as_batch(data, layers[0].dtype, layers[0].device))
+        joined = _joined(deep, plain, layers, as_batch(data, layers[0].dtype, layers[0].device))
+    joined.learn_columns(data)
+    return joined
 
 
 @torch.no_grad()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from probae.export.figures.training import training_curves
 from probae.export.results import Evidence
+from probae.export.tabular import Tabular
 from probae.objectives import Objective
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(repr=False)
-class Run:
+class Run(Tabular):
     """What `fit` returns.
 
     Attributes:
@@ -64,9 +64,12 @@ class Run:
         """
         return training_curves(self, bounds, ax)
 
-    def _repr_html_(self) -> str:
-        shown = self.history.tail(5).to_html(index=False, float_format=lambda value: f"{value:.4f}", na_rep="–")
-        return f"<p>{html.escape(repr(self))}</p>{shown}"
+    def to_frame(self) -> pandas.DataFrame:
+        """The history."""
+        return self.history
+
+    def _shown(self) -> pandas.DataFrame:
+        return self.history.tail(5)
 
     def __repr__(self) -> str:
         if not self.records:

@@ -15,7 +15,6 @@ from probae.objectives.bound import Bound
 from probae.objectives.names import named
 from probae.objectives.objective import Monitor
 from probae.pair import Pair
-from probae.runtime.isolation import isolated
 from probae.tracing.missing import require_numbers
 
 
@@ -70,35 +69,29 @@ class Around(Pair):
     def _events(self, x: Tensor) -> int:
         return self.event_dim
 
-    @isolated
-    def decode(self, z: Any, *, given: Any = None, like: Any = None) -> Any:
-        """The mean of the inner pair's x given latents z, mapped back."""
-        return self._back(self.inner.decode(z, given=given, like=None if like is None else self._there(like)))
+    def _decode(self, z: Any, given: Any, like: Any) -> dict[str, Tensor]:
+        return self._returned(self.inner._decode(z, given, None if like is None else self._there(like)))
 
-    @isolated
-    def sample(self, n: int, like: Any = None, seed: int = 0, *, given: Any = None) -> Any:
-        """Draws of the inner pair, mapped back."""
-        like = None if like is None else self._there(like)
-        return self._back(self.inner.sample(n, like=like, seed=seed, given=given))
+    def _sample(self, n: int, like: Any, seed: int, given: Any) -> dict[str, Tensor]:
+        return self._returned(self.inner._sample(n, None if like is None else self._there(like), seed, given))
 
-    @isolated
-    def reconstruct(self, x: Any) -> Any:
-        """The inner pair's reconstruction, mapped back."""
-        return self._back(self.inner.reconstruct(self._there(x)))
+    def _reconstruct(self, x: Any) -> dict[str, Tensor]:
+        return self._returned(self.inner._reconstruct(self._there(x)))
 
-    @isolated
-    def encode(self, x: Any) -> Any:
-        """The inner pair's codes."""
-        return self.inner.encode(self._there(x))
+    def _encode(self, x: Any) -> dict[str, Tensor]:
+        return self.inner._encode(self._there(x))
 
-    @isolated
-    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
-        """The inner pair's draws of what is missing, mapped back; what was observed is left as it is."""
+    def _impute(self, x: Any, draws: int, particles: int, seed: int) -> Batch:
         batch = self.as_batch(x)
-        found = self.inner.impute(self._there(x), draws, particles=particles, seed=seed)
+        found = self.inner._impute(self._there(x), draws, particles, seed)
         (_, before), *_rest = leaves(batch)
         (_, drawn), *rest = leaves(found)
         return rebuilt(batch, [torch.where(before.isnan(), self._back(drawn), before), *(leaf for _, leaf in rest)])
+
+    def _returned(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the inner pair gives, its first site mapped back."""
+        (name, first), *rest = found.items()
+        return {name: self._back(first), **dict(rest)}
 
     def _there(self, x: Any) -> Batch:
         """A batch in the inner pair's units: its first array is mapped, what is given beside it is not."""

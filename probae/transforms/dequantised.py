@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probae.heads.distributions import Truncation
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import seeded, with_seed
@@ -72,6 +73,7 @@ class Dequantised(Around):
             self.inner.initialise(self._wide(x) + noise.to(x.device), *given)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Dequantised:
         """The inner model's, with its options, on data with noise added once, by a seed, as its starts; returns the pair."""
         x = self.inner.as_data(x)
@@ -102,13 +104,8 @@ class Dequantised(Around):
     def _events(self, x: Tensor) -> int:
         return x.dim() - 1  # counts have no particle axis: noise gives them theirs
 
-    @isolated
-    def impute(self, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
-        """Refused: counts that were observed say less of the latents than the values at which the inner pair would look.
-
-        Raises:
-            ValueError: always.
-        """
+    def _impute(self, x: Any, draws: int, particles: int, seed: int) -> Any:
+        # counts that were observed say less of the latents than the values at which the inner pair would look
         raise ValueError(
             "impute: a Dequantised pair has no draws of missing counts given observed ones; use a likelihood of counts, such "
             "as likelihoods.DiscretisedNormal, or impute with the inner pair at the middles of the bins"
@@ -125,7 +122,6 @@ class Dequantised(Around):
     def _back(self, y: Tensor) -> Tensor:
         return y - 0.5
 
-    @isolated
-    def sample(self, n: int, like: Any = None, seed: int = 0, *, given: Any = None) -> Any:
-        """Draws of the inner pair, rounded down."""
-        return (super().sample(n, like, seed, given=given) + 0.5).floor()
+    def _sample(self, n: int, like: Any, seed: int, given: Any) -> dict[str, Tensor]:
+        (name, drawn), *rest = super()._sample(n, like, seed, given).items()
+        return {name: (drawn + 0.5).floor(), **dict(rest)}

@@ -33,6 +33,8 @@ _DRAWS = 200  # of the posterior, for each datum, by which a scale is refitted
 class ExPost(Pair):
     r"""A trained decoder under another prior, with a factor on the likelihood's scale: what `expost_prior` returns.
 
+    Its codes are the autoencoder's: ``encode`` gives them, and ``decode`` takes them.
+
     .. math:: z \sim \text{prior}, \qquad x \mid z \sim \text{likelihood}(\text{code}(z)), \quad \text{scale} \times c
 
     Args:
@@ -69,15 +71,11 @@ class ExPost(Pair):
             return dist.Delta(self.prior.latent(fn.mean), event_dim=1, validate_args=False)
         return fn
 
-    @isolated
-    def encode(self, x: Any) -> Any:
-        """The autoencoder's codes."""
-        return self.inner.encode(x)
+    def _encode(self, x: Any) -> dict[str, Tensor]:
+        return self.inner._encode(x)
 
-    @isolated
-    def decode(self, z: Any, *, given: Any = None, like: Any = None) -> Any:
-        """The mean of x given codes, (..., L) -> (..., D)."""
-        return self.inner.decode(z, given=given, like=like)
+    def _decode(self, z: Any, given: Any, like: Any) -> dict[str, Tensor]:
+        return self.inner._decode(z, given, like)
 
     def __repr__(self) -> str:
         return f"<{self.label}: {type(self.inner).__name__}, {type(self.prior).__name__} of {self.latents} latents>"

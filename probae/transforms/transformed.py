@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import with_seed
@@ -134,6 +135,7 @@ class Transformed(Around):
             self.inner.initialise(self._forth(x), *given)
 
     @isolated
+    @learns_columns
     def maximum_likelihood(self, x: Any, seed: int = 0, **options: Any) -> Transformed:
         """The inner model's, with its options, and a seed where it takes one, at T(x); returns the pair."""
         y = self._forth(self.as_data(x))

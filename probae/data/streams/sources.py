@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from probae.batches import as_batch
+from probae.batches import as_batch, is_by_rows
+from probae.data.streams.densified import Densified
 from probae.data.streams.fetched import Fetched
 from probae.data.streams.loader import Streamed
 from probae.data.streams.mapped import Mapped
@@ -18,8 +19,12 @@ from probae.runtime.processes import ALONE, Processes
 
 
 def streams_from_disk(data: Any) -> bool:
-    """Whether data are read piece by piece rather than held in memory."""
-    return isinstance(data, np.memmap | DataLoader) or (_is_set(data) and not isinstance(data, TensorDataset))
+    """Whether data are read, or made dense, piece by piece rather than held in memory."""
+    return (
+        is_by_rows(data)
+        or isinstance(data, np.memmap | DataLoader)
+        or (_is_set(data) and not isinstance(data, TensorDataset))
+    )
 
 
 def source(
@@ -32,7 +37,7 @@ def source(
     processes: Processes = ALONE,
     keeps: bool = False,
 ) -> Source:
-    """The minibatches of arrays, in memory or mapped, a Dataset or a DataLoader (whose own batch size and order then hold).
+    """The minibatches of arrays, in memory, sparse or mapped, a Dataset or a DataLoader (whose own batch size and order hold).
 
     Args:
         keeps: whether data that ``dtype`` cannot hold stay in float64, or are refused; judged on the first that are read.
@@ -42,6 +47,8 @@ def source(
     """
     if isinstance(data, np.memmap):
         return Mapped(data, batch_size, seed, dtype, device, processes, keeps)
+    if is_by_rows(data):
+        return Densified(data, batch_size, seed, dtype, device, processes, keeps)
     if isinstance(data, DataLoader):
         return Streamed(data, dtype, device, processes, seed, keeps)
     if isinstance(data, TensorDataset):
