@@ -64,9 +64,8 @@ html_theme_options = {
     "show_toc_level": 2,
     "footer_start": ["copyright"],
     "footer_end": [],
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "models/index": [], "gallery/index": []},
 }
 html_sidebars = {"start": [], "numbers": [], "questions": [], "gallery": []}
-mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -11,12 +11,12 @@ from choices import CHOICES, built, choices, neighbours, shared_kind
 from examples import example
 from measured import digits, evidence
 from sphinx.application import Sphinx
-from writing import table, write_pages
+from writing import stacked, table, write_pages
 
 import probae
 from probae.models import CATALOGUE, Model
 
-_SECTIONS = re.compile(r"^(Args|Arguments|Attributes|Raises|Example|References|Shapes):", re.MULTILINE)
+_SECTIONS = re.compile(r"^(Args|Arguments|Attributes|Raises|Example|References):", re.MULTILINE)
 _ROOMS = {
     "prior": probae.priors,
     "likelihood": probae.likelihoods,
@@ -41,10 +41,12 @@ def page(name: str, line: Model) -> str:
     """The page of a model."""
     kind = shared_kind(name, name)
     assert kind is not None
+    *others, last = line.kinds
+    data = f"{', '.join(others)} or {last}" if others else last
     parts = [
         f"(model-{name})=\n# {sentence(line.title)}",
-        f"`{name}` · {line.paper} · for {' and '.join(line.kinds)} data",
         line.use,
+        f"`{name}` · {line.paper} · for {data} data",
         f"## What it is made of\n\n{made_of(name, kind)}",
         f"## The model\n\n{story(type(built(name, kind)))}",
         f"## What it shares\n\n{shared(name)}",
@@ -88,7 +90,7 @@ def story(cls: type) -> str:
     module = f".. py:currentmodule:: {cls.__module__}\n\n"
     rest = f"\n\n{references[0]}" if references else ""
     link = f"\n\nIts arguments and methods: {{py:obj}}`{public}`." if public else ""
-    return f"```{{eval-rst}}\n{module}{body}{rest}\n```{link}"
+    return f"```{{eval-rst}}\n{module}{stacked(body)}{rest}\n```{link}"
 
 
 def shared(name: str) -> str:
@@ -134,15 +136,15 @@ def overview() -> str:
         kind = shared_kind(name, name)
         assert kind is not None
         made = choices(name, kind)
-        cells = [linked(c, made.get(c, "")) for c in shown]
-        rows.append([f"[{name}]({name}.md)", line.title, *cells, evidence(name)])
+        cells = [linked(c, made.get(c, "").partition(", ")[0]) for c in shown]
+        rows.append([f"[{name}]({name}.md) {line.title}", *cells, evidence(name)])
     return f"""# Models
 
 Every model is a pair: a model p(x, z) = p(z) p(x | z) and a guide q(z | x). What tells them apart is a choice or two.
 Each page has the equations, when to use the model, its nearest relatives, a run on real data, and measured numbers.
 `probae.models.make(name, features, latents)` builds any of them, and `probae list` prints their names.
 
-{table(["name", "what it is", *shown, "log p(x), digits"], rows)}
+{table(["model", *shown, "log p(x), digits"], rows)}
 
 The choices are those for counts, or for the kind of data that the model is for. The last column has held-out nats per image;
 a flat prior has no log p(x), and there the number is that of the model with a prior fitted to its codes.
@@ -150,6 +152,6 @@ a flat prior has no log p(x), and there the number is that of the model with a p
 ```{{toctree}}
 :hidden:
 
-{chr(10).join(CATALOGUE)}
+{chr(10).join(f"{name} <{name}>" for name in CATALOGUE)}
 ```
 """

@@ -9,6 +9,7 @@ import pyro.poutine as poutine
 import torch
 from torch import nn
 
+from probae.adapter import as_pair
 from probae.comparison.fits import has_maximum_likelihood
 from probae.datasets import Schema
 from probae.models import CATALOGUE
@@ -35,7 +36,7 @@ def schema_for(name: str, kind: str) -> Schema:
 
 def built(name: str, kind: str) -> Any:
     """The model itself, without what turns its density into a mass of whole numbers."""
-    pair = CATALOGUE[name].build(schema_for(name, kind), 8)
+    pair = as_pair(CATALOGUE[name].build(schema_for(name, kind), 8))
     return getattr(pair, "inner", pair)
 
 

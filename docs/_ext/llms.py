@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+
+import probae
 
 _SECTIONS = {
     "": "Guide",
@@ -29,7 +32,7 @@ def write(app: Sphinx, failure: Exception | None) -> None:
     """The title and the first sentence of each page, by section."""
     if failure is not None or app.builder.format != "html":
         return
-    lines = ["# probae", "", f"> {_first_text(app.env, app.config.root_doc)}"]
+    lines = ["# probae", "", f"> {probae.__doc__}"]
     for folder, title in _SECTIONS.items():
         pages = [
             name for name in _in_order(app.env) if name.partition("/")[0] == folder or ("/" not in name and not folder)
@@ -60,5 +63,5 @@ def _first_text(env: BuildEnvironment, name: str) -> str:
     """The first sentence of a page, or what its first docstring says."""
     for paragraph in env.get_doctree(name).findall(nodes.paragraph):
         if text := " ".join(paragraph.astext().split()):
-            return text.partition(". ")[0].rstrip(".:") + "."
+            return re.split(r"(?<! al)[.:] ", text)[0].rstrip(".:") + "."
     return ""

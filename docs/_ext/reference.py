@@ -19,7 +19,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.logging import getLogger
 from sphinx.util.nodes import make_refnode
-from writing import write_pages
+from writing import stacked, write_pages
 
 import probae
 
@@ -121,7 +121,7 @@ def one_each(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines:
         if shared := re.match(r":ivar (\w+(?:, \w+)+):", field):
             rest = field[shared.end() :].rstrip("\n")
             fields[i] = "\n".join(f":ivar {one}:{rest}" for one in shared[1].split(", ")) + "\n"
-    lines[:] = "".join(fields).split("\n")
+    lines[:] = stacked("".join(fields)).split("\n")
 
 
 def skip(app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,3 +23,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; a bar inside a cell is escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def stacked(text: str) -> str:
+    r"""A docstring whose formulas of several parts, set apart by ``\\quad``, have a line for each part: they fit a phone."""
+    return re.sub(r"^( *)\.\. math:: (.+(?:\n\1 +\S.*)*)", _lines, text, flags=re.MULTILINE)
+
+
+def _lines(formula: re.Match[str]) -> str:
+    parts = re.split(r"\\q?quad\b", " ".join(formula[2].split()))
+    if len(parts) == 1:
+        return formula[0]
+    rows = r" \\ ".join(part.strip() for part in parts)
+    return rf"{formula[1]}.. math:: \begin{{gathered}} {rows} \end{{gathered}}"
