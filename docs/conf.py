@@ -60,6 +60,7 @@ html_show_sourcelink = False
 html_theme_options = {
     "github_url": "https://github.com/probae/probae",
     "header_links_before_dropdown": 7,
+    "navbar_persistent": ["search-button"],
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "footer_start": ["copyright"],

@@ -46,7 +46,7 @@ def page(name: str, line: Model) -> str:
     parts = [
         f"(model-{name})=\n# {sentence(line.title)}",
         line.use,
-        f"`{name}` · {line.paper} · for {data} data",
+        f"`{name}` · {line.paper} · for data that are {data}",
         f"## What it is made of\n\n{made_of(name, kind)}",
         f"## The model\n\n{story(type(built(name, kind)))}",
         f"## What it shares\n\n{shared(name)}",
@@ -137,16 +137,16 @@ def overview() -> str:
         assert kind is not None
         made = choices(name, kind)
         cells = [linked(c, made.get(c, "").partition(", ")[0]) for c in shown]
-        rows.append([f"[{name}]({name}.md) {line.title}", *cells, evidence(name)])
+        rows.append([f"[{name}]({name}.md) {line.title}", evidence(name), *cells])
     return f"""# Models
 
 Every model is a pair: a model p(x, z) = p(z) p(x | z) and a guide q(z | x). What tells them apart is a choice or two.
 Each page has the equations, when to use the model, its nearest relatives, a run on real data, and measured numbers.
 `probae.models.make(name, features, latents)` builds any of them, and `probae list` prints their names.
 
-{table(["model", *shown, "log p(x), digits"], rows)}
+{table(["model", "log p(x), digits", *shown], rows)}
 
-The choices are those for counts, or for the kind of data that the model is for. The last column has held-out nats per image;
+The choices are those for counts, or for the kind of data that the model is for. The second column has held-out nats per image;
 a flat prior has no log p(x), and there the number is that of the model with a prior fitted to its codes.
 
 ```{{toctree}}

@@ -94,7 +94,7 @@ def _guide(pair: Any, name: str, kind: str) -> str:
     if head := _module(pair, "code"):
         return head
     if pair.tractable:
-        return "exact posterior"
+        return "exact"
     drawn = ", ".join(_sites(pair.guide, name, kind, observed=False))
     return "best code" if drawn == "Delta" else drawn
 

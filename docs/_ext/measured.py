@@ -34,10 +34,13 @@ def digits() -> Kept:
     lines = [line.strip("|\n ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     if title is None or len(lines) < 3:
         raise ValueError(f"{RESULTS.name}: expected a title with the command and the day, and a table")
-    rows = [
-        [cell.strip().replace("-", "−", 1) if i else cell.strip() for i, cell in enumerate(line)] for line in lines[2:]
-    ]
+    rows = [[_typeset(cell.strip()) if i else cell.strip() for i, cell in enumerate(line)] for line in lines[2:]]
     return Kept(title[1], title[2], lines[0], {row[0]: row for row in rows})
+
+
+def _typeset(cell: str) -> str:
+    """A number with a minus sign, on one line."""
+    return cell.replace("-", "−", 1).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def evidence(name: str) -> str:
