@@ -9,7 +9,7 @@ from typing import Any
 
 from choices import CHOICES, built, choices, neighbours, shared_kind
 from examples import example
-from measured import digits, evidence
+from measured import digits, evidence, printed
 from sphinx.application import Sphinx
 from writing import stacked, table, write_pages
 
@@ -109,23 +109,14 @@ def measured(name: str) -> str:
     near = [other for other, _ in neighbours(name)]
     rows = kept.about([name, *near])
     if not any(row[0].startswith(name) for row in rows):
-        return f"The table of the digits has no row of this model. {_not_there(CATALOGUE[name])}"
+        run = printed(name)
+        return f"The run above prints\n\n{run}" if run else "`probae compare` measures it beside the others."
     shown = [[f"**{row[0]}**" if row[0].startswith(name) else row[0], *row[1:]] for row in rows]
     return (
         "Held-out nats per image of the digits, ± a standard error over 100 images; ≥ marks a lower bound, and – that there "
         f"is no log p(x).\n\n{table(kept.header, shown)}\n\nBy `{kept.command}`, {kept.day}; "
         "all models are in `benchmarks/results/digits-all.md`."
     )
-
-
-def _not_there(line: Model) -> str:
-    if line.sequences:
-        return "It is for sequences."
-    if "counts" not in line.kinds:
-        return f"These are counts, and it is for {' and '.join(line.kinds)} data."
-    if line.most is not None:
-        return f"These are counts up to 16, and it is for counts up to {line.most}."
-    return "`probae compare --models all` fits it beside the others."
 
 
 def overview() -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "digits-all.md"
+_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = _FOLDER / "digits-all.md"
+RUNS = _FOLDER / "model-pages.md"
 EXPOST = " with ex-post prior"
 
 
@@ -36,6 +38,12 @@ def digits() -> Kept:
         raise ValueError(f"{RESULTS.name}: expected a title with the command and the day, and a table")
     rows = [[_typeset(cell.strip()) if i else cell.strip() for i, cell in enumerate(line)] for line in lines[2:]]
     return Kept(title[1], title[2], lines[0], {row[0]: row for row in rows})
+
+
+def printed(name: str) -> str:
+    """What the run on the page of a model printed, where that was kept, or nothing."""
+    found = re.search(rf"^## {name}\n\n(```text\n.*?^```)", RUNS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
 
 
 def _typeset(cell: str) -> str:
