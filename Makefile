@@ -1,5 +1,6 @@
 # make compare   the main job: install, fit a line-up of models to real digits, print the table
 # make test      install with the test extra, check, run the tests
+# make docs      build the documentation into docs/_build/html; make docs-serve shows it at http://localhost:8000
 # COVERAGE=1     with make test: which lines of probae the tests ran, at the end
 # CPU=1          on Linux without an NVIDIA GPU: take PyTorch's CPU build, not gigabytes of CUDA
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: compare test slow clean
+.PHONY: compare test slow docs docs-serve clean
 
 compare: $(VENV)/.compare
 	@# one thread: networks of this size gain nothing from two, and lose much when another process holds a core
@@ -21,6 +22,12 @@ test: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind localhost --directory docs/_build/html 8000
 
 $(BIN)/python:
 	@$(PYTHON) -c '' 2>/dev/null || { echo "probae needs Python 3.11 or newer: no '$(PYTHON)' found; name one by PYTHON=..."; exit 1; }
@@ -39,5 +46,10 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@$(PIP) -e '.[test]'
 	@touch $@
 
+$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing probae and what its documentation needs (once; PyTorch is large)"
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info docs/_build docs/api docs/gallery docs/models docs/notebooks

@@ -60,7 +60,7 @@ def log_evidence(
     ``"elbo"``              mean of log w over K particles                      lower
     ``"iwae"``              log mean of w over K particles                      lower
     ``"refined"``           log mean of p(x, u) / q over K draws from a guide
-                            that is optimised for each datum              lower
+                            that is optimised for each datum                    lower
     ``"ais"``               log mean of the weights of C annealed chains        lower
     ``"own"``               what the model's ``estimate_log_prob`` says         its own
     ``"auto"``              own, exact or enumerate where they apply; else,

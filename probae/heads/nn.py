@@ -222,7 +222,7 @@ def _halved(n: int, times: int) -> int:
 class Flattened(nn.Module):
     r"""A network for events of a shape, such as convolutions, between flat vectors with any leading axes.
 
-    Shapes: (..., D) -> reshape to (M, *shape) -> module -> flatten -> (..., outputs).
+    Shapes: (..., D) -> reshape to ``(M, *shape)`` -> module -> flatten -> (..., outputs).
 
     Example:
         >>> net = Flattened(nn.Conv2d(1, 4, 3, stride=2), (1, 8, 8))

@@ -31,7 +31,7 @@ class Prior(nn.Module):
         """What a model calls once: a prior that is made of the model's posterior keeps it; data have the event shape."""
 
     def start(self, x: Tensor) -> None:
-        """Take from training data (N, *shape) what it needs, once, before training."""
+        """Take from training data ``(N, *shape)`` what it needs, once, before training."""
 
 
 @recorded(role="prior")
@@ -178,7 +178,7 @@ class VampPrior(Prior):
         self._posterior: Callable[[Tensor], Any] | None = None
 
     def bind(self, posterior: Callable[[Tensor], Any], shape: Sequence[int]) -> None:
-        """Keep the posterior, and make the pseudo-inputs (K, *shape)."""
+        """Keep the posterior, and make the pseudo-inputs ``(K, *shape)``."""
         if self._posterior is not None:
             raise ValueError("prior: expected a VampPrior of this model's own, got one that another model has")
         self._posterior = posterior

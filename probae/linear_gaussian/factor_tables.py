@@ -62,7 +62,7 @@ class FactorTables:
 
     @isolated
     def rotated(self: Any, method: str | None = "varimax", standardised: bool = True) -> Rotation:
-        """Loadings (D, L), the matrix that rotates, and the factors' correlations, by `probae.linear_gaussian.rotation.rotate`.
+        """Loadings (D, L), the matrix that rotates, and the correlations, by ``probae.linear_gaussian.rotation.rotate``.
 
         Args:
             method: ``"varimax"``, ``"quartimax"``, ``"oblimin"``, ``"promax"``, or None for the loadings as they are.

@@ -14,24 +14,15 @@ from typing import Any
 from probae.arguments import one_of
 from probae.data.datasets.dataset import Kind, Schema
 from probae.heads import likelihoods
-from probae.heads.corruption import Corruption, Gaussian, SaltAndPepper
-from probae.heads.likelihoods import Head
 from probae.heads.nn import event_shape
-from probae.heads.posteriors import Sigmoid, TopK
 from probae.heads.priors import VampPrior
+from probae.models import builders
 from probae.models.autoencoder import Autoencoder, StochasticAutoencoder
-from probae.models.generative_stochastic_network import GenerativeStochasticNetwork
-from probae.models.hidden_markov import HiddenMarkov
-from probae.models.item_response import ItemResponse
 from probae.models.latent_class import LatentClass
 from probae.models.linear_gaussian import PPCA, FactorAnalysis
 from probae.models.mixture_of_factor_analysers import MixtureOfFactorAnalysers
-from probae.models.mixture_of_trees import MixtureOfTrees
-from probae.models.sparse_autoencoder import SparseAutoencoder
-from probae.models.sparse_coding import SparseCoding
 from probae.models.spike_and_slab import SpikeAndSlab
 from probae.models.vae import VAE
-from probae.transforms.dequantised import Dequantised
 
 #: counts up to this number may have a class of their own each
 CLASSES = 64
@@ -55,6 +46,7 @@ class Model:
         labels: whether it conditions on labels, which the data must have.
         sequences: whether a datum is a sequence, (T, D).
         gaps: whether it takes missing values.
+        use: when to use it, in a sentence or two.
     """
 
     title: str
@@ -68,12 +60,13 @@ class Model:
     labels: bool = False
     sequences: bool = False
     gaps: bool = True
+    use: str = ""
 
     def suits(self, schema: Schema) -> bool:
         """Whether it is for such data."""
         return (
             schema.kind in self.kinds
-            and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
+            and (self.most is None or schema.kind != "counts" or builders.maximum(schema) <= self.most)
             and (schema.kind != "real" or schema.varies or not self.varying)
             and (schema.classes is not None or not self.labels)
             and (len(schema.shape) == 2 or not self.sequences)
@@ -81,240 +74,180 @@ class Model:
         )
 
 
-def maximum(schema: Schema) -> int:
-    """The largest possible count."""
-    return schema.maximum if schema.maximum is not None else 1
-
-
-def natural(schema: Schema) -> Head:
-    """The likelihood that suits the values."""
-    if schema.kind == "binary":
-        return likelihoods.Bernoulli()
-    return likelihoods.Binomial(maximum(schema)) if schema.kind == "counts" else gaussian(schema)
-
-
-def gaussian(schema: Schema) -> Head:
-    """A Normal that is a density of real numbers, and a mass of whole ones."""
-    if schema.kind == "real":
-        return likelihoods.Normal("feature" if schema.varies else "shared")
-    return likelihoods.DiscretisedNormal(maximum(schema), scale="feature")
-
-
-def of_classes(schema: Schema) -> Head:
-    """The likelihood of a class that suits the values: its scales are its own, and none falls far below the data's."""
-    if schema.kind == "real" and schema.varies:
-        return likelihoods.Normal("predicted", floor=0.05)
-    return natural(schema)
-
-
-def _network(model: Callable[..., Any], head: Callable[[Schema], Head] = natural, **fixed: Any) -> Callable[..., Any]:
-    """Builds a model with networks under a likelihood that suits the data."""
-
-    def build(schema: Schema, latents: int, **options: Any) -> Any:
-        shape = schema.shape if len(schema.shape) > 1 else schema.features
-        settings = {"likelihood": None, "missing": schema.missing, **fixed, **options}
-        if settings["likelihood"] is None:
-            settings["likelihood"] = head(schema)
-        return model(shape, latents, **settings)
-
-    return build
-
-
-def _linear(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Builds a linear-Gaussian model, dequantised where the data are whole numbers."""
-
-    def build(schema: Schema, latents: int, **options: Any) -> Any:
-        pair = model(schema.features, latents, **{"missing": schema.missing, **options})
-        return pair if schema.kind == "real" else Dequantised(pair)
-
-    return build
-
-
-def _flat(model: Callable[..., Any], head: Callable[[Schema], Head]) -> Callable[..., Any]:
-    """Builds a model without networks, for features in a row, under a likelihood that suits the data."""
-
-    def build(schema: Schema, latents: int, **options: Any) -> Any:
-        settings = {"likelihood": head(schema), "missing": schema.missing, **options}
-        return model(schema.features, latents, **settings)
-
-    return build
-
-
-def _sequences(schema: Schema, latents: int, **options: Any) -> Any:
-    return HiddenMarkov(
-        schema.shape, latents, **{"likelihood": of_classes(schema), "missing": schema.missing, **options}
-    )
-
-
-def _traits(schema: Schema, latents: int, **options: Any) -> Any:
-    head = likelihoods.OrderedCategorical(maximum(schema) + 1) if schema.kind == "counts" else likelihoods.Bernoulli()
-    settings = {"likelihood": head, "missing": schema.missing, **options}
-    return ItemResponse(schema.features, latents if latents == 2 else 1, **settings)
-
-
-def _sparse(posterior: str | None, **fixed: Any) -> Callable[..., Any]:
-    """Builds a sparse autoencoder; with the k largest of its latents, a quarter of them, where no posterior is named."""
-    point = posterior not in {"normal", "laplace"}
-
-    def head(schema: Schema) -> Head:
-        scale = schema.spread / 4 if point else "shared"
-        if schema.kind == "real":
-            return likelihoods.Normal(scale)
-        return (
-            likelihoods.DiscretisedNormal(maximum(schema), scale=scale) if schema.kind == "counts" else natural(schema)
-        )
-
-    def build(schema: Schema, latents: int, **options: Any) -> Any:
-        # λ is in the units of the data where the scale is: 1 for the digits, whose counts have a standard deviation of 6
-        rate = 6 / schema.spread if point and schema.kind != "binary" else 1.0
-        code = posterior if posterior is not None else TopK(max(1, latents // 4))
-        settings = {"posterior": code, "hidden": (128,), "rate": rate, "learned_rate": not point, **fixed}
-        return _network(SparseAutoencoder, head, **settings)(schema, latents, **options)
-
-    return build
-
-
-def _trees(schema: Schema, latents: int, **options: Any) -> Any:
-    return MixtureOfTrees(schema.features, latents, **{"values": maximum(schema) + 1, **options})
-
-
-def corruption(schema: Schema) -> Corruption:
-    """Noise that suits the values: a fifth of binary ones drawn anew, others by half a standard deviation."""
-    return SaltAndPepper(0.2) if schema.kind == "binary" else Gaussian(schema.spread / 2)
-
-
-def _denoising(schema: Schema, latents: int, **options: Any) -> Any:
-    settings = {"hidden": (128,), "corruption": corruption(schema), **options}
-    return _network(Autoencoder)(schema, latents, **settings)
-
-
-def _chain(schema: Schema, latents: int, **options: Any) -> Any:
-    return _network(GenerativeStochasticNetwork)(schema, latents, **{"corruption": corruption(schema), **options})
-
-
-def _contractive(schema: Schema, latents: int, **options: Any) -> Any:
-    # in squared units of the data, so that the penalty is the same in any
-    settings = {"posterior": Sigmoid(), "tied": True, "contraction": 0.1 * schema.spread**2, **options}
-    return _network(Autoencoder)(schema, latents, **settings)
-
-
-def _predictive(schema: Schema, latents: int, **options: Any) -> Any:
-    # the code's distance from its prediction weighs as much as the datum's from its reconstruction: α = 1/2σ²
-    settings = {"prediction": 8 / schema.spread**2, **options}
-    return _sparse("point")(schema, latents, **settings)
-
-
-def _sparse_coding(schema: Schema, latents: int, **options: Any) -> Any:
-    """Builds sparse coding in the units of the data, as `_sparse` does."""
-    settings = {"likelihood": likelihoods.Normal(schema.spread / 4), "rate": 6 / schema.spread, **options}
-    return SparseCoding(schema.features, latents, **settings)
-
-
 #: name -> model
 CATALOGUE: dict[str, Model] = {
-    "ppca": Model("probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", _linear(PPCA), standard=ALL),
+    "ppca": Model(
+        "probabilistic PCA, maximum likelihood", "Tipping & Bishop 1999", builders.linear(PPCA), standard=ALL,
+        use="A linear baseline with an exact log p(x), fitted in well under a second. Take factor analysis instead "
+        "where features have noise of different sizes.",
+    ),
     "factor_analysis": Model(
-        "factor analysis, maximum likelihood", "Rubin & Thayer 1982", _linear(FactorAnalysis), standard=ALL, varying=True
+        "factor analysis, maximum likelihood", "Rubin & Thayer 1982",
+        builders.linear(FactorAnalysis), standard=ALL, varying=True,
+        use="Questionnaires and test scores: a few factors behind many measurements, loadings to read and to rotate, "
+        "tests of fit. log p(x) is exact, with missing values too.",
     ),
     "sparse_vae": Model(
-        "sparse VAE: Laplace prior and guide, dictionary", "Tonolini et al. 2020", _sparse("laplace"), standard=ALL
+        "sparse VAE: Laplace prior and guide, dictionary", "Tonolini et al. 2020",
+        builders.sparse("laplace"), standard=ALL,
+        use="Codes of which few matter for each datum, and evidence beside them: the bound is valid, unlike at the "
+        "point codes of a sparse autoencoder.",
     ),
     "normal_vae": Model(
-        "VAE, Normal likelihood (rounded, for counts)", "Kingma & Welling 2014", _network(VAE, gaussian),
+        "VAE, Normal likelihood (rounded, for counts)", "Kingma & Welling 2014",
+        builders.network(VAE, builders.gaussian),
         kinds=("counts", "real"), standard=("counts", "real"),
+        use="Real measurements, or counts of many levels that lie close together. On counts it gives the mass of whole "
+        "numbers, so that it compares with the models of counts.",
     ),
     "binomial_vae": Model(
         "VAE, Binomial likelihood", "Kingma & Welling 2014",
-        _network(VAE, lambda schema: likelihoods.Binomial(maximum(schema))), kinds=COUNTS, standard=COUNTS,
+        builders.network(VAE, lambda schema: likelihoods.Binomial(builders.maximum(schema))), kinds=COUNTS, standard=COUNTS,
+        use="Counts with a known maximum, such as grey values or numbers of successes: one number for each feature "
+        "says where its counts lie, with the Binomial's spread.",
     ),
     "categorical_vae": Model(
         f"VAE, a class for each count (up to {CLASSES})", "Kingma & Welling 2014",
-        _network(VAE, lambda schema: likelihoods.Categorical(maximum(schema) + 1)), kinds=COUNTS, standard=COUNTS,
-        most=CLASSES - 1,
+        builders.network(VAE, lambda schema: likelihoods.Categorical(builders.maximum(schema) + 1)),
+        kinds=COUNTS, standard=COUNTS, most=CLASSES - 1,
+        use="Counts of few levels whose distributions have any shape. It learns each level's probability apart, and so "
+        "needs more data than the other likelihoods.",
     ),
     "ordinal_vae": Model(
         f"VAE, ordered levels with cut points of their own (up to {CLASSES})", "McCullagh 1980",
-        _network(VAE, lambda schema: likelihoods.OrderedCategorical(maximum(schema) + 1)), kinds=COUNTS,
+        builders.network(VAE, lambda schema: likelihoods.OrderedCategorical(builders.maximum(schema) + 1)), kinds=COUNTS,
         most=CLASSES - 1,
+        use="Ratings and other ordered levels whose distances are unknown: cut points for each feature are learned.",
     ),
     "vae": Model(
-        "VAE, with the likelihood that suits the values", "Kingma & Welling 2014", _network(VAE, hidden=(200, 200)),
+        "VAE, with the likelihood that suits the values", "Kingma & Welling 2014",
+        builders.network(VAE, hidden=(200, 200)),
         standard=("binary",),
+        use="The first choice for data with curved structure: a decoder with two hidden layers, valid bounds, draws "
+        "and imputations. Start here, and compare with factor analysis.",
     ),
     "conditional_vae": Model(
         "VAE given labels, with the likelihood that suits the values", "Sohn et al. 2015",
-        lambda schema, latents, **options: _network(VAE, given=schema.classes)(schema, latents, **options), labels=True,
+        lambda schema, latents, **options:
+        builders.network(VAE, given=schema.classes)(schema, latents, **options), labels=True,
+        use="Data with labels or covariates: what is known is given, and the latents say the rest. Its evidence is log "
+        "p(x | label), not to be ranked against log p(x).",
     ),
     "linear_vae": Model(
-        "VAE with an affine encoder and decoder", "Lucas et al. 2019", _network(VAE, hidden=())
+        "VAE with an affine encoder and decoder", "Lucas et al. 2019", builders.network(VAE, hidden=()),
+        use="To separate what a deep decoder gains from what amortised training gives: with a Normal likelihood its "
+        "best solution is that of probabilistic PCA.",
     ),
     "sparse_autoencoder": Model(
-        "sparse autoencoder: Laplace prior, point guide", "Olshausen & Field 1996", _sparse("point")
+        "sparse autoencoder: Laplace prior, point guide", "Olshausen & Field 1996", builders.sparse("point"),
+        use="Dictionaries with an L1 penalty, with an encoder that gives codes at once. For evidence, take the sparse "
+        "VAE.",
     ),
     "linear_autoencoder": Model(
-        "linear autoencoder: flat prior, affine encoder and decoder", "Baldi & Hornik 1989", _network(Autoencoder, hidden=())
+        "linear autoencoder: flat prior, affine encoder and decoder", "Baldi & Hornik 1989",
+        builders.network(Autoencoder, hidden=()),
+        use="To see that an autoencoder without hidden layers is PCA: under a Normal likelihood its decoder spans the "
+        "principal subspace.",
     ),
     "autoencoder": Model(
-        "autoencoder: flat prior, point guide", "Hinton & Salakhutdinov 2006", _network(Autoencoder, hidden=(128,)),
+        "autoencoder: flat prior, point guide", "Hinton & Salakhutdinov 2006",
+        builders.network(Autoencoder, hidden=(128,)),
         standard=ALL,
+        use="Good reconstructions and codes for other programs. It has no log p(x): fit a prior to its codes "
+        "(`probae.expost_prior`) to draw from it and to compare it.",
     ),
     "stochastic_autoencoder": Model(
-        "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016", _network(StochasticAutoencoder),
+        "stochastic autoencoder: flat prior, noisy code", "Goodfellow et al. 2016",
+        builders.network(StochasticAutoencoder),
         standard=ALL,
+        use="Codes that must survive noise of a fixed size. Like the autoencoder it has no log p(x) before a prior is "
+        "fitted to its codes.",
     ),
     "vamp_vae": Model(
         "VAE whose prior is a mixture of its posteriors at learned inputs", "Tomczak & Welling 2018",
-        lambda schema, latents, **options: _network(VAE, hidden=(200, 200), prior=VampPrior(latents))(
+        lambda schema, latents, **options: builders.network(VAE, hidden=(200, 200), prior=VampPrior(latents))(
             schema, latents, **options
         ),
+        use="Where the codes of a VAE do not fill the Normal prior: the prior is learned with the model. Its evidence "
+        "takes longer, since the prior runs the encoder.",
     ),
     "latent_class": Model(
-        "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968", _flat(LatentClass, of_classes)
+        "latent class analysis: a finite mixture, by EM", "Lazarsfeld & Henry 1968",
+        builders.flat(LatentClass, builders.of_classes),
+        use="Groups of people or things by their answers: each class has its own probabilities, log p(x) is exact, and "
+        "several starts say whether the optimum is stable.",
     ),
     "item_response": Model(
-        f"item response theory, one trait or two (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981", _traits,
+        f"item response theory, one trait or two (counts up to {CLASSES - 1}: graded)", "Bock & Aitkin 1981",
+        builders.traits,
         kinds=("binary", "counts"), most=CLASSES - 1,
+        use="Tests and questionnaires with one trait or two: difficulties, slopes and standard errors, log p(x) by "
+        "quadrature.",
     ),
     "mixture_of_factor_analysers": Model(
-        "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996", _linear(MixtureOfFactorAnalysers),
+        "mixture of three factor analysers, by EM", "Ghahramani & Hinton 1996",
+        builders.linear(MixtureOfFactorAnalysers),
         varying=True,
+        use="Groups that differ in their correlations, not in their means alone: each has factors of its own. log p(x) "
+        "is exact.",
     ),
     "mixture_of_ppca": Model(
         "mixture of three probabilistic PCAs, by EM", "Tipping & Bishop 1999",
-        _linear(partial(MixtureOfFactorAnalysers, noise="isotropic")),
+        builders.linear(partial(MixtureOfFactorAnalysers, noise="isotropic")),
+        use="As the mixture of factor analysers, with one noise scale for each group: fewer parameters, for fewer data "
+        "or features in one unit.",
     ),
     "hidden_markov": Model(
-        "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", _sequences, sequences=True
+        "hidden Markov model of sequences (T, D), by EM", "Baum et al. 1970", builders.sequences, sequences=True,
+        use="Sequences in which each step belongs to one of a few states: log p(x) is exact, and padded ends and gaps "
+        "are summed out.",
     ),
     "mixture_of_trees": Model(
-        "mixture of trees: features that depend on one another, by EM (counts up to 4)", "Meilă & Jordan 2000", _trees,
+        "mixture of trees: features that depend on one another, by EM (counts up to 4)", "Meilă & Jordan 2000",
+        builders.trees,
         kinds=("binary", "counts"), most=4, gaps=False,
+        use="Binary or few-valued data in which features depend on each other directly. log p(x) is exact.",
     ),
     "spike_and_slab": Model(
         "spike-and-slab sparse coding: Bernoulli gates, Normal slab", "Titsias & Lázaro-Gredilla 2011",
-        _network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
+        builders.network(SpikeAndSlab, lambda schema: likelihoods.Normal(), hidden=(128,)), kinds=("real",),
+        use="Codes with exact zeros and a probability that each latent is on. With at most 12 latents and a linear "
+        "decoder log p(x) is exact.",
     ),
     "denoising_autoencoder": Model(
-        "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", _denoising
+        "denoising autoencoder: flat prior, the code of corrupted data", "Vincent et al. 2008", builders.denoising,
+        use="Codes that ignore small noise, and the score of the data: under a Normal likelihood the reconstruction "
+        "points to where data are dense.",
     ),
     "contractive_autoencoder": Model(
         "contractive autoencoder: flat prior, sigmoid code, tied weights, a penalty on its Jacobian", "Rifai et al. 2011",
-        _contractive,
+        builders.contractive,
+        use="Codes that move little when the data move: the spectrum of the encoder's Jacobian shows the directions "
+        "along which the data vary.",
     ),
     "predictive_sparse_decomposition": Model(
         "predictive sparse decomposition: Laplace prior, inferred codes, an encoder that predicts them",
-        "Kavukcuoglu et al. 2008", _predictive, kinds=("real",), gaps=False,
+        "Kavukcuoglu et al. 2008", builders.predictive, kinds=("real",), gaps=False,
+        use="Sparse coding that must be quick on new data: an encoder learns to predict the inferred codes.",
     ),
     "generative_stochastic_network": Model(
-        "generative stochastic network: a denoising chain, drawn from but without log p(x)", "Bengio et al. 2014", _chain
+        "generative stochastic network: a denoising chain, drawn from but without log p(x)", "Bengio et al. 2014",
+        builders.chain,
+        use="To draw from a denoising autoencoder: the chain of noise and reconstruction is the model. There is no log "
+        "p(x).",
     ),
     "topk_autoencoder": Model(
         "sparse autoencoder whose k largest latents are on", "Makhzani & Frey 2014; Gao et al. 2024",
-        _sparse(None, prior="flat"),
+        builders.sparse(None, prior="flat"),
+        use="Dictionaries in which exactly k latents are on, without a penalty that shrinks them; as used to read the "
+        "activations of language models.",
     ),
     "sparse_coding": Model(
-        "sparse coding: Laplace prior, codes by FISTA", "Olshausen & Field 1997; Beck & Teboulle 2009", _sparse_coding,
+        "sparse coding: Laplace prior, codes by FISTA", "Olshausen & Field 1997; Beck & Teboulle 2009",
+        builders.sparse_coding,
         kinds=("real",), gaps=False,
+        use="The best sparse code of each datum under a dictionary, found by optimisation. Slower than an encoder, and "
+        "without its error.",
     ),
 }  # fmt: skip
 

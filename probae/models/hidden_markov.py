@@ -153,7 +153,7 @@ class HiddenMarkov(Pair):
             x: the sequences, NaN where a value is missing or a sequence has ended.
             restarts: how many starts: each state from a step drawn at random, mixed with the mean of all data.
             seed: of the starts.
-            tolerance, max_iterations: when a start ends; see `probae.mixtures.expectation_maximisation.maximise`.
+            tolerance, max_iterations: when a start ends; see ``probae.mixtures.expectation_maximisation.maximise``.
 
         Raises:
             ValueError: if the data do not fit the likelihood, or that has no closed M step.

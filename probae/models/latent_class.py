@@ -132,7 +132,7 @@ class LatentClass(FiniteMixture):
             restarts: how many starts: each class from a datum drawn at random, mixed with the mean of all data.
             seed: of the starts.
             smoothing: α >= 0; 0 is maximum likelihood.
-            tolerance, max_iterations: when a start ends; see `probae.mixtures.expectation_maximisation.maximise`.
+            tolerance, max_iterations: when a start ends; see ``probae.mixtures.expectation_maximisation.maximise``.
 
         Raises:
             ValueError: if the data do not fit the likelihood, if there are fewer than classes, or if the likelihood has no

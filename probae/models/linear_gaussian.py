@@ -237,7 +237,7 @@ class PPCA(LinearGaussian):
 
         Args:
             x: the data; where values are missing, what is observed of them is fitted by EM.
-            options: of that; see `probae.linear_gaussian.expectation_maximisation.expectation_maximisation`.
+            options: of that; see ``probae.linear_gaussian.expectation_maximisation.expectation_maximisation``.
 
         Raises:
             ValueError: if the data's shape is wrong, or its rank no more than L (the density is then unbounded).
@@ -284,8 +284,8 @@ class FactorAnalysis(LinearGaussian):
         Args:
             x: the data; where values are missing, what is observed of them is fitted by EM.
             covariance: instead of data, their covariances (divided by N) or correlations (D, D); the mean is then 0.
-            options: of the solver; see `probae.linear_gaussian.maximum_likelihood.factor_analysis` and, with missing values,
-                `probae.linear_gaussian.expectation_maximisation.expectation_maximisation`.
+            options: of the solver; see ``probae.linear_gaussian.maximum_likelihood.factor_analysis`` and, with missing values,
+                ``probae.linear_gaussian.expectation_maximisation.expectation_maximisation``.
 
         Raises:
             ValueError: if neither or both are given, if a shape is wrong, or if a feature does not vary (the density is then

@@ -205,7 +205,7 @@ class MixtureOfFactorAnalysers(Pair):
             seed: of the starts.
             floor: the least noise scale, as a share of the feature's standard deviation (of all features', if isotropic):
                 the likelihood is unbounded but for it.
-            tolerance, max_iterations: when a start ends; see `probae.mixtures.expectation_maximisation.maximise`.
+            tolerance, max_iterations: when a start ends; see ``probae.mixtures.expectation_maximisation.maximise``.
 
         Raises:
             ValueError: if the data's shape is wrong, there are fewer data than components or than two, or a feature does not

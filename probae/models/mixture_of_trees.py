@@ -112,7 +112,7 @@ class MixtureOfTrees(FiniteMixture):
             restarts: how many starts: memberships drawn at random.
             seed: of the starts.
             smoothing: α >= 0; 0 is maximum likelihood.
-            tolerance, max_iterations: when a start ends; see `probae.mixtures.expectation_maximisation.maximise`.
+            tolerance, max_iterations: when a start ends; see ``probae.mixtures.expectation_maximisation.maximise``.
 
         Raises:
             ValueError: if the data are no whole numbers from 0 to C − 1, or fewer than classes, or if K is no multiple of

@@ -61,7 +61,7 @@ class PredictiveSparse(Objective):
         return (self.weight * (codes - predicted).square().sum(-1) - joint).mean()
 
     def infer(self, pair: Pair, x: Any, iterations: int = 10_000, tolerance: float = 1e-13) -> Tensor:
-        """The codes z* (N, L) at data x (N, D), to a tolerance; see `probae.heads.sparse_inference.fista`."""
+        """The codes z* (N, L) at data x (N, D), to a tolerance; see ``probae.heads.sparse_inference.fista``."""
         with evaluating(pair):
             return self._codes(pair, pair.as_data(x), iterations, tolerance)[0]
 

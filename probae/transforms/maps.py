@@ -14,13 +14,13 @@ from probae.recipe import recorded
 
 
 class Transform(nn.Module):
-    """An invertible map of data: ``forward(x)`` gives y (..., D) and log |det dy/dx| (...), ``inverse(y)`` gives x."""
+    """An invertible map of data: ``forward(x)`` gives y (..., D) and ``log |det dy/dx|`` (...), ``inverse(y)`` gives x."""
 
     #: what it takes, in words
     domain = "real numbers"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y (..., D) and log |det dy/dx| (...)."""
+        """y (..., D) and ``log |det dy/dx|`` (...)."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Transform(nn.Module):
         raise NotImplementedError
 
     def log_slopes(self, x: Tensor) -> Tensor:
-        """log |dy_d/dx_d| (..., D), where each feature is mapped by itself: what data with missing values need."""
+        """``log |dy_d/dx_d|`` (..., D), where each feature is mapped by itself: what data with missing values need."""
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ class Affine(Transform):
         return cls(*moments(batch))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y (..., D) and log |det dy/dx| (...)."""
+        """y (..., D) and ``log |det dy/dx|`` (...)."""
         log_det = -self.scale.log().expand(x.shape[-1]).sum().to(x.dtype)
         return (x - self.loc.to(x.dtype)) / self.scale.to(x.dtype), log_det.expand(x.shape[:-1])
 
@@ -94,11 +94,11 @@ class Logit(Transform):
         self.domain = f"numbers from {self.low:g} to {self.high:g}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y (..., D) and log |det dy/dx| (...)."""
+        """y (..., D) and ``log |det dy/dx|`` (...)."""
         return torch.logit(self._share(x)), self.log_slopes(x).sum(-1)
 
     def log_slopes(self, x: Tensor) -> Tensor:
-        """log |dy_d/dx_d| (..., D)."""
+        """``log |dy_d/dx_d|`` (..., D)."""
         p = self._share(x)
         slope = (1 - 2 * self.margin) / (self.high - self.low)
         return torch.log(torch.full_like(p, slope)) - p.log() - torch.log1p(-p)
