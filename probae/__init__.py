@@ -60,6 +60,8 @@ _ROOMS = {
 _MODULES = {
     "corruption",
     "datasets",
+    "diagnostics",
+    "evidence",
     "figures",
     "geometry",
     "likelihoods",
@@ -102,7 +104,9 @@ __all__ = [
     "datasets",
     "decode",
     "diagnose",
+    "diagnostics",
     "encode",
+    "evidence",
     "expost_prior",
     "figures",
     "fit",
@@ -137,6 +141,8 @@ if TYPE_CHECKING:
     from probae import (
         corruption,
         datasets,
+        diagnostics,
+        evidence,
         figures,
         geometry,
         likelihoods,
