@@ -52,7 +52,7 @@ class Model:
         fit: options of `probae.fit`; a model with ``maximum_likelihood`` is fitted by that instead.
         most: the largest count that it is for, or None.
         varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
-        labels: whether it conditions on labels, which the data must have.
+        labels: whether it conditions on labels or covariates, which the data must have.
         sequences: whether a datum is a sequence, (T, D).
         gaps: whether it takes missing values.
     """
@@ -75,7 +75,7 @@ class Model:
             schema.kind in self.kinds
             and (self.most is None or schema.kind != "counts" or maximum(schema) <= self.most)
             and (schema.kind != "real" or schema.varies or not self.varying)
-            and (schema.classes is not None or not self.labels)
+            and (schema.given is not None or not self.labels)
             and (len(schema.shape) == 2 or not self.sequences)
             and (schema.missing is None or self.gaps)
         )
@@ -243,7 +243,7 @@ CATALOGUE: dict[str, Model] = {
     ),
     "conditional_vae": Model(
         "VAE given labels, with the likelihood that suits the values", "Sohn et al. 2015",
-        lambda schema, latents, **options: _network(VAE, given=schema.classes)(schema, latents, **options), labels=True,
+        lambda schema, latents, **options: _network(VAE, given=schema.given)(schema, latents, **options), labels=True,
     ),
     "linear_vae": Model(
         "VAE with an affine encoder and decoder", "Lucas et al. 2019", _network(VAE, hidden=())

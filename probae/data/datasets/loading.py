@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from probae.arguments import as_path
+from probae.data.datasets.columns import Columns
 from probae.data.datasets.dataset import Dataset, Kind
 from probae.data.datasets.named import CORRELATIONS, SETS, Correlations, Named, read_correlations
 from probae.data.datasets.ownfiles import SUFFIXES, load_file
@@ -69,6 +70,9 @@ def load(
     root: str | os.PathLike[str] | None = None,
     seed: int = 0,
     missing: str | None = None,
+    columns: Columns | None = None,
+    layer: str | None = None,
+    kind: Kind | None = None,
 ) -> Dataset:
     """Load a named data set, or a file of the user's own.
 
@@ -76,18 +80,25 @@ def load(
 
     A ``.npy`` file holds one array of rows; a ``.npz`` file holds one, or train, validation (or valid) and test, and may hold
     labels, or train_labels and so on, whole numbers from 0, beside them; a
-    ``.csv`` file holds a column per feature, with or without a header (a first row 0, 1, 2, ..., which is pandas'
-    own, is taken for one; a first row of names and numbers only if no column can have these numbers as values; a first
-    column with an empty heading is taken for row labels and left out). One array is split 60/20/20 by a permutation of
-    its rows. Rows of more than one dimension are flattened, and (N, H, W) are images. The values are binary if all are 0
-    or 1, counts if all are nonnegative integers (their maximum is the largest one in the whole file), and else real.
+    ``.csv`` file (``.tsv``, ``.txt``) holds a column per feature, with or without a header (a first row 0, 1, 2, ..., which is
+    pandas' own, is taken for one; a first row of names and numbers only if no column can have these numbers as values; a first
+    column with an empty heading is taken for row labels and left out), separated by commas, semicolons or tabs, with
+    decimal points or commas, in UTF-8 or Latin-1. A ``.parquet`` file holds such columns too, and a ``.h5ad`` file an
+    annotated matrix, whose observations' own columns may be labels, covariates or index. One array is split 60/20/20 by a
+    permutation of its rows. Rows of more than one dimension are flattened, and (N, H, W) are images. The values are binary
+    if all are 0 or 1, counts if all are nonnegative integers (their maximum is the largest one in the whole file), and else
+    real.
 
     Arguments:
-        name_or_path: One of `names`, or a path that ends in ``.npy``, ``.npz`` or ``.csv``.
+        name_or_path: One of `names`, or the path of a file.
         root: The folder that holds the named sets' files; the environment variable ``PROBAE_DATA`` where None.
         seed: Seed of the permutation that splits a user's file.
         missing: ``"mask"`` keeps rows with missing values, as NaN, for models made with ``missing="mask"``; else a file
             with missing values is refused, and of ``"bfi"`` the complete cases are taken.
+        columns: The parts that the columns of a file play; all are features where None. Those of a table without a header
+            are named ``"1"``, ``"2"``, ....
+        layer: The layer of a ``.h5ad`` file to read, its X where None.
+        kind: ``"real"`` takes whole numbers as real ones, ``"counts"`` binary ones as counts.
 
     Errors:
         FileNotFoundError: The file is not there; for a named set, the message says what to put where.
@@ -104,6 +115,8 @@ def load(
     as_path("name_or_path", name_or_path)
     name = os.fsdecode(name_or_path)
     if name in SETS:
+        if columns not in (None, Columns()) or layer is not None or kind is not None:
+            raise ValueError(f"columns, layer and kind are for a file of your own, not for the named set {name!r}")
         s = SETS[name]
         read, about = s.read, s.description
         if missing is not None and s.read_gaps is not None:
@@ -116,7 +129,7 @@ def load(
         raise ValueError(f"{name!r} is a correlation matrix, without rows: use correlation_matrix({name!r})")
     path = Path(os.path.expanduser(name))
     if path.suffix.lower() in SUFFIXES or path.exists() or path.name != name:
-        return load_file(path, seed, missing)
+        return load_file(path, seed, missing, columns, layer, kind)
     raise ValueError(f"{_unknown(name, 'data set', SETS)}; or a file that ends in {', '.join(SUFFIXES)}")
 
 
