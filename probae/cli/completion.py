@@ -23,15 +23,21 @@ def models(incomplete: str) -> list[str]:
     return [f"{before}{comma}{name}" for name in MODELS if name.startswith(last)]
 
 
+def set_names(incomplete: str) -> list[str]:
+    """Names of data sets."""
+    from probae.data.datasets import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
 def sets(incomplete: str) -> list[str]:
     """Names of data sets, and files."""
-    from probae.data.datasets import names
     from probae.data.datasets.ownfiles import SUFFIXES
 
     folder = Path(incomplete).parent
     files = [p for p in folder.glob("*") if p.is_dir() or p.suffix.lower() in SUFFIXES] if folder.is_dir() else []
-    found = [*names(), *(f"{path}/" if path.is_dir() else str(path) for path in files)]
-    return [name for name in found if name.startswith(incomplete)]
+    found = (f"{path}/" if path.is_dir() else str(path) for path in files)
+    return [*set_names(incomplete), *(name for name in found if name.startswith(incomplete))]
 
 
 def columns_of(ctx: Any, incomplete: str) -> list[str]:

@@ -32,9 +32,9 @@ class Screen:
         """In characters."""
         return self.console.width
 
-    def say(self, text: str = "") -> None:
-        """A line, or several; nothing in it is obeyed by the terminal."""
-        self.console.print("\n".join(in_print(line) for line in text.split("\n")), soft_wrap=False)
+    def say(self, text: str = "", whole: bool = False) -> None:
+        """A line, or several, broken at the width unless they are to stay whole; nothing in them is obeyed by the terminal."""
+        self.console.print("\n".join(in_print(line) for line in text.split("\n")), soft_wrap=whole)
 
     def show(self, table: Table) -> None:
         """A table for people."""

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from probae.cli.console import table
+from probae.cli.console import table, with_error
 from probae.cli.held import Data, Folder, Seed, Source, Which, indexed, rows_for, saved
 from probae.cli.reading import Reading, reads_data
 from probae.cli.tables import require_writable, written
 
 _LATENTS = 20  # shown in print
+_QUANTILES = ("min", "5%", "median", "95%", "max")
 
 
 @reads_data
@@ -40,9 +41,10 @@ def diagnose(
     held = rows_for(fitted, origin, data, reading, rows)
     found = judge(fitted, held.x, particles=particles, seed=seed)
     summary, latents = found.summary(), found.latents_frame()
-    shown = table(f"{held.what}, {particles:,} draws each; bounds in nats", "quantity", *summary.columns)
+    shown = table(f"{held.what}, {particles:,} draws each; bounds in nats", "quantity", "mean", *_QUANTILES)
     for name, row in summary.iterrows():
-        shown.add_row(str(name), *(_cell(column, value) for column, value in row.items()))
+        cells = (with_error(row[column], math.nan) for column in _QUANTILES)
+        shown.add_row(str(name), with_error(row["mean"], row["stderr"]), *cells)
     screen.show(shown)
     screen.say()
     kept = table(f"latents: {found.active_count:,} of {len(latents):,} are active", "latent", "KL, nats", "activity")
@@ -65,9 +67,3 @@ def diagnose(
         "latents": latents.reset_index().astype(object).to_dict("records"),
         "active": found.active_count, "why_not": found.why_not, "advice": found.advice,
     })  # fmt: skip
-
-
-def _cell(column: object, value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:,.0f}" if column == "count" else f"{value:,.2f}"

@@ -88,9 +88,11 @@ def fit(
     parameters = sum(p.numel() for p in pair.trained())
     how = f"in {steps:,} steps" if stepwise else "by maximum likelihood"
     screen.say(
-        f"fitted {name} with {parameters:,} parameters to {len(loaded.train):,} training rows {how}, {seconds:.1f} s\n"
-        f"written to {folder}\n"
-        f"next: {shlex.join(['probae', 'evaluate', str(folder), '--data', data])}"
+        f"fitted {name} with {parameters:,} parameters to {len(loaded.train):,} training rows {how}, {seconds:.1f} s"
+    )
+    screen.say(
+        f"written to {folder}\nnext: {shlex.join(['probae', 'evaluate', str(folder), '--data', data])}",
+        whole=True,
     )
     screen.result({
         "model": name, "latents": latents, "data": loaded.name, "kind": loaded.kind, "features": loaded.features,

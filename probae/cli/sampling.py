@@ -36,10 +36,14 @@ def sample(
     """Draw rows from a saved model, in the units of the data that it was fitted to, under their columns' names."""
     import pandas as pd
 
+    from probae.adapter import as_pair
     from probae.adapter import sample as draw
 
     require_writable(out)
     fitted, origin = saved(folder, model)
+    if given is None and len(as_pair(fitted).arguments) > 1:
+        wanted = ",".join(f"{name}=..." for name in conditions(origin)) or "..."
+        raise ValueError(f"the model conditions on labels or covariates: say what they are by --given {wanted}")
     drawn = draw(fitted, n, seed=seed, given=given_row(given, origin))
     values = (drawn["x"] if isinstance(drawn, dict) else drawn).detach().cpu().reshape(n, -1).numpy()
     if origin is not None and origin.schema.kind != "real":
@@ -56,6 +60,12 @@ def sample(
         as_text(frame)
 
 
+def conditions(origin: Origin | None) -> list[str]:
+    """The columns of labels and covariates of the data that a model was fitted to."""
+    columns = None if origin is None else origin.columns
+    return [] if columns is None else [*filter(None, (columns.labels,)), *columns.covariates]
+
+
 def given_row(text: str | None, origin: Origin | None) -> Any:
     """What a model conditions on, for every draw: a class, or a row of numbers, as the columns of its data were coded.
 
@@ -66,8 +76,7 @@ def given_row(text: str | None, origin: Origin | None) -> Any:
 
     if text is None:
         return None
-    columns = None if origin is None else origin.columns
-    wanted = [] if columns is None else [*filter(None, (columns.labels,)), *columns.covariates]
+    columns, wanted = None if origin is None else origin.columns, conditions(origin)
     if columns is None or not wanted:
         raise ValueError("--given: the model was not fitted to data with named labels or covariates")
     found = dict(part.split("=", 1) for part in text.split(",") if "=" in part)

@@ -2,6 +2,17 @@
 
 from probae.data.datasets.columns import Column, Columns
 from probae.data.datasets.dataset import Dataset, Schema
-from probae.data.datasets.loading import Row, correlation_matrix, describe, load, names
+from probae.data.datasets.loading import Row, correlation_matrix, describe, download, load, names
 
-__all__ = ["Column", "Columns", "Dataset", "Row", "Schema", "correlation_matrix", "describe", "load", "names"]
+__all__ = [
+    "Column",
+    "Columns",
+    "Dataset",
+    "Row",
+    "Schema",
+    "correlation_matrix",
+    "describe",
+    "download",
+    "load",
+    "names",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -156,8 +157,9 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
 
         index = pd.Index(frame[columns.index], name=columns.index or None)
         described.append(Column(columns.index, "index", "names"))
-    left_out = tuple(name for name in names if name not in {*features, *columns.named})
-    described += [Column(name, "left out", "–") for name in (*columns.drop, *left_out) if name not in beside]
+    placed = {*features, *columns.named, *beside}
+    left_out = tuple(name for name in names if name not in placed)
+    described += [Column(name, "left out", "–") for name in (*columns.drop, *left_out) if name in names]
     learned = replace(columns, features=features, levels=levels, drop=(*columns.drop, *left_out))
     return Rows(x, features if named else None, labels, covariates, index, learned, tuple(described))
 
@@ -165,24 +167,26 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
 def _features(path: Path, names: list[str], columns: Columns, beside: set[str]) -> tuple[tuple[str, ...], list[int]]:
     """The names and places of the features; every column that is asked for is there once."""
     asked = (*(columns.features or ()), *columns.named)
-    if twice := [name for name in dict.fromkeys(asked) if asked.count(name) > 1]:
+    times, counts = Counter(asked), Counter(names)
+    if twice := [name for name, count in times.items() if count > 1]:
         raise ValueError(f"{printable(path)}: the column {twice[0]!r} was given two parts")
-    wanted = asked if not columns.exact else tuple(name for name in asked if name not in columns.drop)
-    if absent := [name for name in wanted if name not in names]:
+    wanted = asked if not columns.exact else tuple(name for name in asked if name not in set(columns.drop))
+    if absent := [name for name in wanted if name not in counts]:
         close = difflib.get_close_matches(absent[0], names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{printable(path)}: no column {_listed(absent)}{hint} (there are {_listed(names)})")
-    if double := [name for name in asked if names.count(name) > 1]:
+    if double := [name for name in asked if counts[name] > 1]:
         raise ValueError(f"{printable(path)}: two columns have the name {double[0]!r}")
-    rest = tuple(name for name in names if name not in set(asked) | beside)
+    rest = tuple(name for name in names if name not in times and name not in beside)
     if columns.exact and rest:
         raise ValueError(
             f"{printable(path)}: the column {_listed(rest)} is none of those that the model was fitted to: drop it"
         )
     if columns.features is not None:
-        places = [names.index(name) for name in columns.features]
+        place = {name: i for i, name in enumerate(names)}
+        places = [place[name] for name in columns.features]
     else:
-        places = [i for i, name in enumerate(names) if name in rest]
+        places = [i for i, name in enumerate(names) if name not in times and name not in beside]
     if not places:
         raise ValueError(f"{printable(path)}: no column is left as a feature")
     return tuple(names[i] for i in places), places

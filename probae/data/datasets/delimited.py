@@ -96,6 +96,8 @@ def table(path: Path, labels: Collection[str] = ()) -> tuple[list[str] | None, p
 
 def numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
     """The values (N, D) of a table as float64, NaN where one is missing; ValueError names the columns of text."""
+    if all(isinstance(dtype, np.dtype) and dtype.kind in "biuf" for dtype in frame.dtypes):
+        return frame.to_numpy(np.float64)
     x, text = np.empty(frame.shape), []
     for index in range(frame.shape[1]):
         column = frame.iloc[:, index]
@@ -108,7 +110,8 @@ def numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
                     f"{printable(path)}: column {column_name} ({value!r:.80}) has thousands separators, which are refused: "
                     "the same signs are decimal signs elsewhere. Write the numbers without them"
                 )
-            text.append(f"{column_name} ({value!r:.80})")
+            names = ", different in each row: row names?" if len(bad) == len(set(bad)) == len(column) > 1 else ""
+            text.append(f"{column_name} ({value!r:.80}{names})")
     if text:
         more = f" and {len(text) - 5} more" if len(text) > 5 else ""
         raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 from probae.arguments import as_path
 from probae.data.datasets.columns import Columns
 from probae.data.datasets.dataset import Dataset, Kind
+from probae.data.datasets.downloads import DOWNLOADS, fetch
 from probae.data.datasets.named import CORRELATIONS, SETS, Correlations, Named, read_correlations
 from probae.data.datasets.ownfiles import SUFFIXES, load_file
 
@@ -158,6 +159,53 @@ def correlation_matrix(
     return *read_correlations(path, entry), entry.observations
 
 
+def download(name: str, *, root: str | os.PathLike[str] | None = None) -> tuple[Path, ...]:
+    """Download the files of a named data set or correlation matrix, each whole and with the right SHA-256, or not at all.
+
+    A file that is there already is left as it is.
+
+    Arguments:
+        name: One of `names`, or of the correlation matrices.
+        root: The folder to put them under; the environment variable ``PROBAE_DATA`` where None.
+
+    Errors:
+        ValueError: An unknown name; no folder; a set that is not published in a form that can be fetched, with its origin; a
+            wrong checksum.
+        ConnectionError, FileNotFoundError, OSError: The server cannot be reached, or does not have the file; the folder cannot
+            be written to.
+
+    Example:
+        >>> download("nltcs", root="data")  # doctest: +SKIP
+        (PosixPath('data/debd/nltcs.npz'),)
+    """
+    entry = entry_of(name)
+    if name == "digits":
+        raise ValueError("'digits' is scikit-learn's, and needs no download: pip install 'probae[compare]'")
+    folder = _folder(root)
+    if folder is None:
+        raise ValueError(
+            f"expected a folder: set the environment variable {VARIABLE}, or give root=, --to on the command line"
+        )
+    if unknown := [file for file in entry.files if file not in DOWNLOADS]:
+        raise ValueError(
+            f"{name!r} is not published in a form that can be fetched: put {unknown[0]} under {folder} yourself. Contents: "
+            f"{entry.signature}. From: {entry.origin}"
+        )
+    return tuple(folder / file if (folder / file).is_file() else fetch(file, folder) for file in entry.files)
+
+
+def entry_of(name: str) -> Named | Correlations:
+    """What is known of a named data set, or of a correlation matrix.
+
+    Errors:
+        ValueError: An unknown name.
+    """
+    known: dict[str, Named | Correlations] = {**SETS, **CORRELATIONS}
+    if name not in known:
+        raise ValueError(_unknown(name, "data set", known))
+    return known[name]
+
+
 def _folder(root: str | os.PathLike[str] | None) -> Path | None:
     chosen = (os.environ.get(VARIABLE) or None) if root is None else root
     return None if chosen is None else Path(os.path.expanduser(as_path("root", chosen)))
@@ -170,11 +218,12 @@ def _paths(name: str, entry: Named | Correlations, root: str | os.PathLike[str] 
         f"${VARIABLE}/{f}" for f, path in zip(entry.files, paths, strict=True) if not (folder and path.is_file())
     ]
     if missing:
+        known = all(file in DOWNLOADS for file in entry.files)
         where = f"{VARIABLE} is not set" if folder is None else f"not found under {folder}"
         raise FileNotFoundError(
             f"data set {name!r} needs {' and '.join(missing)} ({where}): set the environment variable {VARIABLE}, or "
             f"root=, to the folder that {entry.files[0].split('/')[0]}/ lies in. Contents: {entry.signature}. "
-            f"From: {entry.origin}."
+            f"From: {entry.origin}.{' They are downloaded by: probae data ' + name + ' --download' if known else ''}"
         )
     return paths
 
