@@ -72,7 +72,7 @@ def compare(
     results of the same run. Without an option: scikit-learn's 1,797 handwritten digits, in a few minutes.
     """
     from probae import comparison
-    from probae.comparison import lineup
+    from probae.comparison import lineup, own_models
     from probae.storage.folders import preparing
     from probae.storage.results import KIND, Results, checksum_of
     from probae.transforms.expost import KINDS
@@ -84,7 +84,7 @@ def compare(
     screen = reading.screen
     loaded = reading.load(data, seed, standardise)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
-    chosen, files = lineup.named(models)
+    chosen, files = own_models.named(models)
     chosen = lineup.choose(loaded, chosen if chosen is not None else lineup.conditional(loaded))
     test = subset(loaded.test, test_rows, seed)
     held = test if not lineup.conditions(chosen) else (test, subset(lineup.labels_of(loaded), test_rows, seed))

@@ -47,7 +47,7 @@ def _frame(codes: Any) -> Any:
     import pandas as pd
 
     sites = codes if isinstance(codes, dict) else {"z": codes}
-    columns = {}
+    columns: dict[str, Any] = {}
     for name, values in sites.items():
         flat = values.detach().cpu().reshape(len(values), -1).numpy()
         columns |= {f"{name}{i + 1}": flat[:, i] for i in range(flat.shape[1])}

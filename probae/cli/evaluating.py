@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from probae.arguments import one_of
 from probae.cli.console import with_error
-from probae.cli.held import Data, Folder, Seed, Source, Which, indexed, rows_for, saved
+from probae.cli.held import Data, Folder, Seed, Source, Which, conditions, indexed, rows_for, saved
 from probae.cli.reading import Reading, reads_data
-from probae.cli.tables import written
+from probae.cli.tables import require_writable, written
 
 
 @reads_data
@@ -38,12 +38,14 @@ def evaluate(
     from probae.evidence.result import BOUNDS
 
     one_of("--method", method, METHODS)
+    require_writable(out)
     screen = reading.screen
     fitted, origin = saved(folder, model)
     held = rows_for(fitted, origin, data, reading, rows)
     found = log_evidence(fitted, held.x, method, particles=particles, seed=seed)
     sign = {"lower": "≥ ", "upper": "≤ "}.get(found.bound, "")
-    given = f" given {', '.join(found.given)}" if found.given else ""
+    conditioned = list(conditions(origin) or found.given) if found.given else []
+    given = f" given {', '.join(conditioned)}" if conditioned else ""
     screen.say(
         f"{BOUNDS[found.bound]}{given} of {held.what}:\n"
         f"{sign}{with_error(found.mean, found.mean_stderr)} nats per row "
@@ -62,11 +64,11 @@ def evaluate(
     screen.result({
         "rows": held.what, "count": held.size, "log_evidence": found.mean, "stderr": found.mean_stderr,
         "mc_stderr": found.mean_mc_stderr, "bound": found.bound, "method": found.method, "measure": found.measure,
-        "particles": found.particles, "given": list(found.given), "unreliable": unreliable, "note": found.note,
+        "particles": found.particles, "given": conditioned, "unreliable": unreliable, "note": found.note,
     })  # fmt: skip
 
 
-def held_width(x: object) -> int:
+def held_width(x: Any) -> int:
     """How many features a row has."""
     rows = x[0] if isinstance(x, tuple) else x
-    return int(rows.shape[1])  # type: ignore[attr-defined]
+    return int(rows.shape[1])

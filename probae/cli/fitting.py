@@ -54,12 +54,13 @@ def fit(
     are left for `probae evaluate`.
     """
     from probae.arguments import one_of
-    from probae.comparison import lineup
+    from probae.comparison import lineup, own_models
+    from probae.comparison.fits import has_maximum_likelihood
     from probae.storage import saving
     from probae.storage.origin import Origin
 
     one_of("--compile", compile, COMPILE)
-    names, _ = lineup.named(model)
+    names, _ = own_models.named(model)
     if names is None or len(names) != 1:
         raise ValueError(f"--model: expected one model, got {model!r}")
     screen = reading.screen
@@ -84,7 +85,7 @@ def fit(
     finally:
         if made and not any(folder.iterdir()):
             folder.rmdir()
-    stepwise = not lineup.has_maximum_likelihood(pair)
+    stepwise = not has_maximum_likelihood(pair)
     parameters = sum(p.numel() for p in pair.trained())
     how = f"in {steps:,} steps" if stepwise else "by maximum likelihood"
     screen.say(

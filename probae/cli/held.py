@@ -65,7 +65,7 @@ class Held:
 
 def saved(folder: str, source: str | None = None) -> tuple[Any, Origin | None]:
     """The model in a folder, and what it was fitted to."""
-    from probae.comparison import lineup
+    from probae.comparison import own_models
     from probae.models import CATALOGUE
     from probae.storage import saving
     from probae.storage.origin import Origin
@@ -73,8 +73,13 @@ def saved(folder: str, source: str | None = None) -> tuple[Any, Origin | None]:
     path = as_path("DIR", folder)
     origin = Origin.read(path)
     if source is None:
-        return saving.load(path), origin
-    (name,), _ = lineup.named(source)
+        try:
+            return saving.load(path), origin
+        except ValueError as error:
+            if "savable" in str(error):
+                raise ValueError(f"{error}; on the command line, name its class by --model FILE.py:CLASS") from error
+            raise
+    (name,) = own_models.named(source)[0] or [""]
     try:
         return saving.load(path), origin  # its class is savable, and known now
     except ValueError:
@@ -164,6 +169,12 @@ def _as_taken(model: Any, x: Any, given: Any) -> Any:
     if given is None:
         raise ValueError("the model conditions on labels or covariates, and the data have none: name their columns")
     return x, given
+
+
+def conditions(origin: Origin | None) -> list[str]:
+    """The columns of labels and covariates of the data that a model was fitted to."""
+    columns = None if origin is None else origin.columns
+    return [] if columns is None else [*filter(None, (columns.labels,)), *columns.covariates]
 
 
 def indexed(frame: pd.DataFrame, held: Held) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -42,7 +43,7 @@ def program(
     """Autoencoders as latent variable models, compared by held-out log p(x)."""
 
 
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "fit": fit,
     "evaluate": evaluate,
@@ -51,7 +52,8 @@ for name, command in {
     "encode": encode,
     "list": list_,
     "data": data,
-}.items():
+}
+for name, command in COMMANDS.items():
     app.command(name)(in_one_line(command))
 
 

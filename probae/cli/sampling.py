@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probae.cli.console import Screen
-from probae.cli.held import Folder, Seed, Source, saved
+from probae.cli.held import Folder, Seed, Source, conditions, saved
 from probae.cli.tables import as_rows, as_text, require_writable, written
 
 if TYPE_CHECKING:
@@ -58,12 +58,6 @@ def sample(
         screen.result(as_rows(frame))
     else:
         as_text(frame)
-
-
-def conditions(origin: Origin | None) -> list[str]:
-    """The columns of labels and covariates of the data that a model was fitted to."""
-    columns = None if origin is None else origin.columns
-    return [] if columns is None else [*filter(None, (columns.labels,)), *columns.covariates]
 
 
 def given_row(text: str | None, origin: Origin | None) -> Any:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -25,10 +22,10 @@ import torch
 from torch import Tensor
 
 from probae.adapter import as_pair
-from probae.arguments import printable
 from probae.comparison.fits import has_maximum_likelihood
+from probae.comparison.own_models import run_file
 from probae.data.datasets import Dataset
-from probae.models import CATALOGUE, Model, register
+from probae.models import CATALOGUE
 from probae.pair import Pair
 from probae.runtime.processes import require_shared_memory
 from probae.runtime.seeding import seeded, with_seed
@@ -38,61 +35,6 @@ from probae.transforms import Affine, Transformed
 from probae.transforms.expost import expost_prior
 
 _VALIDATION = 2000  # rows by which the best step is chosen
-
-
-def named(models: str | None) -> tuple[list[str] | None, list[str]]:
-    """The names in a list separated by commas, and the files and modules that define some.
-
-    ``FILE.py:NAME`` is run, ``MODULE:NAME`` imported, the current folder first, and its model known.
-
-    Raises:
-        ValueError: if a file or module defines no such model.
-    """
-    if not models:
-        return None, []
-    found, files = [], []
-    for part in (part.strip() for part in models.split(",")):
-        _, colon, name = part.rpartition(":")
-        if colon:
-            run_file(part)
-            files.append(part)
-        found.append(name if colon else part)
-    return found, files
-
-
-def run_file(part: str) -> None:
-    """Run a user's file, or import a module, and make the model of a name known that it registers, or that is a class in it."""
-    path, _, name = part.rpartition(":")
-    module = _run(path)
-    if name in CATALOGUE:
-        return
-    cls = module.get(name)
-    if not isinstance(cls, type):
-        raise ValueError(
-            f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
-        )
-    title = (cls.__doc__ or name).strip().splitlines()[0]
-    register(name, Model(title, printable(Path(path).name), lambda schema, latents: cls(schema.features, latents)))
-
-
-def _run(path: str) -> Mapping[str, Any]:
-    """The names that a file or a module defines."""
-    if path.endswith(".py"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {printable(path)}")
-        return runpy.run_path(path)
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
-    try:
-        return vars(importlib.import_module(path))
-    except ModuleNotFoundError as error:
-        if error.name is None or not path.startswith(error.name):
-            raise
-        raise ValueError(
-            f"no module {printable(path)}; a file is named with its ending, as in {path}.py:NAME"
-        ) from error
-    finally:
-        sys.path[:] = before
 
 
 def conditions(names: Sequence[str]) -> bool:
@@ -161,15 +103,26 @@ def train(
         pair = built(name, data, latents)
     start = time.perf_counter()
     if has_maximum_likelihood(pair):
-        pair.maximum_likelihood(data.train, **with_seed(pair.maximum_likelihood, seed, {}))
+        pair.maximum_likelihood(named_columns(data.train, data), **with_seed(pair.maximum_likelihood, seed, {}))
         return pair, time.perf_counter() - start
     rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
     held = tuple(part[:_VALIDATION] for part in held) if isinstance(held, tuple) else held[:_VALIDATION]
     options = {"steps": steps, "seed": seed, "compile": compile, "progress": progress, **CATALOGUE[name].fit}
-    run: Run = fit(pair, rows, validation=held, callbacks=callbacks, **options)
+    run: Run = fit(pair, named_columns(rows, data), validation=held, callbacks=callbacks, **options)
     if run.stopped == "interrupted":
         raise KeyboardInterrupt
     return pair.cpu(), run.seconds
+
+
+def named_columns(rows: Any, data: Dataset) -> Any:
+    """Rows as a DataFrame, where the features have names, so that the model keeps them."""
+    if data.feature_names is None:
+        return rows
+    import pandas
+
+    x, *given = rows if isinstance(rows, tuple) else (rows,)
+    frame = pandas.DataFrame(x, columns=list(data.feature_names))
+    return (frame, *given) if given else frame
 
 
 def built(name: str, data: Dataset, latents: int) -> Pair:

@@ -66,7 +66,9 @@ class Columns:
             ValueError: if they are not what `to_json` gives.
         """
         try:
-            found = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+            found: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+            }
             found["levels"] = {name: tuple(levels) for name, levels in found["levels"].items()}
             return cls(**found)
         except (TypeError, AttributeError, KeyError) as error:

@@ -52,7 +52,7 @@ class Download:
 
 def _packed(features: int, paths: Sequence[Path], out: Path) -> None:
     """Rows of 0 and 1 with one sign between them."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, path in zip(("train", "valid", "test"), paths, strict=True):
         digits = np.fromfile(path, np.uint8).reshape(-1, 2 * features)[:, ::2] - ord("0")
         parts[name] = np.packbits(digits, axis=1)
@@ -70,7 +70,8 @@ def _newsgroups(paths: Sequence[Path], out: Path) -> None:
 
 def _oil_flow(paths: Sequence[Path], out: Path) -> None:
     names = ("train", "valid", "test")
-    np.savez_compressed(out, **{name: np.loadtxt(path) for name, path in zip(names, paths, strict=True)})
+    parts: dict[str, Any] = {name: np.loadtxt(path) for name, path in zip(names, paths, strict=True)}
+    np.savez_compressed(out, **parts)
 
 
 def _text_to_bits(urls: Sequence[str], sums: Sequence[str], features: int) -> Download:
