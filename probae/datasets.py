@@ -1,5 +1,27 @@
 """Named data sets, and files of one's own."""
 
-from probae.data.datasets import Dataset, Row, Schema, correlation_matrix, describe, load, names
+from probae.data.datasets import (
+    Column,
+    Columns,
+    Dataset,
+    Row,
+    Schema,
+    correlation_matrix,
+    describe,
+    download,
+    load,
+    names,
+)
 
-__all__ = ["Dataset", "Row", "Schema", "correlation_matrix", "describe", "load", "names"]
+__all__ = [
+    "Column",
+    "Columns",
+    "Dataset",
+    "Row",
+    "Schema",
+    "correlation_matrix",
+    "describe",
+    "download",
+    "load",
+    "names",
+]

@@ -639,7 +639,6 @@ def test_csv_agrees_with_pandas(tmp_path):
         ("\n".join(["a,b,c", *lines(), "1,inf,2"]), "infinite values"),
         ("\n".join(["a,b", *lines()]), "the header has 2 fields, the rows have 3"),
         ("\n".join(["a,b,c", *lines(), "1,2,3,4"]), "expected a header and rows of comma-separated values"),
-        ("\n".join(["a;b;c", *(line.replace(",", ";") for line in lines())]), "not numeric: column 'a;b;c' .'1;2;3'."),
         ("\n".join(["a,b,c", *lines()[:9]]), "too few rows"),
         ("a,b,c", "expected a header and rows"),
         ("", "expected a header and rows"),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,53 +22,19 @@ import torch
 from torch import Tensor
 
 from probae.adapter import as_pair
-from probae.arguments import printable
 from probae.comparison.fits import has_maximum_likelihood
+from probae.comparison.own_models import run_file
 from probae.data.datasets import Dataset
-from probae.models import CATALOGUE, Model, register
+from probae.models import CATALOGUE
 from probae.pair import Pair
 from probae.runtime.processes import require_shared_memory
 from probae.runtime.seeding import seeded, with_seed
 from probae.storage import saving
 from probae.training import Run, fit
+from probae.transforms import Affine, Transformed
 from probae.transforms.expost import expost_prior
 
 _VALIDATION = 2000  # rows by which the best step is chosen
-
-
-def named(models: str | None) -> tuple[list[str] | None, list[str]]:
-    """The names in a list separated by commas, and the files that define some: ``FILE.py:NAME`` is run, and its model known.
-
-    Raises:
-        ValueError: if a file defines no such model.
-    """
-    if not models:
-        return None, []
-    found, files = [], []
-    for part in (part.strip() for part in models.split(",")):
-        path, colon, name = part.rpartition(":")
-        if colon and path.endswith(".py"):
-            run_file(part)
-            files.append(part)
-        found.append(name if colon else part)
-    return found, files
-
-
-def run_file(part: str) -> None:
-    """Run a file of a user's, and make the model of a name known that it registers, or that is a class in it."""
-    path, _, name = part.rpartition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {printable(path)}")
-    module = runpy.run_path(path)
-    if name in CATALOGUE:
-        return
-    cls = module.get(name)
-    if not isinstance(cls, type):
-        raise ValueError(
-            f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
-        )
-    title = (cls.__doc__ or name).strip().splitlines()[0]
-    register(name, Model(title, printable(Path(path).name), lambda schema, latents: cls(schema.features, latents)))
 
 
 def conditions(names: Sequence[str]) -> bool:
@@ -76,9 +42,20 @@ def conditions(names: Sequence[str]) -> bool:
     return any(CATALOGUE[name].labels for name in names)
 
 
+def conditional(data: Dataset) -> list[str] | None:
+    """The standard line-up with the models that condition on them, where columns of labels or covariates were named."""
+    if data.columns is None or data.given is None:
+        return None
+    return [
+        name
+        for name, model in CATALOGUE.items()
+        if model.suits(data.schema) and (model.labels or data.kind in model.standard)
+    ]
+
+
 def labels_of(data: Dataset) -> Any:
-    """The labels of the test rows."""
-    return None if data.labels is None else data.labels[2]
+    """The labels, or what else models may condition on, of the test rows."""
+    return None if data.given is None else data.given[2]
 
 
 def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
@@ -105,7 +82,7 @@ def rows_for(name: str, data: Dataset, split: str) -> Any:
     """The rows of a split as a model takes them: with their labels, where it conditions on them."""
     place = ("train", "validation", "test").index(split)
     rows = getattr(data, split)
-    return rows if not CATALOGUE[name].labels or data.labels is None else (rows, data.labels[place])
+    return rows if not CATALOGUE[name].labels or data.given is None else (rows, data.given[place])
 
 
 def train(
@@ -116,24 +93,47 @@ def train(
     seed: int = 0,
     compile: bool | str = "auto",
     progress: bool = True,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
 ) -> tuple[Pair, float]:
     """A fitted model of the line-up, and the seconds that fitting took.
 
     Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
     """
     with seeded(seed):
-        pair = as_pair(CATALOGUE[name].build(data.schema, latents))
+        pair = built(name, data, latents)
     start = time.perf_counter()
     if has_maximum_likelihood(pair):
-        pair.maximum_likelihood(data.train, **with_seed(pair.maximum_likelihood, seed, {}))
+        pair.maximum_likelihood(named_columns(data.train, data), **with_seed(pair.maximum_likelihood, seed, {}))
         return pair, time.perf_counter() - start
     rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
     held = tuple(part[:_VALIDATION] for part in held) if isinstance(held, tuple) else held[:_VALIDATION]
     options = {"steps": steps, "seed": seed, "compile": compile, "progress": progress, **CATALOGUE[name].fit}
-    run: Run = fit(pair, rows, validation=held, **options)
+    run: Run = fit(pair, named_columns(rows, data), validation=held, callbacks=callbacks, **options)
     if run.stopped == "interrupted":
         raise KeyboardInterrupt
     return pair.cpu(), run.seconds
+
+
+def named_columns(rows: Any, data: Dataset) -> Any:
+    """Rows as a DataFrame, where the features have names, so that the model keeps them."""
+    if data.feature_names is None:
+        return rows
+    import pandas
+
+    x, *given = rows if isinstance(rows, tuple) else (rows,)
+    frame = pandas.DataFrame(x, columns=list(data.feature_names))
+    return (frame, *given) if given else frame
+
+
+def built(name: str, data: Dataset, latents: int) -> Pair:
+    """A model of the catalogue for the data, before it is fitted; around it the map that standardises them, if they say so."""
+    if not data.standardise:
+        return as_pair(CATALOGUE[name].build(data.schema, latents))
+    if data.kind != "real":
+        raise ValueError(f"standardise: expected real values, got {data.kind}, whose log p(x) is that of a mass")
+    return Transformed(
+        CATALOGUE[name].build(replace(data.schema, spread=1.0), latents), Affine.standardising(data.train)
+    )
 
 
 def train_all(

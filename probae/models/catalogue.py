@@ -43,7 +43,7 @@ class Model:
         fit: options of `probae.fit`; a model with ``maximum_likelihood`` is fitted by that instead.
         most: the largest count that it is for, or None.
         varying: whether it needs real features that all vary; noise that dequantises counts makes them vary.
-        labels: whether it conditions on labels, which the data must have.
+        labels: whether it conditions on labels or covariates, which the data must have.
         sequences: whether a datum is a sequence, (T, D).
         gaps: whether it takes missing values.
         use: when to use it, in a sentence or two.
@@ -68,7 +68,7 @@ class Model:
             schema.kind in self.kinds
             and (self.most is None or schema.kind != "counts" or builders.maximum(schema) <= self.most)
             and (schema.kind != "real" or schema.varies or not self.varying)
-            and (schema.classes is not None or not self.labels)
+            and (schema.given is not None or not self.labels)
             and (len(schema.shape) == 2 or not self.sequences)
             and (schema.missing is None or self.gaps)
         )
@@ -129,7 +129,7 @@ CATALOGUE: dict[str, Model] = {
     "conditional_vae": Model(
         "VAE given labels, with the likelihood that suits the values", "Sohn et al. 2015",
         lambda schema, latents, **options:
-        builders.network(VAE, given=schema.classes)(schema, latents, **options), labels=True,
+        builders.network(VAE, given=schema.given)(schema, latents, **options), labels=True,
         use="Data with labels or covariates: what is known is given, and the latents say the rest. Its evidence is log "
         "p(x | label), not to be ranked against log p(x).",
     ),

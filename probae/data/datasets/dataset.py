@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from probae.arguments import as_whole, whole
+from probae.data.datasets.columns import Column, Columns
 
 Kind = Literal["binary", "counts", "real"]
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -25,6 +26,7 @@ class Schema:
         varies: Whether every feature varies: one that does not has no scale of its own.
         spread: The standard deviation of all training values together.
         classes: How many labels there are, or None.
+        covariates: How many covariates there are, or None.
     """
 
     shape: tuple[int, ...]
@@ -34,11 +36,17 @@ class Schema:
     varies: bool = True
     spread: float = 1.0
     classes: int | None = None
+    covariates: int | None = None
 
     @property
     def features(self) -> int:
         """The number D of features."""
         return math.prod(self.shape)
+
+    @property
+    def given(self) -> int | None:
+        """How many numbers a model of these data may condition on: one for each class and each covariate; None without any."""
+        return None if self.classes is self.covariates is None else (self.classes or 0) + (self.covariates or 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,6 +65,12 @@ class Dataset:
         description: One line: what it is, and where it was published.
         files: What it was read from.
         labels: The labels of training, validation and test rows, whole numbers from 0, or None.
+        covariates: Numbers beside the rows (N, C) of each split, which some models condition on, or None.
+        index: Names of the rows (N,) of each split, or None.
+        columns: The parts that the columns of a file play.
+        described: What was understood of each of them.
+        standardise: Whether a model is to see columns of mean 0 and variance 1; its log p(x) stays that of the values as they
+            are, by the log-determinant.
 
     Example:
         >>> x = np.eye(3, dtype=np.uint8)
@@ -75,6 +89,11 @@ class Dataset:
     description: str = ""
     files: tuple[Path, ...] = ()
     labels: Splits | None = None
+    covariates: Splits | None = None
+    index: Splits | None = None
+    columns: Columns | None = None
+    described: tuple[Column, ...] = ()
+    standardise: bool = False
 
     @property
     def features(self) -> int:
@@ -84,7 +103,22 @@ class Dataset:
     @property
     def classes(self) -> int | None:
         """How many labels there are: one more than the largest."""
-        return None if self.labels is None else 1 + int(max(part.max() for part in self.labels))
+        if self.labels is None:
+            return None
+        levels = self.columns.levels.get(self.columns.labels or "") if self.columns is not None else None
+        return len(levels) if levels else 1 + int(max(part.max() for part in self.labels))
+
+    @property
+    def given(self) -> Splits | None:
+        """What a model may condition on: the labels (N,) alone, or numbers (N, G), a 0/1 column for each class first."""
+        if self.covariates is None or self.labels is None:
+            return self.covariates if self.labels is None else self.labels
+        codes = np.eye(self.classes or 0, dtype=np.float32)
+        train, validation, test = (
+            np.concatenate([codes[labels], covariates], 1)
+            for labels, covariates in zip(self.labels, self.covariates, strict=True)
+        )
+        return train, validation, test
 
     @property
     def schema(self) -> Schema:
@@ -92,7 +126,11 @@ class Dataset:
         gaps = any(np.isnan(part).any() for part in (self.train, self.validation, self.test))
         varies = bool((np.nanmax(self.train, 0) > np.nanmin(self.train, 0)).all())
         spread = float(np.nanstd(self.train))
-        return Schema((self.features,), self.kind, self.maximum, "mask" if gaps else None, varies, spread, self.classes)
+        covariates = None if self.covariates is None else self.covariates[0].shape[1]
+        gaps_taken = "mask" if gaps else None
+        return Schema(
+            (self.features,), self.kind, self.maximum, gaps_taken, varies, spread, self.classes, covariates
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         values = f"counts 0..{self.maximum}" if self.kind == "counts" else self.kind

@@ -1,33 +1,22 @@
-"""Files to arrays: idx images, NumPy files and tables, with one ValueError for a file that is not what it should be."""
+"""Files to arrays: idx images and NumPy files, with one ValueError for a file that is not what it should be."""
 
 import contextlib
-import csv
 import gzip
-import io
 import math
 import os
-import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from probae.arguments import printable
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "null", "none"}
-_NO_DIGITS = MISSING | {"true", "false"}  # values that are no names
-_EXACT = 2**53  # beyond this number float64 leaves whole numbers out
-_COLUMNS = 2**17  # a table of more is no table
 _UNPACKED, _RATIO = 2**28, 100  # bytes, and times its size, that an archive may unpack to; the larger of the two
 _HEADER = 2**16  # bytes, more than NumPy itself reads
-_BOM = b"\xef\xbb\xbf"
 
 
 def idx_images(path: Path, count: int, height: int, width: int) -> np.ndarray:
@@ -135,138 +124,6 @@ def archive(path: Path, expected: Mapping[str, tuple[type[np.generic], tuple[int
     return [np.ascontiguousarray(array) for array in arrays]
 
 
-def table(path: Path) -> "tuple[list[str] | None, pd.DataFrame]":
-    """Read comma-separated values: ``(names, frame)``, the header, None where there is none, and the rows.
-
-    The first row is a header if none of its fields is a number, or if it counts the columns 0, 1, 2, ... as pandas does
-    for an array; one of names and numbers is a header only if its numbers cannot be values of their columns.
-
-    Raises:
-        ValueError: if it is no such table, if the first row may be either, or if a whole number is too large for float64.
-    """
-    import pandas as pd
-
-    try:
-        with _text(path) as stream:
-            first = next((row for row in csv.reader(stream) if row), [])
-        if len(first) > _COLUMNS:
-            raise ValueError(f"more than {_COLUMNS:,} columns: save the array by np.save")
-        names = [field.strip() for field in first] if _may_be_header(first) else None
-
-        def read(**options: Any) -> pd.DataFrame:
-            with _text(path) as stream:
-                if names is not None:
-                    next(row for row in csv.reader(stream) if row)
-                return pd.read_csv(stream, header=None, low_memory=False, **options)
-
-        frame = read()
-    except (ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{printable(path)}: expected a header and rows of comma-separated values in UTF-8 ({printable(error)})"
-        ) from error
-    if names is not None and len(names) != frame.shape[1]:
-        raise ValueError(f"{printable(path)}: the header has {len(names)} fields, the rows have {frame.shape[1]}")
-    if names is not None:
-        _require_header(path, names, frame)
-    _require_exact(path, names, frame, read)
-    if names is not None:
-        frame.columns = names
-    return names, frame
-
-
-def _text(path: Path) -> io.TextIOWrapper:
-    """The text of a file behind its byte order marks: some programs add one to each part that they put together."""
-    raw = open(path, "rb")  # noqa: SIM115 - the caller closes what is around it
-    while raw.peek(3)[:3] == _BOM:
-        raw.read(3)
-    return io.TextIOWrapper(raw, "utf-8", newline="")
-
-
-def numbers(path: Path, frame: "pd.DataFrame") -> np.ndarray:
-    """The values (N, D) of a table as float64, NaN where one is missing; ValueError names the columns of text."""
-    import pandas as pd
-
-    x, text = np.empty(frame.shape), []
-    for index in range(frame.shape[1]):
-        column = frame.iloc[:, index]
-        values = pd.to_numeric(column, errors="coerce")
-        bad = column[values.isna() & column.notna()]
-        if len(bad):
-            name = frame.columns[index]
-            text.append(
-                f"{name!r:.80} ({bad.iloc[0]!r:.80})" if isinstance(name, str) else f"{index + 1} ({bad.iloc[0]!r:.80})"
-            )
-        x[:, index] = values.to_numpy(np.float64, na_value=np.nan)
-    if text:
-        more = f" and {len(text) - 5} more" if len(text) > 5 else ""
-        raise ValueError(
-            f"{printable(path)}: not numeric: column {', '.join(text[:5])}{more}; leave out or encode as numbers"
-        )
-    return x
-
-
-def _may_be_header(row: list[str]) -> bool:
-    return _counts(row) or any(not _is_number(field) for field in row)
-
-
-def _counts(row: list[str]) -> bool:
-    """Whether a row is pandas' own header of an array, with or without row labels."""
-    counted = [str(i) for i in range(len(row))]
-    labelled = len(row) >= 2 and row[0] in ("", "Unnamed: 0") and row[1:] == counted[:-1]
-    return labelled or (len(row) >= 3 and row == counted)
-
-
-def _require_header(path: Path, names: list[str], frame: "pd.DataFrame") -> None:
-    """Refuse a first row of names and numbers that may be data with a text among them."""
-    import pandas as pd
-
-    numbers = {i: float(name) for i, name in enumerate(names) if _is_number(name) and name.lower() not in _NO_DIGITS}
-    texts = [name for name in names if not _is_number(name)]
-    if _counts(names) or not numbers:
-        return
-    named = all(any(c.isalpha() for c in name) for name in texts)
-    if named and not all(_fits(value, pd.to_numeric(frame[i], errors="coerce")) for i, value in numbers.items()):
-        return
-    raise ValueError(
-        f"{printable(path)}: its first row has numbers beside {texts[0]!r}, so that it may be a header or data: give each "
-        "column a name, or mend the row"
-    )
-
-
-def _fits(value: float, column: "pd.Series") -> bool:
-    """Whether a number may be one of a column's values."""
-    known = column.dropna().astype(float)
-    if known.empty or (bool((known == known.round()).all()) and value != round(value)):
-        return False
-    low, high = known.min(), known.max()
-    return bool(2 * low - high <= value <= 2 * high - low)
-
-
-def _require_exact(
-    path: Path, names: list[str] | None, frame: "pd.DataFrame", read: "Callable[..., pd.DataFrame]"
-) -> None:
-    """Refuse whole numbers that float64 would change; their digits are looked up where numbers are that large."""
-    import pandas as pd
-
-    for i in range(frame.shape[1]):
-        values = pd.to_numeric(frame[i], errors="coerce")
-        large = values.notna() & ((values >= _EXACT) | (values <= -_EXACT))
-        if not large.any():
-            continue
-        for text in read(usecols=[i], dtype=str)[i][large]:
-            if re.fullmatch(r"\s*[+-]?\d+\s*", text, re.ASCII) and (len(text) > 300 or int(text) != int(float(text))):
-                column = repr(names[i]) if names else i + 1
-                raise ValueError(f"{printable(path)}: column {column} ({text:.30}): {INEXACT}")
-
-
 INEXACT = (
     "whole numbers beyond 2^53 would lose digits: leave the column out if it is a label, or subtract its smallest value"
 )
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return field.strip().lower() in _NO_DIGITS
-    return True

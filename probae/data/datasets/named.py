@@ -9,7 +9,8 @@ import numpy as np
 
 from probae.arguments import printable
 from probae.data.datasets.dataset import Kind, Splits, split
-from probae.data.datasets.formats import archive, idx_images, numbers, table
+from probae.data.datasets.delimited import numbers, table
+from probae.data.datasets.formats import archive, idx_images
 
 SPLIT_SEED = 1903  # of every split that no publication fixes: it decides what the test data are, so it never changes
 PATCH = 12
@@ -92,7 +93,7 @@ def _oil_flow(path: Path) -> Contents:
 
 
 def _columns(path: Path, wanted: tuple[str, ...], rows: int) -> np.ndarray:
-    header, frame = table(path)
+    header, frame, _ = table(path)
     names = header or []
     absent = [name for name in wanted if name not in names]
     if absent or len(frame) != rows:
@@ -263,7 +264,7 @@ CORRELATIONS: dict[str, Correlations] = {
 
 def read_correlations(path: Path, entry: Correlations) -> tuple[np.ndarray, tuple[str, ...]]:
     """Read a correlation matrix (p, p) and its variables' names from a table with row names."""
-    header, frame = table(path)
+    header, frame, _ = table(path)
     expected = f"expected a {entry.size}x{entry.size} correlation matrix with row names and a header"
     names = tuple(str(name) for name in frame.iloc[:, 0])
     columns = slice(1, entry.size + 1)

@@ -1,78 +1,49 @@
-"""The ``probae`` command."""
+"""``probae compare``: a line-up of models, one table."""
 
 from __future__ import annotations
 
-import functools
-import io
 import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from probae.arguments import as_path, one_of
+from probae.cli import completion
+from probae.cli.console import with_error
+from probae.cli.fitting import COMPILE
+from probae.cli.reading import Reading, reads_data, say_columns
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
     from probae.data.datasets import Dataset
     from probae.pair import Pair
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # names and files may hold brackets
-    help="Autoencoders as latent variable models, compared by held-out log p(x).",
-)
-
-
-def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-            print(f"probae: {in_print(' '.join(str(error).split()))}", file=sys.stderr)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            print("probae: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from error
-
-    return run
-
-
-def in_print(text: str) -> str:
-    """A text with escapes for what a terminal would obey: names in files and of files may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
 
 CAPTIONS = {
     "reconstructions": "Test images, and what each model makes of them through its latents.",
     "samples": "Test images, and images that each model draws by itself.",
 }
-COMPILE: dict[str, bool | str] = {"auto": "auto", "eager": False, "flat": "flat", "compiled": True}
 
 
-@app.command()
-@in_one_line
+@reads_data
 def compare(
+    reading: Reading,
     data: Annotated[
-        str, typer.Option(help="A named data set (see `probae list`), or a .npy, .npz or .csv file.")
+        str, typer.Option(help="A named data set (see `probae list`), or a file.", autocompletion=completion.sets)
     ] = "digits",
     models: Annotated[
         str | None,
         typer.Option(
-            help="Models, separated by commas: names of `probae list`, or FILE.py:NAME, which runs the file, and takes a "
-            "model that it registers, or a class; or all.",
+            help="Models, separated by commas: names of `probae list`, or FILE.py:NAME or MODULE:NAME, which runs the file, "
+            "and takes a model that it registers, or a class; or all.",
             show_default="those that suit the data",
+            autocompletion=completion.models,
         ),
     ] = None,
     latents: Annotated[int, typer.Option(min=1, help="Number of latents of each model.")] = 16,
@@ -81,10 +52,12 @@ def compare(
     particles: Annotated[int, typer.Option(min=1, help="Particles of each bound on log p(x).")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the fits, the draws, and the split of a file.")] = 0,
     compile: Annotated[str, typer.Option(help="How training steps are taken: auto, eager, flat or compiled.")] = "auto",
-    missing: Annotated[
-        str | None,
-        typer.Option(help="'mask' takes rows with missing values, at random.", show_default="they are refused"),
-    ] = None,
+    standardise: Annotated[
+        bool,
+        typer.Option(
+            "--standardise", help="Fit to columns of mean 0 and variance 1; log p(x) stays that of the values."
+        ),
+    ] = False,
     expost_prior: Annotated[
         str | None,
         typer.Option(
@@ -110,8 +83,7 @@ def compare(
     results of the same run. Without an option: scikit-learn's 1,797 handwritten digits, in a few minutes.
     """
     from probae import comparison
-    from probae.comparison import lineup
-    from probae.data import datasets
+    from probae.comparison import lineup, own_models
     from probae.export.report import require_report
     from probae.storage.folders import preparing
     from probae.storage.results import KIND, Results, checksum_of
@@ -123,74 +95,50 @@ def compare(
         require_report()
     if expost_prior is not None:
         one_of("--expost-prior", expost_prior, KINDS)
-    console = Console(markup=False, highlight=False)
-    loaded = datasets.load(data, seed=seed, missing=missing)
+    screen = reading.screen
+    loaded = reading.load(data, seed, standardise)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
-    chosen, files = lineup.named(models)
-    chosen = lineup.choose(loaded, chosen)
+    chosen, files = own_models.named(models)
+    chosen = lineup.choose(loaded, chosen if chosen is not None else lineup.conditional(loaded))
     test = subset(loaded.test, test_rows, seed)
     held = test if not lineup.conditions(chosen) else (test, subset(lineup.labels_of(loaded), test_rows, seed))
     settings: dict[str, Any] = {"latents": latents, "steps": steps, "test_rows": test_rows, "particles": particles}
-    settings |= {"seed": seed, "compile": compile, "missing": missing, "expost_prior": expost_prior}
+    settings |= {"seed": seed, "compile": compile, "missing": reading.missing, "expost_prior": expost_prior}
+    settings |= {"standardise": standardise}
     whole = checksum_of((loaded.train, loaded.validation, loaded.test))
     run = {"data": loaded.name, "checksum of the data": whole, "models": chosen, **settings}
     with preparing(folder, KIND) as place:
         results = Results(folder, run, loaded.files, force)
         priors = [] if expost_prior is None else [lineup.named_with_prior(name).replace(" ", "_") for name in chosen]
         results.require_free(written_names([*chosen, *priors], loaded.image_shape is not None, report))
-        console.print(in_print(f"{loaded.name}: {loaded.description}"))
-        console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n")
+        screen.say(f"{loaded.name}: {loaded.description}\n{loaded!r}; {len(test)} test rows, {latents} latents\n")
+        if not reading.quiet:
+            say_columns(screen, loaded.described, standardise)
 
         fitted: dict[str, Pair] = {}
         seconds: dict[str, float] = {}
         how = loaded, latents, steps, seed, COMPILE[compile], processes, files
         for name, model, took in lineup.train_all(chosen, *how, progress=sys.stderr.isatty()):
             fitted[name], seconds[name] = model, took
-            console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
+            screen.say(f"  fitted {name:24s} {seconds[name]:6.1f} s")
         if expost_prior is not None:
             for name, model, took in list(lineup.with_priors(fitted, loaded, expost_prior, seed)):
                 fitted[name], seconds[name] = model, took
-                console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
+                screen.say(f"  fitted {name:24s} {seconds[name]:6.1f} s")
         result = comparison.compare(
             fitted, held, train=loaded.train, particles=particles, seed=seed, progress=sys.stderr.isatty()
         )
         table = result.table.assign(fit_seconds=[seconds.get(name, math.nan) for name in result.table.index])
-        console.print()
-        console.print(rendered(table, loaded, console.width))
+        screen.say()
+        screen.show(rendered(table, loaded, screen.width))
         for note in result.notes:
-            console.print(f"· {note}")
+            screen.say(f"· {note}")
         made = place / "results"
         written = write(made, result, table, loaded, held, settings, report)
         results.put(made)
-    console.print()
-    console.print(in_print(f"written to {folder}: {', '.join(written)}"))
-
-
-@app.command("list")
-@in_one_line
-def list_() -> None:
-    """List the models and the data sets."""
-    from probae.data import datasets
-    from probae.models import CATALOGUE
-
-    console = Console(markup=False, highlight=False)
-    table = Table(title="models", title_justify="left", box=None, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    table.add_column("what it is")
-    table.add_column("for")
-    for name, model in CATALOGUE.items():
-        needs = " with labels" if model.labels else ""
-        table.add_row(name, f"{model.title} ({model.paper})", ", ".join(model.kinds) + needs)
-    console.print(table)
-    console.print()
-    table = Table("data set", "values", "train / validation / test × features", "found", title="data sets",
-                  title_justify="left", box=None, pad_edge=False)  # fmt: skip
-    for row in datasets.describe():
-        *splits, features = row.shape
-        shape = " / ".join(f"{n:,}" for n in splits) + f" × {features}"
-        table.add_row(row.name, row.kind, shape, "yes" if row.present else "no")
-    console.print(table)
-    console.print("\nNamed sets but digits are read from the folder that the environment variable PROBAE_DATA names.")
+    screen.say()
+    screen.say(f"written to {folder}: {', '.join(written)}")
+    screen.result({**described(result, table, loaded, settings), "folder": str(folder), "files": written})
 
 
 def subset(x: Any, most: int, seed: int) -> Any:
@@ -207,15 +155,13 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
     cells = {
         "model": [str(name) for name in table.index],
         "log p(x)": [
-            {"lower": "≥ ", "upper": "≤ "}.get(row["bound"], "") + _with_error(row["log_evidence"], row["stderr"])
+            {"lower": "≥ ", "upper": "≤ "}.get(row["bound"], "") + with_error(row["log_evidence"], row["stderr"])
             for _, row in table.iterrows()
         ],
-        "to the best": [
-            _with_error(a, b) for a, b in zip(table["difference"], table["difference_stderr"], strict=True)
-        ],
+        "to the best": [with_error(a, b) for a, b in zip(table["difference"], table["difference_stderr"], strict=True)],
         "reconstr.": ["–" if math.isnan(v) else f"{v:.2f}" for v in table["reconstruction"]],
         "over indep.": [
-            _with_error(a, b, plus=True)
+            with_error(a, b, plus=True)
             for a, b in zip(table["over_independent"], table["over_independent_stderr"], strict=True)
         ],
         "k̂": ["–" if math.isnan(v) else f"{v:.2f}" for v in table["pareto_k"]],
@@ -250,7 +196,19 @@ def written_names(chosen: Sequence[str], images: bool, report: bool = False) -> 
     models = [*chosen, "independent_features", "full_Gaussian", "mixture_of_*"]
     names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors")]
     names += ["report.html"] if report else []
+    names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors", "data.json")]
     return [*names, "reconstructions.png", "samples.png"] if images else names
+
+
+def described(result: Comparison, table: Any, data: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
+    """The table for machines, with how it came about."""
+    return {
+        "data": data.name,
+        "description": data.description,
+        "settings": settings,
+        "models": json.loads(table.reset_index().to_json(orient="records")),
+        "notes": result.notes,
+    }
 
 
 def write(
@@ -270,23 +228,17 @@ def write(
     from probae.export.figures.images import image_rows
     from probae.export.figures.style import pyplot
     from probae.storage import saving
+    from probae.storage.origin import Origin
     from probae.storage.results import checksum_of
 
     folder.mkdir()
     table.to_csv(folder / "table.csv")
     result.evidence().to_csv(folder / "evidence.csv")
-    rows = json.loads(table.reset_index().to_json(orient="records"))
-    content = {
-        "data": data.name,
-        "description": data.description,
-        "settings": settings,
-        "models": rows,
-        "notes": result.notes,
-    }
-    (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "table.json").write_text(json.dumps(described(result, table, data, settings), indent=2) + "\n")
     written = ["table.csv", "table.json", "evidence.csv"]
     for entry in result.entries:
-        saving.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
+        place = saving.save(entry.models[0], folder / "models" / entry.name.replace(" ", "_"))
+        Origin.of(data, entry.name, settings["latents"], settings["seed"], settings["missing"]).write(place)
     written.append("models/")
 
     result.plot().figure.savefig(folder / "evidence.png", dpi=150)
@@ -325,23 +277,3 @@ def write(
         written.append("report.html")
     pyplot().close("all")
     return written
-
-
-def _with_error(value: float, error: float, plus: bool = False) -> str:
-    if math.isnan(value):
-        return "–"
-    if value == 0:
-        return "0"
-    return f"{value:{'+' if plus else ''}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-
-
-def main() -> None:
-    """Run the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ≥ or ± shows a question mark
-    app()
-
-
-if __name__ == "__main__":
-    main()

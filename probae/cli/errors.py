@@ -1,0 +1,38 @@
+"""A user's mistake: one line on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+
+
+def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError as error:  # who reads the output has seen enough, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from error
+        except MISTAKES as error:
+            print(f"probae: {in_print(' '.join(str(error).split()))}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("probae: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return run
+
+
+def in_print(text: str) -> str:
+    """A text with escapes for what a terminal would obey: names in files and of files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
