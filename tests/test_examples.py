@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import sys
 
 import pytest
 
@@ -20,4 +21,7 @@ def test_there_are_examples_to_run():
 @pytest.mark.sample(4)
 def test_the_examples_of_a_room_run(room):
     pytest.importorskip("sklearn")
-    assert doctest.testmod(importlib.import_module(room)).failed == 0
+    failed = doctest.testmod(importlib.import_module(room)).failed
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+    assert failed == 0

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from probae.arguments import flag
 from probae.comparison.baselines import INDEPENDENT
 from probae.comparison.entry import Entry, paired
 from probae.evidence import Evidence
 from probae.evidence.result import BOUNDS
 from probae.export.datatree import comparison_tree
-from probae.export.figures import evidence_figure
+from probae.export.figures.evidence import evidence_forest, paired_differences
 
 if TYPE_CHECKING:
     import pandas
@@ -95,9 +96,13 @@ class Comparison:
         columns = {entry.name: entry.values.numpy() for entry in self.entries if entry.evidence}
         return pandas.DataFrame(columns).rename_axis("datum")
 
-    def plot(self, ax: Any = None) -> Any:
-        """The evidence of each model with intervals of two standard errors; needs ``probae[plots]``."""
-        return evidence_figure(self.table, ax)
+    def plot(self, ax: Any = None, *, differences: bool = False) -> Any:
+        """The evidence of each model, or its difference to the best; needs ``probae[plots]``.
+
+        Intervals are of two standard errors. Those of differences are paired by datum: they are the ones to look at.
+        """
+        draw = paired_differences if flag("differences", differences) else evidence_forest
+        return draw(self.table, ax)
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""

@@ -17,6 +17,7 @@ from probae.comparison.fits import has_maximum_likelihood
 from probae.comparison.folds import held_out
 from probae.evidence import Auto, Estimator
 from probae.evidence.evaluation import estimator_of
+from probae.export.figures.evidence import selection_curve
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, seeded, with_seed
 from probae.training import fit as train
@@ -61,6 +62,10 @@ class Selection:
         import pandas
 
         return pandas.DataFrame([self._row(entry) for entry in self.entries])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Each setting's log p(x) less that of the best, with paired errors; needs ``probae[plots]``."""
+        return selection_curve(self.table, list(next(iter(self.settings.values()))), ax)
 
     @property
     def _best(self) -> Entry:

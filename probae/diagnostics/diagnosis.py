@@ -13,7 +13,7 @@ from probae.diagnostics.latents import Latents, Units
 from probae.evidence.pareto import reliable_below
 from probae.evidence.result import Evidence
 from probae.export.datatree import diagnosis_tree
-from probae.export.figures import diagnosis_figure
+from probae.export.figures.diagnosis import diagnosis_panels
 from probae.tracing.signature import Signature
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Diagnosis:
 
     def plot(self) -> Any:
         """k̂ and effective sample size over the data, KL over the latents, and the gaps; needs ``probae[plots]``."""
-        return diagnosis_figure(self)
+        return diagnosis_panels(self)
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, of the draws, the diagnostics and the bounds; needs ``probae[arviz]``."""

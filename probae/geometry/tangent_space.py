@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probae.arguments import one_of, whole
-from probae.export.figures import spectrum_figure
+from probae.export.figures.geometry import jacobian_spectrum
 from probae.geometry.scores import prepared
 from probae.programs.smooth import code_of, decoding_of, jacobian
 from probae.runtime.isolation import isolated
@@ -32,7 +32,7 @@ class Tangents:
 
     def plot(self, ax: Any = None) -> Any:
         """The spectrum: the mean of each singular value over the data, and the middle 80% of them."""
-        return spectrum_figure(self.spectrum, f"singular value of the {self.of}'s Jacobian", ax)
+        return jacobian_spectrum(self.spectrum, f"singular value of the {self.of}'s Jacobian", ax)
 
     def __repr__(self) -> str:
         n, rank, d = self.directions.shape

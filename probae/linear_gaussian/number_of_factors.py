@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probae.arguments import one_of, positive, whole
 from probae.batches import as_matrix
-from probae.export.figures import scree_figure
+from probae.export.figures.factors import scree
 from probae.linear_gaussian.adequacy import correlation_of
 from probae.linear_gaussian.saturated import saturated
 from probae.runtime.precision import float64
@@ -50,7 +50,7 @@ class ParallelAnalysis:
 
     def plot(self, ax: Any = None) -> Any:
         """The scree plot, with the line of independent data; needs ``probae[plots]``."""
-        return scree_figure(self.to_frame(), ax)
+        return scree(self.to_frame(), ax)
 
     def __repr__(self) -> str:
         shown = self.to_frame().head(max(self.number + 2, 5))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from probae.export.figures.training import training_curves
+from probae.export.results import Evidence
 from probae.objectives import Objective
 
 if TYPE_CHECKING:
@@ -51,6 +54,15 @@ class Run:
     def seconds(self) -> float:
         """Wall-clock seconds of the training steps, validation included."""
         return self.records[-1]["seconds"] if self.records else 0.0
+
+    def plot(self, bounds: Mapping[str, Evidence] | None = None, ax: Any = None) -> Any:
+        """Training and validation by step, with bounds on log p(x) as lines; needs ``probae[plots]``.
+
+        Args:
+            bounds: name -> `Evidence`, ``{"log p(x), test": probae.log_evidence(model, x_test)}`` say.
+            ax: axes to draw on.
+        """
+        return training_curves(self, bounds, ax)
 
     def _repr_html_(self) -> str:
         shown = self.history.tail(5).to_html(index=False, float_format=lambda value: f"{value:.4f}", na_rep="–")
