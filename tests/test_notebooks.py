@@ -68,7 +68,9 @@ def test_the_committed_notebook_has_the_cells_of_its_text(text):
 def test_the_committed_notebook_was_run_from_top_to_bottom_without_errors(text):
     counts = [cell["execution_count"] for cell in committed(text) if cell["cell_type"] == "code"]
     assert counts == list(range(1, len(counts) + 1))
-    assert any(output["output_type"] == "display_data" for output in outputs(text))
+    drawing = [cell for cell in committed(text) if "".join(cell["source"]).endswith(";")]
+    assert drawing
+    assert all(any("image/png" in output.get("data", {}) for output in cell["outputs"]) for cell in drawing)
     assert all(output["output_type"] != "error" and output.get("name") != "stderr" for output in outputs(text))
 
 
