@@ -1,6 +1,7 @@
 # make compare   the main job: install, fit a line-up of models to real digits, print the table
 # make test      install with the test extra, check, run the tests
 # make docs      build the documentation into docs/_build/html; make docs-serve shows it at http://localhost:8000
+# make notebooks run the notebooks at full size, and write what they show (minutes)
 # COVERAGE=1     with make test: which lines of probae the tests ran, at the end
 # CPU=1          on Linux without an NVIDIA GPU: take PyTorch's CPU build, not gigabytes of CUDA
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: compare test slow docs docs-serve clean
+.PHONY: compare test slow notebooks docs docs-serve clean
 
 compare: $(VENV)/.compare
 	@# one thread: networks of this size gain nothing from two, and lose much when another process holds a core
@@ -28,6 +29,10 @@ docs: $(VENV)/.docs
 
 docs-serve: docs
 	$(BIN)/python -m http.server --bind localhost --directory docs/_build/html 8000
+
+notebooks: $(VENV)/.test
+	$(BIN)/jupytext --to ipynb notebooks/*.md
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 $(BIN)/python:
 	@$(PYTHON) -c '' 2>/dev/null || { echo "probae needs Python 3.11 or newer: no '$(PYTHON)' found; name one by PYTHON=..."; exit 1; }

@@ -17,9 +17,11 @@ from torch import nn
 import probae
 from probae.evidence.accumulators import Accumulator
 from probae.evidence.pareto import effective_sample_size, pareto_k
+from probae.evidence.refined import Refined, Refiner
 from probae.evidence.reliability import reliable_weights
 from probae.evidence.result import Evidence
 from probae.heads import likelihoods, posteriors, priors
+from probae.tracing.checks import check
 
 EXACT = 1e-10
 float64 = {"dtype": torch.float64}
@@ -449,6 +451,16 @@ def test_flat_graphs_give_the_same_bits():
     eager, flat = (refined(model, x, particles=60, steps=10, compile=way, memory=2**14) for way in (False, "flat"))
     assert torch.equal(eager.values, flat.values)
     assert torch.equal(eager.elbo.values, flat.elbo.values)
+
+
+def test_guides_that_start_from_others_are_refined_block_by_block():
+    # PPCA's posterior is Normal, and draws in pairs ε and −ε have its slope at their mean without noise
+    x = normal(50, 4)
+    model = probae.PPCA(4, 2).double().maximum_likelihood(x)
+    refiner = Refiner(model, x, check(model, x), Refined(memory=2**14), seed=0, compile=False)
+    assert refiner.blocks > 1
+    guides = refiner.fitted(x, refiner.fitted(x))
+    torch.testing.assert_close(guides.loc, model.posterior(x).mean.detach(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

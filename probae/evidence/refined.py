@@ -160,7 +160,7 @@ class Refiner:
         with evaluating(self.pair, self.seed), unvalidated():
             for number, (rows, count, place) in enumerate(self._blocks(batch)):
                 with seeded(derived(self.seed, _START, stream, number), self.pair.device):
-                    guides = self._start(rows) if start is None else Guides(*(padded(t[place], len(t)) for t in start))
+                    guides = self._start(rows) if start is None else Guides(*(t[place] for t in start))
                     guides = Guides(*(padded(t, length(rows)).contiguous() for t in guides))
                 with seeded(derived(self.seed, stream, number), self.pair.device):
                     for step in range(self.steps):

@@ -43,6 +43,8 @@ def pyplot() -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'probae[plots]'") from error
+    # a notebook's backend, loaded for the first time inside rc_context, would lose its interactive mode at the end of that
+    plt.draw_if_interactive()
     return plt
 
 
