@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
@@ -24,9 +25,14 @@ except ImportError as error:
 
 from probae.adapter import as_pair
 from probae.arguments import one_of
+from probae.batches import checksums, column_names, held, is_annotated, rows_of
 from probae.data.datasets.dataset import Schema
-from probae.evidence import log_evidence
+from probae.data.streams import blocks_of
+from probae.evidence import Estimator
+from probae.evidence.evaluation import estimator_of
+from probae.evidence.weights import prepare
 from probae.models import make
+from probae.programs.columns import require_same_names
 from probae.runtime.seeding import checked_seed, derived, seeded, with_seed
 from probae.training import fit
 
@@ -35,7 +41,8 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
     r"""A model of the catalogue as a scikit-learn estimator: codes to go on with, and the held-out log p(x) as its score.
 
     `transform` gives the posterior means of the latents, `inverse_transform` the mean of x given latents, `score_samples`
-    log p(x_n) in nats, exact or a lower bound, and `score` its mean: what `GridSearchCV` chooses by.
+    log p(x_n) in nats, exact or a lower bound, and `score` its mean: what `GridSearchCV` chooses by. Data are arrays,
+    DataFrames, matrices of ``scipy.sparse`` or AnnData.
 
     Args:
         model: a name of `probae.models.names`.
@@ -86,9 +93,12 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> LatentVariableModel:
-        """Fit to data (N, D): by maximum likelihood where the model has it, else by `probae.fit`; y is not used."""
+        """Fit to data (N, D): by maximum likelihood where the model has it, else by `probae.fit`; y is not used.
+
+        Sparse rows are made dense a minibatch at a time by `probae.fit`; maximum likelihood needs all of them.
+        """
         one_of("kind", self.kind, ("real", "counts", "binary"))
-        x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        x = self._validated(X, ensure_min_samples=2)
         seed = self._seed
         try:
             with seeded(derived(seed, 0)):
@@ -99,11 +109,13 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
             else:
                 fit(model, x, **{"progress": False, "seed": derived(seed, 1), **options})
         except ValueError as error:
-            raise ValueError(f"{error} (X has n_samples={len(x)}, n_features={x.shape[1]})") from error
+            raise ValueError(f"{error} (X has n_samples={x.shape[0]}, n_features={x.shape[1]})") from error
         self.model_ = model
         codes = model.encode(x[:1])
         self._sites = {name: code.shape[1:] for name, code in codes.items()} if isinstance(codes, dict) else None
         self._n_features_out = _rows(codes).shape[1]
+        if (names := getattr(self, "feature_names_in_", None)) is not None:
+            model.named_columns = {"x": names}
         return self
 
     def transform(self, X: Any) -> Any:
@@ -124,11 +136,14 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
         return _rows(self.model_.decode(dict(zip(self._sites, parts, strict=True))))
 
     def score_samples(self, X: Any) -> Any:
-        """log p(x_n), in nats, (N,): exact, or a lower bound."""
-        options = dict(self.evidence_options or {})
-        return log_evidence(
-            self.model_, self._checked(X), self.method, seed=derived(self._seed, 2), **options
-        ).values.numpy()
+        """log p(x_n), in nats, (N,): exact, or a lower bound.
+
+        The draws for a bound follow from the random state and the row's own numbers, so that its value does not depend on the
+        rows beside it, nor on their order.
+        """
+        estimator = estimator_of(self.method, None, dict(self.evidence_options or {}))
+        x, seed = self._checked(X), derived(self._seed, 2)
+        return np.concatenate([_row_by_row(self.model_, block, estimator, seed) for block in blocks_of(x)])
 
     def score(self, X: Any, y: Any = None) -> float:
         """The mean of log p(x_n), in nats per datum; higher is better."""
@@ -146,16 +161,36 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
 
     def _checked(self, x: Any) -> Any:
         check_is_fitted(self)
-        return validate_data(self, x, dtype=np.float64, reset=False)
+        return self._validated(x, reset=False)
+
+    def _validated(self, x: Any, reset: bool = True, **options: Any) -> Any:
+        """Finite numbers (N, D), dense or sparse by rows; an AnnData gives its matrix, and the names of its variables."""
+        kind = {"dtype": np.float64, "accept_sparse": "csr", **options}
+        if not is_annotated(x):
+            return validate_data(self, x, reset=reset, **kind)
+        found, names = check_array(held(x), **kind), column_names(x)
+        if reset:
+            self.n_features_in_, self.feature_names_in_ = found.shape[1], np.array(names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            require_same_names(self.feature_names_in_, names or (), "X")
+        return found
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
 
     def _schema(self, x: Any) -> Schema:
-        spread = float(x.std())
-        maximum = int(x.max()) if self.maximum is None else self.maximum
+        sparse = hasattr(x, "tocsr")
+        highest, lowest = (each.toarray() if sparse else each for each in (x.max(0), x.min(0)))
+        square = (x.multiply(x) if sparse else np.square(x)).mean()
+        spread = float(np.sqrt(square - x.mean() ** 2)) if sparse else float(x.std())
+        maximum = int(highest.max()) if self.maximum is None else self.maximum
         return Schema(
             (x.shape[1],),
             self.kind,  # type: ignore[arg-type]
             maximum if self.kind == "counts" else None,
-            varies=bool((x.std(0) > 0).all()),
+            varies=bool((highest > lowest).all()),
             spread=spread if spread > 0 else 1.0,
         )
 
@@ -163,7 +198,18 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
         return hasattr(self, "model_")
 
 
+def _row_by_row(model: Any, x: Any, estimator: Estimator, seed: int) -> Any:
+    """log p(x_n) (N,): of all rows at once where it is exact, else of each alone, from draws that its own numbers decide."""
+    pair, batch, signature = prepare(model, x)
+    rows = list(rows_of(batch, 1))
+    if estimator(pair, rows[0], signature, seed).bound == "exact":
+        return estimator(pair, batch, signature, seed).values.numpy()
+    seeds = (derived(seed, key % 2**63) for key in checksums(batch).tolist())
+    found = [estimator(pair, row, signature, own).values for row, own in zip(rows, seeds, strict=True)]
+    return torch.cat(found).numpy()
+
+
 def _rows(values: Any) -> Any:
     """Tensors, by site where there are several, as one array (N, ...)."""
     parts = list(values.values()) if isinstance(values, dict) else [values]
-    return np.concatenate([part.reshape(len(part), -1).double().numpy() for part in parts], 1)
+    return np.concatenate([np.asarray(part, dtype=np.float64).reshape(len(part), -1) for part in parts], 1)

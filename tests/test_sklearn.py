@@ -7,12 +7,15 @@ import pytest
 import probae
 
 pytest.importorskip("sklearn")
+import sklearn.utils.estimator_checks
+from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
+from test_sparse_data import Annotated
 
 from probae.sklearn import LatentVariableModel
 
@@ -25,6 +28,27 @@ def data(n=200, features=6, latents=2):
 def test_it_keeps_to_the_contract_of_estimators():
     failed = [c for c in check_estimator(LatentVariableModel(), on_fail=None) if c["status"] == "failed"]
     assert failed == []
+
+
+VAE = {"model": "vae", "latents": 1, "fit_options": {"steps": 3, "compile": False}, "method": "iwae"}
+
+
+@pytest.mark.parametrize(
+    "check", ["check_methods_subset_invariance", "check_methods_sample_order_invariance", "check_dict_unchanged"]
+)
+def test_a_bound_of_a_row_depends_on_that_row_alone(check):
+    """The checks of scikit-learn that compare rows alone, in batches and in another order, with a model that draws."""
+    estimator = LatentVariableModel(**VAE, evidence_options={"particles": 5})
+    getattr(sklearn.utils.estimator_checks, check)("LatentVariableModel", estimator)
+
+
+def test_alike_rows_have_one_value_and_the_draws_follow_from_the_random_state():
+    x = np.repeat(data(20), 2, axis=0)
+    estimator = LatentVariableModel(**VAE, evidence_options={"particles": 5}).fit(x)
+    values = estimator.score_samples(x)
+    np.testing.assert_array_equal(values[::2], values[1::2])
+    assert len(set(values)) == 20
+    assert (estimator.set_params(random_state=1).score_samples(x) != values).all()
 
 
 def test_its_numbers_are_those_of_the_model():
@@ -51,6 +75,44 @@ def test_a_grid_finds_the_number_of_latents():
     scores = dict(zip([1, 2, 3], found.cv_results_["mean_test_score"], strict=True))
     assert scores[2] > scores[1] + 1
     assert scores[2] > scores[3] - 0.05
+
+
+def test_a_grid_finds_a_penalty_by_evidence():
+    """λ = 1000 leaves the codes of a Laplace prior no room: λ = 1 is as the data are."""
+    options = [{"rate": rate} for rate in (1.0, 1000.0)]
+    estimator = LatentVariableModel("sparse_vae", 2, fit_options={"steps": 300, "lr": 1e-2}, method="iwae")
+    estimator.set_params(evidence_options={"particles": 20})
+    found = GridSearchCV(estimator, {"options": options}, cv=2).fit(data(100))
+    assert found.best_params_ == {"options": {"rate": 1.0}}
+
+
+def test_sparse_data_and_annotated_ones_give_the_numbers_of_dense_ones():
+    dense = np.random.default_rng(0).poisson(0.5, size=(40, 6)).astype(float)
+    vae = {
+        "model": "vae",
+        "kind": "counts",
+        "maximum": 5,
+        "fit_options": {"steps": 3, "compile": False},
+        "method": "iwae",
+    }
+    forms = dense, csr_matrix(dense), Annotated(csr_matrix(dense))
+    for options in ({}, vae):
+        fits = [LatentVariableModel(**options).fit(form) for form in forms]
+        for form, estimator in zip(forms, fits, strict=True):
+            np.testing.assert_allclose(estimator.transform(form), fits[0].transform(dense), atol=1e-8)
+            np.testing.assert_allclose(estimator.score_samples(form), fits[0].score_samples(dense), atol=1e-8)
+    assert fits[2].feature_names_in_.tolist() == [f"gene {i}" for i in range(6)]
+    other = Annotated(csr_matrix(dense))
+    other.var_names = other.var_names[::-1]
+    with pytest.raises(ValueError, match="another order"):
+        fits[2].transform(other)
+
+
+def test_a_dataframe_names_the_models_own_columns():
+    x = pd.DataFrame(data(), columns=list("abcdef"))
+    estimator = LatentVariableModel().fit(x)
+    assert estimator.model_.feature_names_in_.tolist() == list("abcdef")
+    assert isinstance(estimator.sample(3), np.ndarray)
 
 
 def test_codes_are_features_in_a_pipeline_and_tables_come_back_as_tables():

@@ -17,19 +17,19 @@ class Start:
     once it was loaded. A network with random weights is a model too, and no such warning is given for it.
     """
 
-    _start: int | None = None
+    _initial: int | None = None
 
     def constructed(self: Any) -> None:
         """Keep a checksum of the initial values; called at the end of a recorded class's constructor."""
         if self.has("maximum_likelihood") and not hasattr(self, "inner"):
-            self._start = self._checksum()
+            self._initial = self._checksum()
 
     def warn_unfitted(self: Any) -> None:
         """Warn if the model has its initial values still."""
         inner = getattr(self, "inner", None)
         if isinstance(inner, Start):
             inner.warn_unfitted()
-        elif self._start is not None and self._start == self._checksum():
+        elif self._initial is not None and self._initial == self._checksum():
             warnings.warn(
                 f"{type(self).__name__}: this model was never fitted, so it answers from its initial values: call "
                 "model.maximum_likelihood(x) or probae.fit(model, x) first, or set its parameters",
@@ -37,7 +37,7 @@ class Start:
                 stacklevel=3,
             )
         else:
-            self._start = None  # no need to look again
+            self._initial = None  # no need to look again
 
     def _checksum(self: Any) -> int | None:
         """Of all parameters and buffers, whatever their dtype and device; None where they have no values."""

@@ -30,7 +30,7 @@ _DERIVED = {
     "_signatures",
     "remembered",
     "_columns",
-    "_start",
+    "_initial",
     "_constraints",
     "_places",
     "_guides",

@@ -14,7 +14,7 @@ from probae.data.streams.minibatches import Minibatch, Shuffle, Source
 from probae.runtime.fingerprints import Checksum
 from probae.runtime.processes import ALONE, Processes
 
-_CELLS = 2**21  # numbers that are dense at a time, when all of the data are read once
+_CELLS = 2**19  # numbers that are dense at a time, when all of the data are read once
 
 
 class Densified(Source):
