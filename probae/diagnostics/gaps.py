@@ -12,6 +12,7 @@ from torch import Tensor
 from probae.batches import Batch, length, rows_at
 from probae.evidence import log_evidence
 from probae.evidence.result import Evidence
+from probae.export.figures.evidence import gap_waterfall
 from probae.export.tabular import PerDatum
 from probae.pair import Pair
 from probae.runtime.seeding import derived
@@ -124,6 +125,10 @@ class Gaps(PerDatum):
     def __repr__(self) -> str:
         means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.to_frame().mean().items())
         return f"<gaps between the ELBO and log p(x) of {len(self.data)} data: {means} nats per datum>"
+
+    def plot(self, ax: Any = None) -> Any:
+        """From the ELBO up to log p(x), as a waterfall; needs ``probae[plots]``."""
+        return gap_waterfall(self, ax)
 
 
 def some_rows(size: int, count: int, seed: int) -> Tensor:

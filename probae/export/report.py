@@ -77,6 +77,7 @@ def page(
         title=title,
         verdict=verdict(table, unit),
         table=table_html(table, unit, fit_seconds),
+        table_note=table_note(table),
         figures={caption: image(figure) for caption, figure in {**drawn, **figures}.items()},
         notes=[note.rstrip(".") + "." for note in comparison.notes],
         ran=ran,
@@ -94,7 +95,7 @@ def table_html(table: pandas.DataFrame, unit: str, fit_seconds: Mapping[str, flo
 
     bounds = {"lower": "≥ ", "upper": "≤ ", "estimate": "≈ ", "upper estimate": "≲ "}
     seconds = [row["seconds"] + fit_seconds.get(str(name), 0.0) for name, row in table.iterrows()]
-    doubted = table["reliable"] < _BELIEVED
+    doubted = _doubted(table)
     values = _with_errors(table, "log_evidence", "stderr")
     columns = {
         "model": [str(name) for name in table.index],
@@ -111,17 +112,10 @@ def table_html(table: pandas.DataFrame, unit: str, fit_seconds: Mapping[str, flo
         "seconds": _numbers(pandas.Series(seconds), ",.1f"),
     }
     shown = pandas.DataFrame({name: cells for name, cells in columns.items() if set(cells) != {"–"}})
-    note = (
-        "± one standard error over all data, Monte Carlo included; differences are paired by datum. ≥: a lower bound. "
-        "Baselines are grey. Seconds are of training and evaluation."
-    )
-    if doubted.any():
-        note += " *: the Monte Carlo error of some data cannot be believed, see the notes."
     found = (
         great_tables.GT(shown, rowname_col="model", id="evidence")
-        .tab_source_note(note)
         .cols_align("right", [name for name in shown if name != "model"])
-        .tab_options(table_font_size="14px", table_width="100%", source_notes_font_size="12px")
+        .tab_options(table_font_size="14px", table_width="100%")
         .tab_style(
             great_tables.style.text(color="#767676"),
             [
@@ -133,6 +127,17 @@ def table_html(table: pandas.DataFrame, unit: str, fit_seconds: Mapping[str, flo
     return found.as_raw_html()
 
 
+def table_note(table: pandas.DataFrame) -> str:
+    """What the signs in the table mean."""
+    note = (
+        "± one standard error over all data, Monte Carlo included; differences are paired by datum. ≥: a lower bound. "
+        "Baselines are grey. Seconds are of training and evaluation."
+    )
+    if _doubted(table).any():
+        note += " *: the Monte Carlo error of some data cannot be believed, see the notes."
+    return note
+
+
 def image(figure: Any) -> str:
     """A figure as a data URL: PNG where there are pixels in it, else SVG."""
     pixels, content = any(ax.images for ax in figure.axes), io.BytesIO()
@@ -140,6 +145,10 @@ def image(figure: Any) -> str:
     with pyplot().rc_context({"svg.hashsalt": "probae"}):
         figure.savefig(content, format=kind.partition("+")[0], **options)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _doubted(table: pandas.DataFrame) -> pandas.Series:
+    return table["reliable"] < _BELIEVED
 
 
 def _with_errors(table: pandas.DataFrame, value: str, error: str, plus: bool = False) -> list[str]:

@@ -27,16 +27,16 @@ def verdict(table: pandas.DataFrame, unit: str = "datum") -> str:
     if not len(ranked):
         return " ".join(["No model here has a log p(x) that can be ranked.", *_unranked(table)])
     best, others = ranked.iloc[0], ranked.iloc[1:]
-    return " ".join([*_best(best, unit), *_others(others, unit), *_bounds(ranked), *_unranked(table)])
+    return " ".join([*_best(best, others, unit), *_others(others, unit), *_bounds(ranked), *_unranked(table)])
 
 
-def _best(best: Any, unit: str) -> list[str]:
+def _best(best: Any, others: pandas.DataFrame, unit: str) -> list[str]:
     value = with_error(best["log_evidence"], best["stderr"])
     bound = ", a lower bound" if best["bound"] == "lower" else ""
     said = [f"Best: {best.name}, with a mean held-out log p(x) of {value} nats per {unit}{bound}."]
     if best["role"] == "baseline":
         said.append("This is a baseline: no model of the line-up is ranked above it.")
-    elif best["over_independent"] > 0:
+    elif best["over_independent"] > 0 and not others["over_independent"].iloc[:1].eq(0).any():  # else they are next
         more = with_error(best["over_independent"], best["over_independent_stderr"])
         said.append(f"That is {more} nats above independent features, which have no latents.")
     return said
