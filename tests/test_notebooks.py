@@ -20,7 +20,8 @@ def code(text):
 
 
 def assigned(source):
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(getattr(node, "ctx", None), ast.Store)}
+    names = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
 
 
 def committed(text):
@@ -46,8 +47,7 @@ def test_the_small_sizes_are_of_names_that_their_cell_sets(text):
 
 
 @every
-def test_the_text_runs_at_small_sizes(text, monkeypatch):
-    monkeypatch.setattr(plt, "show", lambda: None)
+def test_the_text_runs_at_small_sizes(text):
     scope = {"__name__": "__main__"}
     try:
         for number, cell in enumerate(code(text)):
