@@ -217,7 +217,7 @@ def test_models_of_the_library_give_images_and_what_has_no_pass_is_refused():
     with pytest.raises(ValueError, match="2 × 2 numbers"):
         figures.reconstructions(model, PIXELS, (2, 2))
     with pytest.raises(ValueError, match="images"):
-        figures.image_rows({"flat": PIXELS})
+        figures.image_rows({"flat": PIXELS.numpy()})
 
 
 # -- latents -----------------------------------------------------------------------------------------------------------
@@ -310,12 +310,7 @@ def test_sparsity_is_drawn_as_it_was_measured():
 
 def test_tiles_are_columns_in_the_order_asked_for():
     columns = torch.stack([torch.full((6,), -1.0), torch.full((6,), 2.0)], 1)
-    sheet = (
-        figures.dictionary_tiles(columns, (2, 3), order=torch.tensor([0.0, 1.0]), across=2)
-        .axes[0]
-        .images[0]
-        .get_array()
-    )
+    sheet = figures.dictionary_tiles(columns.numpy(), (2, 3), order=[0.0, 1.0], across=2).axes[0].images[0].get_array()
     assert (sheet[:, :3] == 1).all()
     assert (sheet[:, 4:] == -1).all()
 

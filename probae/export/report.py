@@ -22,6 +22,7 @@ MARK = "<!DOCTYPE html>\n<!-- a report by probae -->"
 #: the share of believable Monte-Carlo errors below which they get an asterisk
 _BELIEVED = 0.95
 
+_WIDTH = 4.7  # inches of the figures of evidence: legible on a phone too
 _DIFFERENCES = "Difference of each model to the best, paired by datum, with two standard errors: the errors to look at."
 _EVIDENCE = (
     "Mean held-out log p(x) of each model with two standard errors. Intervals that overlap decide nothing: see above."
@@ -70,6 +71,8 @@ def page(
         drawn[_DIFFERENCES] = paired_differences(table).figure
     if table["log_evidence"].notna().any():
         drawn[_EVIDENCE] = evidence_forest(table).figure
+    for figure in drawn.values():
+        figure.set_figwidth(_WIDTH)
     template = resources.files("probae.export").joinpath("templates/report.html").read_text(encoding="utf-8")
     text = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     found = text.render(
