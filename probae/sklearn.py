@@ -172,7 +172,7 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
         if reset:
             self.n_features_in_, self.feature_names_in_ = found.shape[1], np.array(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
-            require_same_names(self.feature_names_in_, names or (), "X")
+            require_same_names(list(self.feature_names_in_), names or (), "X")
         return found
 
     def __sklearn_tags__(self) -> Any:
