@@ -43,11 +43,11 @@ def test_a_bound_of_a_row_depends_on_that_row_alone(check):
 
 
 def test_alike_rows_have_one_value_and_the_draws_follow_from_the_random_state():
-    x = np.repeat(data(20), 2, axis=0)
+    x = np.repeat(data(4), 2, axis=0)
     estimator = LatentVariableModel(**VAE, evidence_options={"particles": 5}).fit(x)
     values = estimator.score_samples(x)
     np.testing.assert_array_equal(values[::2], values[1::2])
-    assert len(set(values)) == 20
+    assert len(set(values)) == 4
     assert (estimator.set_params(random_state=1).score_samples(x) != values).all()
 
 
@@ -77,17 +77,20 @@ def test_a_grid_finds_the_number_of_latents():
     assert scores[2] > scores[3] - 0.05
 
 
+@pytest.mark.slow
 def test_a_grid_finds_a_penalty_by_evidence():
     """λ = 1000 leaves the codes of a Laplace prior no room: λ = 1 is as the data are."""
     options = [{"rate": rate} for rate in (1.0, 1000.0)]
-    estimator = LatentVariableModel("sparse_vae", 2, fit_options={"steps": 300, "lr": 1e-2}, method="iwae")
+    estimator = LatentVariableModel(
+        "sparse_vae", 2, fit_options={"steps": 150, "lr": 1e-2, "compile": "flat"}, method="iwae"
+    )
     estimator.set_params(evidence_options={"particles": 20})
-    found = GridSearchCV(estimator, {"options": options}, cv=2).fit(data(100))
+    found = GridSearchCV(estimator, {"options": options}, cv=2, refit=False).fit(data(30))
     assert found.best_params_ == {"options": {"rate": 1.0}}
 
 
 def test_sparse_data_and_annotated_ones_give_the_numbers_of_dense_ones():
-    dense = np.random.default_rng(0).poisson(0.5, size=(40, 6)).astype(float)
+    dense = np.random.default_rng(0).poisson(0.5, size=(10, 6)).astype(float)
     vae = {
         "model": "vae",
         "kind": "counts",
@@ -98,9 +101,10 @@ def test_sparse_data_and_annotated_ones_give_the_numbers_of_dense_ones():
     forms = dense, csr_matrix(dense), Annotated(csr_matrix(dense))
     for options in ({}, vae):
         fits = [LatentVariableModel(**options).fit(form) for form in forms]
+        codes, values = fits[0].transform(dense), fits[0].score_samples(dense)
         for form, estimator in zip(forms, fits, strict=True):
-            np.testing.assert_allclose(estimator.transform(form), fits[0].transform(dense), atol=1e-8)
-            np.testing.assert_allclose(estimator.score_samples(form), fits[0].score_samples(dense), atol=1e-8)
+            np.testing.assert_allclose(estimator.transform(form), codes, atol=1e-8)
+            np.testing.assert_allclose(estimator.score_samples(form), values, atol=1e-8)
     assert fits[2].feature_names_in_.tolist() == [f"gene {i}" for i in range(6)]
     other = Annotated(csr_matrix(dense))
     other.var_names = other.var_names[::-1]
@@ -136,7 +140,7 @@ def test_models_that_are_trained_by_steps(model, kind, given):
     x = {"real": data(60), "binary": (data(60) > 5) * 1.0, "counts": np.clip(data(60).round(), 0, 9)}[kind]
     evidence = {"method": "iwae", "evidence_options": {"particles": 20}}
     estimator = LatentVariableModel(model, 2, kind=kind, fit_options=given, **evidence)
-    first, again = estimator.fit(x).score_samples(x), clone(estimator).fit(x).score_samples(x)
+    first, again = estimator.fit(x).score_samples(x[:5]), clone(estimator).fit(x).score_samples(x[:5])
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first, again)
 

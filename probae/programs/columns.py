@@ -21,7 +21,6 @@ class Columns:
     """
 
     _columns: Names
-    arguments: tuple[str, ...]
 
     @property
     def feature_names_in_(self) -> np.ndarray:
@@ -53,7 +52,7 @@ class Columns:
         given = () if self.remembered is None else self.remembered.given
         return next((columns for leaf, columns in names.items() if leaf not in given), None)
 
-    def columns_of(self, data: Any) -> Names:
+    def columns_of(self: Any, data: Any) -> Names:
         """The names of the columns of data, by array."""
         if isinstance(data, tuple):
             known = self.arguments if len(self.arguments) >= len(data) else tuple(map(str, range(len(data))))

@@ -154,7 +154,7 @@ class Tables(Columns):
     def _features(self: Any, found: dict[str, Tensor], names: Mapping[str, Sequence[str]], index: Any) -> Any:
         """Values of observed sites as tables, under the names of the arrays that the sites observe."""
         known = () if self.remembered is None else self.remembered.variables
-        leaf = {variable.name: variable.leaf for variable in known}
+        leaf = {variable.name: variable.leaf or variable.name for variable in known}
         first = self.names_of_features(dict(names)) if len(found) == 1 else None
         return alone(
             {
