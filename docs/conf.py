@@ -67,6 +67,6 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": {"**": ["page-toc"], "models/index": [], "gallery/index": []},
 }
-html_sidebars = {"start": [], "numbers": [], "questions": [], "gallery": []}
+html_sidebars = {page: [] for page in ["start", "numbers", "questions", "comparison", "gallery/index"]}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
