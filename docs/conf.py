@@ -47,6 +47,7 @@ myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 nb_execution_mode = "cache"
+nb_execution_in_temp = True
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_merge_streams = True
@@ -67,6 +68,6 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": {"**": ["page-toc"], "models/index": [], "gallery/index": []},
 }
-html_sidebars = {"start": [], "numbers": [], "questions": [], "gallery": []}
+html_sidebars = {page: [] for page in ["start", "numbers", "questions", "comparison", "gallery/index"]}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

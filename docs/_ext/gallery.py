@@ -46,7 +46,7 @@ def drawn(figure: Callable[..., Any]) -> bytes | None:
     if not plt.get_fignums():
         return None
     picture = io.BytesIO()
-    plt.gcf().savefig(picture, format="png", dpi=110, metadata={"Software": None})
+    plt.gcf().savefig(picture, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close("all")
     return picture.getvalue()
 

@@ -12,14 +12,7 @@ from sphinx.environment import BuildEnvironment
 
 import probae
 
-_SECTIONS = {
-    "": "Guide",
-    "models": "Models",
-    "howto": "How-tos",
-    "theory": "Theory",
-    "notebooks": "Notebooks",
-    "api": "Reference",
-}
+_TITLES = {"": "Guide", "howto": "How-tos", "api": "Reference"}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -32,16 +25,13 @@ def write(app: Sphinx, failure: Exception | None) -> None:
     """The title and the first sentence of each page, by section."""
     if failure is not None or app.builder.format != "html":
         return
+    sections: dict[str, list[str]] = {}
+    for name in _in_order(app.env):
+        sections.setdefault(name.rpartition("/")[0].partition("/")[0], []).append(name)
     lines = ["# probae", "", f"> {probae.__doc__}"]
-    for folder, title in _SECTIONS.items():
-        pages = [
-            name for name in _in_order(app.env) if name.partition("/")[0] == folder or ("/" not in name and not folder)
-        ]
-        if pages:
-            lines += ["", f"## {title}", ""]
-            lines += [
-                f"- [{app.env.titles[n].astext()}]({n}.html): {_first_text(app.env, n)}".rstrip(": ") for n in pages
-            ]
+    for folder, names in sections.items():
+        lines += ["", f"## {_TITLES.get(folder, folder.title())}", ""]
+        lines += [f"- [{app.env.titles[n].astext()}]({n}.html): {_first_text(app.env, n)}".rstrip(": ") for n in names]
     Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

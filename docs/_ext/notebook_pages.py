@@ -74,7 +74,8 @@ def index() -> str:
     cards = "\n".join(card(stem, path) for stem, path in found.items())
     return f"""# Notebooks
 
-Each runs on real data that need no download, and was run when this site was built. Download one by the button on its page.
+Each runs on real data that need no download, and was run when this site was built. They are in
+the folder `notebooks` of the repository, as text and as `.ipynb`.
 
 ::::{{grid}} 1 2 2 3
 :gutter: 3

@@ -78,8 +78,10 @@ def first_name(thing: Any) -> str | None:
 
 def pages() -> dict[str, str]:
     """The index, and a page for each room."""
+    lines = [f"- :doc:`{room}`: {_sentence(room)}" for room in rooms()]
     sections = "\n".join(f"   {room}" for room in rooms())
-    index = f"{_title('API')}\nEvery public name, from its docstring.\n\n.. toctree::\n   :maxdepth: 1\n\n{sections}\n"
+    tree = f".. toctree::\n   :hidden:\n\n{sections}\n"
+    index = "\n".join([_title("API"), "Every public name, from its docstring.\n", *lines, "", tree])
     return {"index.rst": index, **{f"{room}.rst": _room(room) for room in rooms()}}
 
 
@@ -93,6 +95,12 @@ def _room(room: str) -> str:
     if elsewhere:
         parts.append(f"Also found here:\n\n{_summary([f'~{name}' for name in elsewhere])}")
     return "\n".join(parts)
+
+
+def _sentence(room: str) -> str:
+    """The first sentence of a module."""
+    text = " ".join((importlib.import_module(room).__doc__ or "").split("\n\n")[0].split())
+    return text.removeprefix(f"{room}: ")
 
 
 def _title(text: str) -> str:
