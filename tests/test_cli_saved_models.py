@@ -325,4 +325,6 @@ def test_few_features_have_half_as_many_latents_unless_a_number_is_said(tmp_path
     file = write(FRAME.fillna(50.0), tmp_path / "mine.csv")
     compare = ["compare", "--data", file, *PARTS, "--models", "ppca"]
     assert said(*compare, "--out", tmp_path / "out")["settings"]["latents"] == 2
-    assert "latents" in mistake(*compare, "--latents", 16, "--out", tmp_path / "other")
+    code, _, err = command(*compare, "--latents", 16, "--out", tmp_path / "other")
+    assert code == 2
+    assert "latents: expected a whole number from 1 to 4, got 16" in err
