@@ -310,6 +310,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(job, tmp_pa
     assert tables[0]["log_evidence"]["ppca"] == read(folder)["log_evidence"]["ppca"]
 
 
+@pytest.mark.slow
 def test_a_flat_prior_is_evaluated_with_one_fitted_to_its_codes_if_asked(tmp_path):
     x = np.random.default_rng(0).normal(size=(80, 3)) @ np.random.default_rng(1).normal(size=(3, 5))
     np.save(tmp_path / "x.npy", x + 0.3 * np.random.default_rng(2).normal(size=x.shape))
@@ -323,29 +324,16 @@ def test_a_flat_prior_is_evaluated_with_one_fitted_to_its_codes_if_asked(tmp_pat
     assert "ppca with ex-post prior" not in table.index
     loaded = probae.load(tmp_path / "out" / "models" / name.replace(" ", "_"))
     assert loaded.label == "decoder + ex-post prior"
-    code, _, err = command("compare", *given, "--expost-prior", "flat")
-    assert code != 0
-    assert "--expost-prior: expected one of" in err
 
 
-@pytest.mark.sample(1)
-def test_by_default_results_go_to_a_folder_named_after_the_data(job, tmp_path, monkeypatch):
-    _, file, _, _ = job
+def test_by_default_results_go_to_a_folder_named_after_the_data(tmp_path, monkeypatch):
+    file = write(tmp_path, "real")
     monkeypatch.chdir(tmp_path)
-    code, out, _ = command("compare", "--data", file, *QUICK, "--models", "autoencoder")
+    code, out, _ = command("compare", "--data", file, *QUICK, "--models", "autoencoder", "--test-rows", 5)
     assert code == 0
+    assert len(pd.read_csv(tmp_path / "probae-compare" / file.stem / "evidence.csv")) == 5
     assert (tmp_path / "probae-compare" / file.stem / "table.csv").is_file()
     assert f"probae-compare/{file.stem}" in "".join(out.split())
-
-
-@pytest.mark.sample(2)
-def test_test_rows_are_limited(job, tmp_path):
-    _, file, _, _ = job
-    code, _, _ = command(
-        "compare", "--data", file, *QUICK, "--models", "autoencoder", "--test-rows", 5, "--out", tmp_path
-    )
-    assert code == 0
-    assert len(pd.read_csv(tmp_path / "evidence.csv")) == 5
 
 
 # -- the main job ------------------------------------------------------------------------------------------------------
@@ -435,6 +423,7 @@ MISTAKES = {
     "a file for a folder": (["--data", "good.npy", "--out", "good.npy"], "good.npy"),
     "a file above the folder": (["--data", "good.npy", "--out", "good.npy/out"], "good.npy"),
     "a folder that cannot be made": (["--data", "good.npy", "--out", "/dev/null/out"], "/dev/null"),
+    "an unknown ex-post prior": (["--data", "good.npy", "--expost-prior", "flat"], "--expost-prior: expected one of"),
     "a negative seed": (["--data", "good.npy", "--seed", -1], "[Ss]eed"),
 }
 

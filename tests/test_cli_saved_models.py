@@ -251,7 +251,6 @@ def test_a_saved_model_is_replaced_only_if_that_is_said(fitted, tmp_path):
         (["evaluate", "nowhere", "--data", "digits", "--method", "magic"], "expected one of"),
         (["fit", "--data", "digits", "--model", "ppca", "--standardise"], "--values real"),
         (["fit", "--data", "digits", "--model", "ppca", "--labels", "a"], "for a file of your own"),
-        (["fit", "--data", "x.csv", "--model", "ppca", "--missing-code", "many"], "expected a number"),
         (["fit", "--data", "x.csv", "--model", "ppca", "--values", "integers"], "--values: expected one of"),
     ],
 )
@@ -320,3 +319,12 @@ def test_names_are_completed(tmp_path):
     assert completion.columns_of(Context, "who,se") == ["who,sex"]
     code, out, _ = command("--show-completion", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert code in (0, 2), out
+
+
+def test_few_features_have_half_as_many_latents_unless_a_number_is_said(tmp_path):
+    file = write(FRAME.fillna(50.0), tmp_path / "mine.csv")
+    compare = ["compare", "--data", file, *PARTS, "--models", "ppca"]
+    assert said(*compare, "--out", tmp_path / "out")["settings"]["latents"] == 2
+    code, _, err = command(*compare, "--latents", 16, "--out", tmp_path / "other")
+    assert code == 2
+    assert "latents: expected a whole number from 1 to 4, got 16" in err

@@ -152,6 +152,13 @@ def test_codes_of_missing_values_are_missing_only_if_they_are_named(tmp_path):
         load(tmp_path / "mine.csv", columns=Columns(missing_codes=(-99.0,)))
 
 
+def test_text_may_stand_for_a_missing_value_and_a_separator_at_the_end_for_nothing(tmp_path):
+    (tmp_path / "mine.csv").write_text("a;b;\n" + "\n".join(f"{i},5;{'.' if i == 3 else i};" for i in range(12)))
+    data = load(tmp_path / "mine.csv", columns=Columns(missing_codes=(".",)), missing="mask")
+    assert data.feature_names == ("a", "b")
+    assert np.isnan(np.concatenate([data.train, data.validation, data.test])).sum() == 1
+
+
 def test_a_gap_in_labels_or_covariates_is_refused(tmp_path):
     frame = FRAME.copy()
     frame.loc[2, "sex"], frame.loc[4, "age"] = None, np.nan

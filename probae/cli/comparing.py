@@ -34,6 +34,7 @@ CAPTIONS = {
 @reads_data
 def compare(
     reading: Reading,
+    ctx: typer.Context,
     data: Annotated[
         str, typer.Option(help="A named data set (see `probae list`), or a file.", autocompletion=completion.sets)
     ] = "digits",
@@ -46,7 +47,9 @@ def compare(
             autocompletion=completion.models,
         ),
     ] = None,
-    latents: Annotated[int, typer.Option(min=1, help="Number of latents of each model.")] = 16,
+    latents: Annotated[
+        int, typer.Option(min=1, help="Number of latents of each model; by default half of 16 features or fewer.")
+    ] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each model that is trained by steps.")] = 4000,
     test_rows: Annotated[int, typer.Option(min=2, help="At most so many test rows, drawn at random.")] = 1000,
     particles: Annotated[int, typer.Option(min=1, help="Particles of each bound on log p(x).")] = 1000,
@@ -97,6 +100,8 @@ def compare(
         one_of("--expost-prior", expost_prior, KINDS)
     screen = reading.screen
     loaded = reading.load(data, seed, standardise)
+    if loaded.features <= latents and not was_said(ctx, "latents"):
+        latents = max(1, loaded.features // 2)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
     chosen, files = own_models.named(models)
     chosen = lineup.choose(loaded, chosen if chosen is not None else lineup.conditional(loaded))
@@ -139,6 +144,12 @@ def compare(
     screen.say()
     screen.say(f"written to {folder}: {', '.join(written)}")
     screen.result({**described(result, table, loaded, settings), "folder": str(folder), "files": written})
+
+
+def was_said(ctx: typer.Context, name: str) -> bool:
+    """Whether an option was given, and is not the default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def subset(x: Any, most: int, seed: int) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 12  # features in a printed table; of more, the first few
 _LEVELS = 6
+_CODES = (-9, -88, -99, -888, -999, -9999)  # what often stands for a missing value
 
 
 def _named(text: str, metavar: str = "A,B") -> Any:
@@ -52,7 +53,7 @@ class Reading:
         ),
     ] = None
     missing_code: Annotated[
-        list[str] | None, typer.Option(help="A number that stands for a missing value, such as -99.", metavar="NUMBER")
+        list[str] | None, typer.Option(help="What stands for a missing value, such as -99.", metavar="CODE")
     ] = None
     values: Annotated[
         str | None,
@@ -77,7 +78,7 @@ class Reading:
             "covariates": listed(self.covariates),
             "index": self.index,
             "drop": (*(parts.drop if known is not None and self.drop else ()), *listed(self.drop)),
-            "missing_codes": tuple(_number(code) for code in listed(self.missing_code)),
+            "missing_codes": tuple(_code(text) for text in listed(self.missing_code)),
         }
         found = {name: value for name, value in found.items() if value}
         for name in ("features", "labels", "covariates") if known is not None else ():
@@ -141,11 +142,12 @@ def _shown(names: str | tuple[str, ...]) -> str:
     return names if isinstance(names, str) else ", ".join(names)
 
 
-def _number(text: str) -> float:
+def _code(text: str) -> float | str:
+    """A code of missing values: a number, or a text."""
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--missing-code: expected a number, got {text!r}") from None
+        return text
 
 
 def say_columns(screen: Screen, described: tuple[Column, ...], standardised: bool = False) -> None:
@@ -165,6 +167,10 @@ def say_columns(screen: Screen, described: tuple[Column, ...], standardised: boo
         screen.say(f"… and {len(rest):,} more features: {_summary(rest)}")
     if len(others) > _SHOWN:
         screen.say(f"… and {len(others) - _SHOWN:,} more that are no features")
+    for column in features:
+        if column.low in _CODES:
+            code = f"{column.low:.0f}"
+            screen.say(f"{column.name}: if {code} stands for a missing value, say --missing-code {code} --missing mask")
     if standardised:
         screen.say("each feature is standardised; log p(x) stays that of the values as they are")
     screen.say()

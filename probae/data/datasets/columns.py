@@ -30,7 +30,7 @@ class Columns:
         covariates: Columns that some models condition on: numbers as they are, text as a 0/1 column for each level.
         index: A column of row names, kept beside what is computed for the rows.
         drop: Columns to leave out.
-        missing_codes: Numbers that stand for a missing value, such as -99.
+        missing_codes: Numbers, or texts, that stand for a missing value, such as -99.
         levels: The levels of the labels and of covariates of text, by column; those of the table where a column has none
             here. Another level is an error.
         exact: Whether a column that plays no part is an error, as it is for a fitted model.
@@ -45,7 +45,7 @@ class Columns:
     covariates: tuple[str, ...] = ()
     index: str | None = None
     drop: tuple[str, ...] = ()
-    missing_codes: tuple[float, ...] = ()
+    missing_codes: tuple[float | str, ...] = ()
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     exact: bool = False
 
@@ -128,10 +128,12 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
     names = [str(name) for name in frame.columns]
     frame = frame.set_axis(names, axis=1)
     features, places = _features(path, names, columns, set(beside))
+    if texts := [code for code in columns.missing_codes if isinstance(code, str)]:
+        frame = frame.mask(frame.isin(texts))
+    codes_of_none = [code for code in columns.missing_codes if not isinstance(code, str)]
     chosen = frame.iloc[:, places]
     x = numbers(path, chosen if named else chosen.set_axis(places, axis=1))
-    for code in columns.missing_codes:
-        x[x == code] = np.nan
+    x[np.isin(x, codes_of_none)] = np.nan
     described = [_of_numbers(name, "feature", x[:, i]) for i, name in enumerate(features)]
     levels = dict(columns.levels)
     labels = covariates = index = None
@@ -146,7 +148,7 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
             parts.append(np.eye(len(levels[name]))[codes])
             described.append(Column(name, "covariate", "classes", levels=levels[name]))
         else:
-            if np.isnan(values).any() or np.isin(values, columns.missing_codes).any():
+            if np.isnan(values).any() or np.isin(values, codes_of_none).any():
                 raise ValueError(
                     f"{printable(path)}: the covariate {name!r} has missing values: fill them, or leave it out"
                 )
@@ -215,7 +217,8 @@ def _codes(path: Path, column: pd.Series, columns: Columns) -> tuple[np.ndarray,
     values, bad = as_numbers(column)
     whole = not len(bad) and bool((values == np.round(values)).all())
     text = np.array([str(int(v)) for v in values] if whole else [str(v).strip() for v in column], dtype=object)
-    if column.isna().any() or np.isin(values, columns.missing_codes).any():
+    none = [code for code in columns.missing_codes if not isinstance(code, str)]
+    if column.isna().any() or np.isin(values, none).any():
         raise ValueError(f"{printable(path)}: the column {name!r} has missing values: fill them, or leave it out")
     found = dict.fromkeys(text)
     levels = columns.levels.get(name) or tuple(sorted(found, key=lambda v: (float(v), v) if not len(bad) else v))

@@ -91,6 +91,9 @@ def table(path: Path, labels: Collection[str] = ()) -> tuple[list[str] | None, p
     _require_exact(path, names, frame, read, labels)
     if names is not None:
         frame.columns = names  # type: ignore[assignment]
+        # a separator at the end of each line opens a column of nothing
+        kept = [i for i, name in enumerate(names) if name or i == 0 or frame.iloc[:, i].notna().any()]
+        names, frame = [names[i] for i in kept], frame.iloc[:, kept]
     return names, frame, dialect
 
 
