@@ -114,8 +114,7 @@ def compare(
     console = Console(markup=False, highlight=False)
     loaded = datasets.load(data, seed=seed, missing=missing)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
-    chosen, files = lineup.named(models)
-    chosen = lineup.choose(loaded, chosen)
+    chosen = lineup.choose(loaded, lineup.named(models))
     test = subset(loaded.test, test_rows, seed)
     held = test if not lineup.conditions(chosen) else (test, subset(lineup.labels_of(loaded), test_rows, seed))
     settings: dict[str, Any] = {"latents": latents, "steps": steps, "test_rows": test_rows, "particles": particles}
@@ -131,7 +130,7 @@ def compare(
 
         fitted: dict[str, Pair] = {}
         seconds: dict[str, float] = {}
-        how = loaded, latents, steps, seed, COMPILE[compile], processes, files
+        how = loaded, latents, steps, seed, COMPILE[compile], processes
         for name, model, took in lineup.train_all(chosen, *how, progress=sys.stderr.isatty()):
             fitted[name], seconds[name] = model, took
             console.print(f"  fitted {name:24s} {seconds[name]:6.1f} s")
