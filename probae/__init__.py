@@ -69,6 +69,7 @@ _MODULES = {
     "objectives",
     "posteriors",
     "priors",
+    "trackers",
     "transforms",
 }
 
@@ -130,6 +131,7 @@ __all__ = [
     "score",
     "select",
     "tangents",
+    "trackers",
     "transforms",
 ]
 
@@ -146,6 +148,7 @@ if TYPE_CHECKING:
         objectives,
         posteriors,
         priors,
+        trackers,
         transforms,
     )
     from probae.adapter import decode, encode, impute, reconstruct, sample
