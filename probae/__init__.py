@@ -46,6 +46,8 @@ _ROOMS = {
     "Comparison": "comparison",
     "select": "comparison",
     "Selection": "comparison",
+    "search": "comparison",
+    "Search": "comparison",
     "sample": "adapter",
     "encode": "adapter",
     "decode": "adapter",
@@ -91,6 +93,7 @@ __all__ = [
     "MixtureOfFactorAnalysers",
     "Pair",
     "Run",
+    "Search",
     "Selection",
     "SparseAutoencoder",
     "SparseCoding",
@@ -129,6 +132,7 @@ __all__ = [
     "savable",
     "save",
     "score",
+    "search",
     "select",
     "tangents",
     "trackers",
@@ -152,7 +156,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from probae.adapter import decode, encode, impute, reconstruct, sample
-    from probae.comparison import Comparison, Selection, compare, select
+    from probae.comparison import Comparison, Search, Selection, compare, search, select
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
     from probae.geometry import langevin, score, tangents

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from probae.adapter import as_pair
 from probae.arguments import whole
 from probae.batches import Batch
 from probae.comparison.entry import Entry, paired
-from probae.comparison.fits import has_maximum_likelihood
+from probae.comparison.fits import fitted
 from probae.comparison.folds import held_out
 from probae.evidence import Auto, Estimator
 from probae.evidence.evaluation import estimator_of
-from probae.runtime.seeding import checked_seed, seeded, with_seed
-from probae.training import fit as train
+from probae.runtime.seeding import checked_seed
 
 if TYPE_CHECKING:
     import pandas
@@ -197,12 +195,4 @@ def _named(setting: Setting) -> str:
 
 
 def _fitted(factory: Callable[..., Any], setting: Setting, seed: int, options: dict[str, Any], x: Batch) -> Any:
-    with seeded(seed):
-        model = factory(**setting)
-    pair = as_pair(model)
-    if not has_maximum_likelihood(pair):
-        if train(model, x, **{"seed": seed, "progress": False, **options}).stopped == "interrupted":
-            raise KeyboardInterrupt
-        return model
-    pair.maximum_likelihood(x, **with_seed(pair.maximum_likelihood, seed, options))
-    return model
+    return fitted(factory, setting, x, seed, options)
