@@ -235,7 +235,7 @@ def written_names(chosen: Sequence[str], images: bool) -> list[str]:
     """The files that `write` makes; names of baselines have an asterisk where there are numbers in them."""
     names = ["table.csv", "table.json", "evidence.csv", "evidence.png"]
     models = [*chosen, "independent_features", "full_Gaussian", "mixture_of_*"]
-    names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors")]
+    names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors", "card.md")]
     return [*names, "reconstructions.png", "samples.png"] if images else names
 
 
