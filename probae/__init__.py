@@ -46,6 +46,8 @@ _ROOMS = {
     "Comparison": "comparison",
     "select": "comparison",
     "Selection": "comparison",
+    "search": "comparison",
+    "Search": "comparison",
     "sample": "adapter",
     "encode": "adapter",
     "decode": "adapter",
@@ -71,6 +73,7 @@ _MODULES = {
     "objectives",
     "posteriors",
     "priors",
+    "trackers",
     "transforms",
 }
 
@@ -92,6 +95,7 @@ __all__ = [
     "MixtureOfFactorAnalysers",
     "Pair",
     "Run",
+    "Search",
     "Selection",
     "SparseAutoencoder",
     "SparseCoding",
@@ -132,8 +136,10 @@ __all__ = [
     "savable",
     "save",
     "score",
+    "search",
     "select",
     "tangents",
+    "trackers",
     "transforms",
 ]
 
@@ -152,10 +158,11 @@ if TYPE_CHECKING:
         objectives,
         posteriors,
         priors,
+        trackers,
         transforms,
     )
     from probae.adapter import decode, encode, impute, reconstruct, sample
-    from probae.comparison import Comparison, Selection, compare, select
+    from probae.comparison import Comparison, Search, Selection, compare, search, select
     from probae.diagnostics import Diagnosis, diagnose
     from probae.evidence import Evidence, log_evidence, log_weights, rate_distortion, sandwich
     from probae.geometry import langevin, score, tangents

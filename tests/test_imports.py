@@ -136,7 +136,17 @@ def rooms(path):
 ROOMS = (
     *("arguments", "batches", "runtime", "recipe", "tracing", "export", "data", "graphs", "heads"),
     *("linear_gaussian", "mixtures"),  # solvers
-    *("missing", "datasets", "likelihoods", "priors", "posteriors", "nn", "corruption", "figures"),  # what users know
+    *(
+        "missing",
+        "datasets",
+        "likelihoods",
+        "priors",
+        "posteriors",
+        "nn",
+        "corruption",
+        "figures",
+        "trackers",
+    ),  # what users know
     *(
         "programs",
         "objectives",

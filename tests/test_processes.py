@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -56,12 +57,15 @@ def script(tmp_path, body):
     return path
 
 
+def environment():
+    found = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"}}
+    return found | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def launch(path, count, *arguments, check=True):
-    environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"}}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *torchrun, str(path), *map(str, arguments)]
-    started = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    started = subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1, text=True, start_new_session=True)
     try:
         out, err = started.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -428,3 +432,42 @@ def test_what_processes_cannot_share_is_refused(tmp_path, call, message):
     done = launch(path, 2, tmp_path, check=False)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_launches_that_meet_train_one_model_as_two_processes_of_one_launch(tmp_path):
+    """As on two nodes of a cluster; early stopping and checkpoints are those of all rows."""
+    body = """
+    options = {"validation": X[:51], "steps": 400, "every": 5, "lr": 0.05, "patience": 3, "checkpoint": f"{OUT}/kept"}
+    found = {}
+    for kind in ("point", "vae"):
+        _, run, found[kind] = trained(kind=kind, **options | {"checkpoint": f"{OUT}/{kind}"})
+        found[f"{kind}, history"] = torch.tensor(run.history[["step", "loss", "validation"]].values)
+        _, again, found[f"{kind}, again"] = trained(kind=kind, **options | {"checkpoint": f"{OUT}/{kind}"})
+        assert again.stopped == run.stopped == "patience", (run.stopped, again.stopped)
+    torch.save(found, f"{OUT}/{RANK}.pt")
+    """
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    path = script(tmp_path, body)
+    launch(path, 2, tmp_path / "one")
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "probae"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    options = {"env": environment(), "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen([*torchrun, str(path), str(tmp_path / "two")], **options) for _ in range(2)]
+    try:
+        errors = [node.communicate(timeout=240)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    one, *others = (torch.load(tmp_path / f"{launch}/{rank}.pt") for launch in ("one", "two") for rank in (0, 1))
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(one["vae"][name], one["vae, again"][name]) for name in one["vae"])

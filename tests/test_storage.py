@@ -312,7 +312,7 @@ def test_an_earlier_model_is_replaced_and_nothing_else_is_left_behind(tmp_path):
     model = probae.PPCA(D, L)
     probae.save(model, tmp_path)
     assert torch.equal(value(probae.load(tmp_path), data("real")), value(model, data("real")))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [JSON, TENSORS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.md", JSON, TENSORS]
 
 
 def test_saving_neither_changes_the_model_nor_draws(tmp_path):

@@ -192,7 +192,7 @@ def test_stopped_at_any_call_the_old_or_the_new_model_loads_and_the_next_save_go
         assert torch.equal(loaded, new.weight), "model.json was there already"
     probae.save(old, tmp_path)
     assert torch.equal(probae.load(tmp_path).weight, old.weight)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [JSON, TENSORS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.md", JSON, TENSORS]
 
 
 def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_another_process_waits_for_its_turn_and_is_told_when_there_is_none(tmp_p
             probae.save(model(), tmp_path)
         process.kill()  # no lock outlives it
     probae.save(model(), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [JSON, TENSORS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.md", JSON, TENSORS]
 
 
 @unix
@@ -250,4 +250,4 @@ def test_processes_that_save_into_one_folder_leave_a_model_that_loads(tmp_path):
     while any(process.poll() is None for process in processes):
         assert probae.load(tmp_path).latents == 2
     assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [JSON, TENSORS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.md", JSON, TENSORS]

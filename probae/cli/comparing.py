@@ -103,7 +103,7 @@ def compare(
     if loaded.features <= latents and not was_said(ctx, "latents"):
         latents = max(1, loaded.features // 2)
     folder = as_path("--out", out) if out is not None else Path("probae-compare") / loaded.name
-    chosen, files = own_models.named(models)
+    chosen = own_models.named(models)
     chosen = lineup.choose(loaded, chosen if chosen is not None else lineup.conditional(loaded))
     test = subset(loaded.test, test_rows, seed)
     held = test if not lineup.conditions(chosen) else (test, subset(lineup.labels_of(loaded), test_rows, seed))
@@ -122,7 +122,7 @@ def compare(
 
         fitted: dict[str, Pair] = {}
         seconds: dict[str, float] = {}
-        how = loaded, latents, steps, seed, COMPILE[compile], processes, files
+        how = loaded, latents, steps, seed, COMPILE[compile], processes
         for name, model, took in lineup.train_all(chosen, *how, progress=sys.stderr.isatty()):
             fitted[name], seconds[name] = model, took
             screen.say(f"  fitted {name:24s} {seconds[name]:6.1f} s")
@@ -208,6 +208,7 @@ def written_names(chosen: Sequence[str], images: bool, report: bool = False) -> 
     names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors")]
     names += ["report.html"] if report else []
     names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors", "data.json")]
+    names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors", "card.md")]
     return [*names, "reconstructions.png", "samples.png"] if images else names
 
 

@@ -60,7 +60,7 @@ def fit(
     from probae.storage.origin import Origin
 
     one_of("--compile", compile, COMPILE)
-    names, _ = own_models.named(model)
+    names = own_models.named(model)
     if names is None or len(names) != 1:
         raise ValueError(f"--model: expected one model, got {model!r}")
     screen = reading.screen

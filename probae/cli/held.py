@@ -79,7 +79,7 @@ def saved(folder: str, source: str | None = None) -> tuple[Any, Origin | None]:
             if "savable" in str(error):
                 raise ValueError(f"{error}; on the command line, name its class by --model FILE.py:CLASS") from error
             raise
-    (name,) = own_models.named(source)[0] or [""]
+    (name,) = own_models.named(source) or [""]
     try:
         return saving.load(path), origin  # its class is savable, and known now
     except ValueError:

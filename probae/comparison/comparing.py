@@ -9,7 +9,7 @@ import torch
 
 from probae.adapter import as_pair
 from probae.arguments import whole
-from probae.batches import as_batch, is_by_rows, leaves, length
+from probae.batches import as_batch, is_by_rows, leaves
 from probae.comparison.baselines import checked_training, fit_baselines
 from probae.comparison.comparable import require_one_kind, require_one_measure, require_these_data
 from probae.comparison.entry import Checked, Entry, data_for, evaluated, given
@@ -23,7 +23,6 @@ from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed
 
 
-@isolated
 def compare(
     models: Mapping[str, Any],
     x: Any,
@@ -40,6 +39,9 @@ def compare(
 
     Per-datum evidence scatters by tens of nats, mostly in the same way for all models: a difference between two of them is
     known far better when it is taken datum by datum, and that is the error to look at.
+
+    With ``folds`` the fits run one after another, each on one thread; under ``joblib.parallel_config(backend=...,
+    n_jobs=...)`` they are spread over processes or a cluster, and the table is the same.
 
     Args:
         models: name -> a fitted model, pair or `Run`; or an `Evidence` of x that was computed before; or a list of several
@@ -77,19 +79,14 @@ def compare(
     fits = _named(models)
     estimator, seed = estimator_of(method, particles, options), checked_seed(seed)
     direct = Auto() if particles is None else Auto(particles=particles)  # of baselines
-    sparse = is_by_rows(x)
-    if sparse and (folds is not None or train is not None):
+    if is_by_rows(x) and (folds is not None or train is not None):
         raise ValueError(
             "x: with folds= or train=, expected dense data, since baselines and folds need all of them: x.toarray()"
         )
-    # of sparse data the first block stands for all, where kinds and measures are checked
-    some = next(blocks_of(x))
-    data = as_batch(some, torch.float64)
     left_out: list[str] = []
-
-    from tqdm import tqdm
-
-    if folds is not None:
+    if folds is None:
+        entries = _of_fitted(fits, x, train, estimator, direct, seed, progress, left_out)
+    else:
         folds = whole("folds", folds, 2)
         if train is not None:
             raise ValueError("train: with folds= all of the data are x, and each fold's fits see the rest of them")
@@ -98,40 +95,66 @@ def compare(
                 raise TypeError(
                     f"models: with folds=, expected functions from training data to a fitted model, as {name!r}"
                 )
-        with tqdm(total=folds * len(fits), disable=not progress, unit="fit", desc="log p(x)") as bar:
+        total = folds * sum(map(len, fits.values()))
+        with _bar(total=total, disable=not progress, unit="fit", desc="log p(x)") as bar:
             entries = held_out(fits, x, folds, estimator, direct, seed, bar, left_out)
-    else:
-        for name, found in fits.items():
-            for evidence in found:
-                if not isinstance(evidence, Evidence):
-                    as_pair(evidence).require_columns(data_for(evidence, x))
-                else:
-                    require_these_data(name, evidence, x)
-        checked = {
-            name: [prepare(fit, data_for(fit, some)) for fit in found if not isinstance(fit, Evidence)]
-            for name, found in fits.items()
-        }
-        require_one_measure(
-            [(name, measure) for name, found in fits.items() for measure in _measures(found, checked[name])]
-        )
-        if train is not None:
-            checked_training(train)
-            require_one_kind(train, x)
-        bar = tqdm(fits.items(), disable=not progress, unit="model", desc="log p(x)")
-        entries = [_entry(name, found, x, estimator, seed, checked[name]) for name, found in bar]
-        if train is not None:
-            for name, model in fit_baselines(train, entries[0].measure == "mass", seed, data, left_out).items():
-                if name in fits:
-                    raise ValueError(f"models: the name {name!r} belongs to a baseline")
-                entries.append(evaluated(name, [model], x, True, direct, seed))
-    first = next(leaves(data))[1]
-    size = Rows(x).size if sparse else length(data)
-    comparison = Comparison(entries, torch.empty(size, 0) if sparse or first.dim() == 1 else first)
-    comparison.settings = {"estimator": estimator, "seed": seed, "folds": folds}
-    comparison.notes = [*notes_on(comparison), *left_out]
-    if folds is not None:
-        comparison.notes.append(f"each datum was held out once: the values of {folds} folds are of as many fits")
+        left_out.append(f"each datum was held out once: the values of {folds} folds are of as many fits")
+    return _compared(entries, x, left_out, {"estimator": estimator, "seed": seed, "folds": folds})
+
+
+@isolated
+def _of_fitted(
+    fits: Mapping[str, list[Any]],
+    x: Any,
+    train: Any,
+    estimator: Estimator,
+    direct: Estimator,
+    seed: int,
+    progress: bool,
+    left_out: list[str],
+) -> list[Entry]:
+    """An entry for each name, and for each baseline where there are training data."""
+    some = next(blocks_of(x))  # of sparse data the first block stands for all, where kinds and measures are checked
+    for name, found in fits.items():
+        for fit in found:
+            if isinstance(fit, Evidence):
+                require_these_data(name, fit, x)
+            else:
+                as_pair(fit).require_columns(data_for(fit, x))
+    checked = {
+        name: [prepare(fit, data_for(fit, some)) for fit in found if not isinstance(fit, Evidence)]
+        for name, found in fits.items()
+    }
+    require_one_measure(
+        [(name, measure) for name, found in fits.items() for measure in _measures(found, checked[name])]
+    )
+    if train is not None:
+        checked_training(train)
+        require_one_kind(train, x)
+    bar = _bar(fits.items(), disable=not progress, unit="model", desc="log p(x)")
+    entries = [_entry(name, found, x, estimator, seed, checked[name]) for name, found in bar]
+    if train is not None:
+        data = as_batch(some, torch.float64)
+        for name, model in fit_baselines(train, entries[0].measure == "mass", seed, data, left_out).items():
+            if name in fits:
+                raise ValueError(f"models: the name {name!r} belongs to a baseline")
+            entries.append(evaluated(name, [model], x, True, direct, seed))
+    return entries
+
+
+@isolated
+def _compared(entries: list[Entry], x: Any, notes: list[str], settings: dict[str, Any]) -> Comparison:
+    data = torch.empty(Rows(x).size, 0) if is_by_rows(x) else next(leaves(as_batch(x, torch.float64)))[1]
+    comparison = Comparison(entries, data if data.dim() > 1 else torch.empty(len(data), 0))
+    comparison.settings = settings
+    comparison.notes = [*notes_on(comparison), *notes]
     return comparison
+
+
+def _bar(*args: Any, **options: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(*args, **options)
 
 
 def _named(models: Any) -> dict[str, list[Any]]:

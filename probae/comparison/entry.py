@@ -127,9 +127,7 @@ def evaluated(
     given = [data_for(fit, x) for fit in fits]
     found = [_evidence(each, estimator, rows, seed) for each, rows in zip(checked, given, strict=True)]
     evidence = [each for each in found if isinstance(each, Evidence)]
-    why_not = next((each for each in found if isinstance(each, str)), None)
-    if why_not is not None and evidence:
-        raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {why_not}")
+    why_not = require_all_or_none(name, len(evidence), [each for each in found if isinstance(each, str)])
     seconds = time.perf_counter() - start
     reconstruction = active = math.nan
     pair, batch, signature = checked[0]
@@ -140,6 +138,18 @@ def evaluated(
         active = sum(int(unit.active.sum()) for unit in kept.units.values())
     numbers = reconstruction, active, signature.measure, seconds, baseline
     return Entry(name, list(fits), evidence or None, why_not, *numbers, signature.given)
+
+
+def require_all_or_none(name: str, known: int, reasons: Sequence[str | None]) -> str | None:
+    """The first reason for having no log p(x), where no fit of a name has one.
+
+    Raises:
+        ValueError: if some fits have one and some have none.
+    """
+    why_not = next((reason for reason in reasons if reason is not None), None)
+    if why_not is not None and known:
+        raise ValueError(f"models: of the fits of {name!r} some have a log p(x) and some have none: {why_not}")
+    return why_not
 
 
 def data_for(model: Any, x: Any) -> Any:

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +12,12 @@ from torch import Tensor
 
 from probae.adapter import as_pair
 from probae.comparison.fits import has_maximum_likelihood
-from probae.comparison.own_models import run_file
 from probae.data.datasets import Dataset
-from probae.models import CATALOGUE
+from probae.models import CATALOGUE, Model
 from probae.pair import Pair
+from probae.runtime.parallel import spread
 from probae.runtime.processes import require_shared_memory
 from probae.runtime.seeding import seeded, with_seed
-from probae.storage import saving
 from probae.training import Run, fit
 from probae.transforms import Affine, Transformed
 from probae.transforms.expost import expost_prior
@@ -80,9 +68,13 @@ def choose(data: Dataset, names: Sequence[str] | None) -> list[str]:
 
 def rows_for(name: str, data: Dataset, split: str) -> Any:
     """The rows of a split as a model takes them: with their labels, where it conditions on them."""
+    return _rows(CATALOGUE[name], data, split)
+
+
+def _rows(model: Model, data: Dataset, split: str) -> Any:
     place = ("train", "validation", "test").index(split)
     rows = getattr(data, split)
-    return rows if not CATALOGUE[name].labels or data.given is None else (rows, data.given[place])
+    return rows if not model.labels or data.given is None else (rows, data.given[place])
 
 
 def train(
@@ -99,15 +91,28 @@ def train(
 
     Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
     """
+    return _train(data, CATALOGUE[name], latents, steps, seed, compile, progress, callbacks)
+
+
+def _train(
+    data: Dataset,
+    model: Model,
+    latents: int,
+    steps: int,
+    seed: int,
+    compile: bool | str,
+    progress: bool,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
+) -> tuple[Pair, float]:
     with seeded(seed):
-        pair = built(name, data, latents)
+        pair = _built(model, data, latents)
     start = time.perf_counter()
     if has_maximum_likelihood(pair):
         pair.maximum_likelihood(named_columns(data.train, data), **with_seed(pair.maximum_likelihood, seed, {}))
         return pair, time.perf_counter() - start
-    rows, held = rows_for(name, data, "train"), rows_for(name, data, "validation")
+    rows, held = _rows(model, data, "train"), _rows(model, data, "validation")
     held = tuple(part[:_VALIDATION] for part in held) if isinstance(held, tuple) else held[:_VALIDATION]
-    options = {"steps": steps, "seed": seed, "compile": compile, "progress": progress, **CATALOGUE[name].fit}
+    options = {"steps": steps, "seed": seed, "compile": compile, "progress": progress, **model.fit}
     run: Run = fit(pair, named_columns(rows, data), validation=held, callbacks=callbacks, **options)
     if run.stopped == "interrupted":
         raise KeyboardInterrupt
@@ -125,15 +130,13 @@ def named_columns(rows: Any, data: Dataset) -> Any:
     return (frame, *given) if given else frame
 
 
-def built(name: str, data: Dataset, latents: int) -> Pair:
+def _built(model: Model, data: Dataset, latents: int) -> Pair:
     """A model of the catalogue for the data, before it is fitted; around it the map that standardises them, if they say so."""
     if not data.standardise:
-        return as_pair(CATALOGUE[name].build(data.schema, latents))
+        return as_pair(model.build(data.schema, latents))
     if data.kind != "real":
         raise ValueError(f"standardise: expected real values, got {data.kind}, whose log p(x) is that of a mass")
-    return Transformed(
-        CATALOGUE[name].build(replace(data.schema, spread=1.0), latents), Affine.standardising(data.train)
-    )
+    return Transformed(model.build(replace(data.schema, spread=1.0), latents), Affine.standardising(data.train))
 
 
 def train_all(
@@ -144,78 +147,25 @@ def train_all(
     seed: int = 0,
     compile: bool | str = "auto",
     processes: int = 1,
-    files: Sequence[str] = (),
     progress: bool = True,
 ) -> Iterator[tuple[str, Pair, float]]:
     """Each name with its fitted model and the seconds that took, in their order; the fits are spread over processes.
 
-    They are the same, however many processes there are, while each has as many threads. On GPUs, each process takes the
+    They are the same, however many processes there are, while each has as many threads. On GPUs, each fit takes the
     next one.
 
     Raises:
         ChildProcessError: if a process dies.
         OSError: if processes cannot share memory here.
     """
-    if processes == 1:
-        for name in names:
-            yield name, *train(name, data, latents, steps, seed, compile, progress)
-        return
-    require_shared_memory("processes", "1")
-    context = multiprocessing.get_context("spawn")
     count = min(processes, len(names))
-    with tempfile.TemporaryDirectory(prefix="probae-") as folder:
-        ended, alive = context.Pipe(duplex=False)
-        start = context.Value("i", 0), max(1, torch.get_num_threads() // count), ended, folder
-        pool = ProcessPoolExecutor(count, context, _start, start)
-        try:
-            fixed = data, latents, steps, seed, compile, files
-            jobs = [pool.submit(_train_into, folder, name, *fixed) for name in names]
-            for name, job in zip(names, jobs, strict=True):
-                seconds = job.result()
-                yield name, saving.load(Path(folder) / name), seconds
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a process that fits a model has died (killed, or out of memory): ask for fewer processes"
-            ) from error
-        finally:
-            alive.close()  # fits that are not done end with it
-            pool.shutdown(cancel_futures=True)
-
-
-def _start(started: Any, threads: int, ended: Connection, folder: str) -> None:
-    """What a worker takes of the machine: its share of the cores, and a GPU by its number; no longer than it is needed."""
-    threading.Thread(target=_follow, args=(ended, folder), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the main process decides
-    torch.set_num_threads(threads)
-    with started.get_lock():
-        os.environ["LOCAL_RANK"] = str(started.value)
-        started.value += 1
-
-
-def _follow(ended: Connection, folder: str) -> None:
-    """End this process when the main one closes its end of a pipe, or is killed and cannot tidy up."""
-    with contextlib.suppress(OSError, EOFError):
-        ended.recv_bytes()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
-
-
-def _train_into(
-    folder: str,
-    name: str,
-    data: Dataset,
-    latents: int,
-    steps: int,
-    seed: int,
-    compile: bool | str,
-    files: Sequence[str],
-) -> float:
-    for file in files:
-        if file.rpartition(":")[2] not in CATALOGUE:
-            run_file(file)
-    pair, seconds = train(name, data, latents, steps, seed, compile, progress=False)
-    saving.save(pair, Path(folder) / name)
-    return seconds
+    if processes > 1:
+        require_shared_memory("processes", "1")
+    how = latents, steps, seed, compile, progress and processes == 1
+    tasks = {name: (CATALOGUE[name], *how) for name in names}
+    threads = max(1, torch.get_num_threads() // count)
+    for name, (pair, seconds) in zip(names, spread(_train, tasks, data, threads=threads, jobs=count), strict=True):
+        yield name, pair, seconds
 
 
 def with_priors(fitted: Mapping[str, Pair], data: Dataset, kind: str, seed: int) -> Iterator[tuple[str, Pair, float]]:

@@ -16,8 +16,8 @@ from probae.data.datasets import Schema
 from probae.models import CATALOGUE, Model, register
 
 
-def named(models: str | None) -> tuple[list[str] | None, list[str]]:
-    """The names in a list separated by commas, and the files and modules that define some.
+def named(models: str | None) -> list[str] | None:
+    """The names in a list separated by commas.
 
     ``FILE.py:NAME`` is run, ``MODULE:NAME`` imported, the current folder first, and its model known.
 
@@ -25,15 +25,14 @@ def named(models: str | None) -> tuple[list[str] | None, list[str]]:
         ValueError: if a file or module defines no such model.
     """
     if not models:
-        return None, []
-    found, files = [], []
+        return None
+    found = []
     for part in (part.strip() for part in models.split(",")):
         _, colon, name = part.rpartition(":")
         if colon:
             run_file(part)
-            files.append(part)
         found.append(name if colon else part)
-    return found, files
+    return found
 
 
 def run_file(part: str) -> None:

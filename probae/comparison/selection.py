@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from probae.adapter import as_pair
 from probae.arguments import whole
 from probae.batches import Batch
 from probae.comparison.entry import Entry, paired
-from probae.comparison.fits import has_maximum_likelihood
+from probae.comparison.fits import fitted
 from probae.comparison.folds import held_out
 from probae.evidence import Auto, Estimator
 from probae.evidence.evaluation import estimator_of
 from probae.export.figures.evidence import selection_curve
 from probae.export.tabular import Tabular, in_text
-from probae.runtime.isolation import isolated
-from probae.runtime.seeding import checked_seed, seeded, with_seed
-from probae.training import fit as train
+from probae.runtime.seeding import checked_seed
 
 if TYPE_CHECKING:
     import pandas
@@ -105,7 +102,6 @@ class Selection(Tabular):
         return f"best {_named(self.best)}; {chosen}\n{in_text(self.table, index=False)}"
 
 
-@isolated
 def select(
     factory: Callable[..., Any],
     grid: Mapping[str, Iterable[Any]],
@@ -129,6 +125,9 @@ def select(
 
     the rule of one standard error, on differences that are paired by datum.
 
+    The fits run one after another, each on one thread; under ``joblib.parallel_config(backend=..., n_jobs=...)`` they are
+    spread over processes or a cluster, and the table is the same.
+
     Args:
         factory: makes a model from a setting, ``lambda latents: probae.PPCA(64, latents)`` say; it is called anew for each
             fit, under that fit's seed.
@@ -146,7 +145,8 @@ def select(
 
     Raises:
         ValueError: if the grid is empty, or a setting's model has no log p(x).
-        TypeError: if the factory is not callable, or the grid no mapping from names to values.
+        TypeError: if the factory is not callable, the grid no mapping from names to values, or the factory cannot be sent
+            to other processes that were asked for.
 
     References: Hastie, Tibshirani & Friedman (2009), *The elements of statistical learning*, §7.10; Smyth (2000), *Model
     selection for probabilistic clustering using cross-validated likelihood*.
@@ -175,7 +175,8 @@ def select(
 
     from tqdm import tqdm
 
-    with tqdm(total=whole("folds", folds, 2) * len(settings), disable=not progress, unit="fit", desc="log p(x)") as bar:
+    total = whole("folds", folds, 2) * len(settings) * len(starts)
+    with tqdm(total=total, disable=not progress, unit="fit", desc="log p(x)") as bar:
         entries = held_out(functions, x, folds, estimator, Auto(), seed, bar, [], baselines=False)
     for entry in entries:
         if entry.evidence is None:
@@ -204,11 +205,4 @@ def _named(setting: Setting) -> str:
 
 
 def _fitted(factory: Callable[..., Any], setting: Setting, seed: int, options: dict[str, Any], x: Batch) -> Any:
-    with seeded(seed):
-        model = factory(**setting)
-    pair = as_pair(model)
-    if not has_maximum_likelihood(pair):
-        train(model, x, **{"seed": seed, "progress": False, **options})
-        return model
-    pair.maximum_likelihood(x, **with_seed(pair.maximum_likelihood, seed, options))
-    return model
+    return fitted(factory, setting, x, seed, options)

@@ -46,6 +46,11 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
+def holds_the_lock() -> bool:
+    """Whether this thread is inside such a call, for which other threads wait."""
+    return bool(_process.lock._is_owned())  # type: ignore[attr-defined]
+
+
 def isolated(function: F) -> F:
     """A function that runs alone, whatever the caller has around it.
 

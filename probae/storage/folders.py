@@ -32,7 +32,7 @@ def mark(kind: str) -> dict[str, str]:
 
 
 def bears_mark(path: Path, kind: str, torn: bool = False) -> bool:
-    """Whether probae has written a file, JSON or safetensors, whatever has become of the rest of it.
+    """Whether probae has written a file, JSON, safetensors or Markdown, whatever has become of the rest of it.
 
     Args:
         path: of the file; a link to one bears no mark.
@@ -46,6 +46,8 @@ def bears_mark(path: Path, kind: str, torn: bool = False) -> bool:
     expected = json.dumps(mark(kind), separators=(",", ":"))[:-1].encode()
     if path.suffix == ".safetensors":
         expected, head = b'{"__metadata__":' + expected, head[8:] if len(head) > 8 else head
+    if path.suffix == ".md":
+        expected = b"<!--" + expected
     head = b"".join(head.split())
     return head.startswith(expected) or (torn and expected.startswith(head))
 

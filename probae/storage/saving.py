@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ import probae.models
 import probae.transforms.expost  # noqa: F401 - all classes that can be rebuilt are known only once they are imported
 from probae.adapter import as_pair
 from probae.arguments import as_path
+from probae.evidence import Evidence
 from probae.pair import Pair
 from probae.programs.parameters import FLOATS, fill, fill_known
 from probae.recipe import from_json, is_ours, to_json
 from probae.runtime.isolation import isolated
 from probae.storage import reading
+from probae.storage.card import NAME as CARD
+from probae.storage.card import card, require_own
 from probae.storage.folders import mark, place_of, preparing, require_free, write
 from probae.tracing.signature import Signature
 
@@ -36,8 +39,8 @@ _MOST = 1000  # objects that a recipe builds
 
 
 @isolated
-def save(model: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads.
+def save(model: Any, folder: str | os.PathLike[str], *, evidence: Evidence | None = None, data: Any = None) -> Path:
+    """Write a model to a folder, ``model.json`` and ``model.safetensors``, which `load` reads, and a card for people.
 
     The names of the columns that it was fitted to are kept, `probae.Pair.feature_names_in_`.
 
@@ -49,14 +52,16 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         model: a torch module with the tensors (a model of ours, a class of the user's, a `Pair`), or a `Run`.
         folder: made if it is not there; an earlier model in it is replaced. Whenever the process is killed, the old one or
             the new one loads.
+        evidence: log p(x) of held-out data, which the card, ``card.md``, then tells with its errors.
+        data: what the model was fitted to, in memory: the card then has a checksum, by which the data are known again.
 
     Returns:
         The folder's path.
 
     Raises:
-        TypeError: if the model is no torch module, or the folder no path.
+        TypeError: if the model is no torch module, the folder no path, or the evidence none.
         ValueError: if a tensor of the model has no values, or a parameter values that are no numbers (NaN); if a file has the
-            name of one of these and was not written by `save`: it stays as it is.
+            name of one of these and was not written by `save`, or is a card that was changed since: it stays as it is.
         OSError: if the folder cannot be made or written to.
 
     Example:
@@ -91,12 +96,16 @@ def save(model: Any, folder: str | os.PathLike[str]) -> Path:
         "signature": None if (form := getattr(module, "remembered", None)) is None else form.to_json(),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
+    page = card(_source(model), module, KIND, described["sha256"], evidence, data)
     with preparing(folder, KIND, partial(_finish, folder)) as place:
+        require_own(folder / CARD, KIND)
         for name in (_JSON, _TENSORS):
             require_free(folder / name, KIND)
         write(place / _TENSORS, tensors)
+        write(place / CARD, page)
         write(place / _JSON, (json.dumps(described, indent=2) + "\n").encode())
         os.replace(place / _JSON, folder / _JSON)  # from here on `load` gives the new one
+        os.replace(place / CARD, folder / CARD)
         os.replace(place / _TENSORS, folder / _TENSORS)
     return folder
 
@@ -175,6 +184,8 @@ def _finish(folder: Path) -> None:
     except (OSError, ValueError):  # there is nothing to finish
         return
     if waits:
+        with suppress(FileNotFoundError):  # it has moved already
+            os.replace(place_of(folder, KIND) / CARD, folder / CARD)
         os.replace(pending, folder / _TENSORS)
 
 

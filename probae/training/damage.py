@@ -18,7 +18,7 @@ from probae.training.optimizers import by_record
 
 _MOST = 2**53  # a larger count is none
 _STEEPEST = 1e6  # a larger learning rate is none
-_PARTS = {"pair", "objective", "best", "best objective", "stream", "random", "step"}
+_PARTS = {"pair", "objective", "best", "best objective", "stream", "random", "step", "patience"}
 _RAN = {"eager", "flat", "compiled", "captured"}
 
 
@@ -35,6 +35,8 @@ def require_state(loop: Loop, described: Any, parts: dict[str, dict[str, Tensor]
         number = _count("number", described["number"], 1)
         _require_records(described, number, loop.validator is not None and not any(map(of_validation, differing)))
         _require_tensors(loop, described, parts, number)
+        if not any(map(of_validation, differing)):
+            _require_patience(loop, described, parts.get("patience", {}))
         _require_moments(loop, described["optimizer"]["state"], parts, number)
         if not any(map(of_optimizer, differing)):
             _require_settings(loop, described["optimizer"]["param_groups"])
@@ -131,6 +133,17 @@ def _require_tensors(loop: Loop, described: Any, parts: dict[str, dict[str, Tens
                     f"a random stream: expected {len(stream)} bytes, got {state.dtype} {tuple(state.shape)}"
                 )
             set_state(torch.Generator("cpu" if i == 0 else loop.take.step.device), state)
+
+
+def _require_patience(loop: Loop, described: Any, found: dict[str, Tensor]) -> None:
+    if _count("records since the last that was better", described["since"], 0) > len(described["records"]):
+        raise ValueError(f"{described['since']} records since the last that was better, of {len(described['records'])}")
+    expected = set() if loop.validator is None else {str(rank) for rank in range(loop.processes.count)}
+    if set(found) != expected:
+        raise ValueError(f"values by which training stops: expected those of {sorted(expected)}, got {sorted(found)}")
+    for values in found.values():
+        if values.dim() != 1 or values.dtype != torch.float64 or not bool(values.isfinite().all()):
+            raise ValueError("values by which training stops: expected finite numbers, a vector of float64")
 
 
 def _require_like(what: str, own: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,11 @@ from probae.training.reduction import limits_of, norms_of
 from probae.training.resume import keep
 from probae.training.run import Run
 from probae.training.steps import Steps
+from probae.training.tracking import Tracking, require_trackers
 from probae.training.validation import Validation, corruptions_of
+
+if TYPE_CHECKING:
+    from probae.trackers import Tracker
 
 _BUILD = 21  # what a run draws for before it starts
 
@@ -71,6 +75,7 @@ def fit(
     resume: str = "same",
     workers: int | None = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
+    trackers: Sequence[Tracker] = (),
     progress: bool = True,
 ) -> Run:
     """Train a model in place, by stochastic variational inference.
@@ -113,7 +118,9 @@ def fit(
             minibatch inside (5 to 15 s on a CPU; on a GPU it is captured too), the same to rounding; ``"auto"`` takes what the
             number of steps is worth. What cannot be traced runs eagerly, with a warning that names the reason.
         every: steps between records; by default a fiftieth of all.
-        patience: records without a better validation value after which training stops.
+        patience: records without a better validation value after which training stops. A value is better where the mean of
+            the differences, paired by datum, is more than their standard error; what is known only as a whole, where it
+            is larger. Records during a warm-up, while the weight β of a divergence still rises, do not count.
         checkpoint: a folder in which all of the run's state is kept, written at every record. The same call with a folder
             that has some goes on from the last, and ends with the bits of a run that was never stopped (to rounding where
             compiled steps take batches of several shapes). Other steps, ``every``, ``patience``, ``workers``, callbacks and
@@ -125,6 +132,9 @@ def fit(
         workers: processes that fetch a Dataset's rows ahead; by default one where processes are forked (Linux), and none
             elsewhere or under ``torchrun``. The rows are the same, whatever their number.
         callbacks: functions of the run, called at every record; one that returns True ends training.
+        trackers: of `probae.trackers`, ``TensorBoard("runs/a")`` say, or any object with the methods of its `Tracker`: they
+            are told loss, validation value and its terms, and learning rates at every record. One that fails is told of
+            in a warning, and the run goes on.
         progress: whether to show a bar with loss, bound and speed.
 
     Returns:
@@ -153,6 +163,7 @@ def fit(
     seed = checked_seed(seed)
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"callbacks: expected functions of the run, got {callbacks!r}")
+    require_trackers(trackers)
     make_optimizer, make_scheduler = optimizer_of(optimizer), scheduler_of(scheduler, steps)
     one_of("compile", compile, MODES)
     one_of("precision", precision, PRECISIONS)
@@ -219,15 +230,15 @@ def fit(
         options = {"processes": team, "compile": compile, "asked": steps, "precision": precision}
         take = Steps(pair, goal, chosen, rate, limits, stream.size, **options)
         loop = Loop(pair, take, stream, validator, run)
+        settings = {
+            "batch_size": None if isinstance(data, DataLoader) else batch_size,
+            "clip": norms,
+            "seed": seed,
+            "precision": precision,
+            "compile": compile or "flat",  # which has the same bits
+            "every": every if by_record(rate) else None,
+        }
         if folder is not None or team.count > 1:
-            settings = {
-                "batch_size": None if isinstance(data, DataLoader) else batch_size,
-                "clip": norms,
-                "seed": seed,
-                "precision": precision,
-                "compile": compile or "flat",  # which has the same bits
-                "every": every if by_record(rate) else None,
-            }
             seen = Checksum(not isinstance(validation, DataLoader))
             if held_out is not None:
                 seen.add(held_out)
@@ -249,9 +260,13 @@ def fit(
             keep(loop, checkpoints, resume == "force")
             with team.ready():
                 checkpoints.require_free(loop.number, steps, every)
+        tracking = Tracking(trackers, loop)
+        loop.track = tracking.record
+        tracking.start({"steps": steps, "lr": rates, "patience": patience, **settings})
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
+            tracking.end()
             loop.restore_best()
             pair.eval()
         team.agree(modules)  # on what each has gathered from its own rows, as batch normalisation does

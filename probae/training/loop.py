@@ -18,6 +18,7 @@ from probae.data.streams import Minibatch, Source
 from probae.pair import Pair
 from probae.training.nonfinite import NonFinite
 from probae.training.optimizers import step_by_record
+from probae.training.patience import Patience, warming
 from probae.training.run import Run
 from probae.training.steps import Steps
 from probae.training.validation import Validation
@@ -45,7 +46,9 @@ class Loop:
         self.processes = take.processes
         self.modules = {"pair": pair, "objective": take.objective}
         self.best: tuple[float, State] = (-math.inf, {})
+        self.patience = Patience(self.processes)
         self.keep: Callable[[int], None] = lambda number: None
+        self.track: Callable[[], None] = lambda: None
         self.number, self.spent = 0, 0.0
         self.good = self.now()
 
@@ -74,7 +77,8 @@ class Loop:
                         mean = float(total) / count
                         if not math.isfinite(mean):  # a GPU is asked only when it is recorded anyway
                             self.fail(minibatch, mean, number)
-                        self.record(number, mean, start, every)
+                        self.record(number, mean, start, every, steps)
+                        self.track()
                         bar.set_postfix(self.shown())
                         total, count = torch.zeros_like(total), 0
                         if (reason := self.ends(patience, callbacks, asked)) is not None:
@@ -131,15 +135,17 @@ class Loop:
         for role, tensors in state.items():
             self.modules[role].load_state_dict(tensors)
 
-    def record(self, number: int, loss: float, start: float, every: int) -> None:
+    def record(self, number: int, loss: float, start: float, every: int, steps: int) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
         self.take.synchronise()
         self.run.compile = self.take.why
         row: dict[str, Any] = {"step": number, "loss": loss, "validation": math.nan, "ran": self.take.ran}
         if self.validator is not None:
-            row["validation"] = value = self.validator(self.take.step)
+            value, values = self.validator(self.take.step)
+            row["validation"] = value
             if not math.isfinite(value):
                 raise FloatingPointError(f"the validation {self.validator.kind} is {value} at step {number}")
+            self.patience.see(values, counts=not warming(self.take.objective, number, steps))
             if value > self.best[0]:
                 self.best = value, self.now()
                 self.run.best_step = number
@@ -160,9 +166,8 @@ class Loop:
         return "interrupted" if self.processes.any(bool(asked)) else None
 
     def out_of(self, patience: int | None) -> bool:
-        """Whether so many records have passed without a better value."""
-        since = sum(1 for r in self.run.records if r["step"] > (self.run.best_step or 0))
-        return patience is not None and since >= patience
+        """Whether so many records have passed without a value that is better by more than its noise."""
+        return patience is not None and self.patience.since >= patience
 
     @contextlib.contextmanager
     def _asked(self) -> Iterator[list[bool]]:

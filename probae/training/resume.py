@@ -76,6 +76,11 @@ def state_of(loop: Loop, number: int, start: dict[str, Any]) -> tuple[dict[str, 
             for rank, state in enumerate(loop.processes.gather(stream))
         },
         "step": {"taken": take.step},
+        "patience": {
+            str(rank): values
+            for rank, values in enumerate(loop.processes.gather(loop.patience.reference))
+            if values is not None
+        },
     }
     plain = {}
     for index, state in optimizer["state"].items():
@@ -87,6 +92,7 @@ def state_of(loop: Loop, number: int, start: dict[str, Any]) -> tuple[dict[str, 
         "moved": moved,
         "best": loop.best[0],
         "best_step": loop.run.best_step,
+        "since": loop.patience.since,
         "records": loop.run.records,
         "optimizer": {"state": plain, "param_groups": groups},
         "scheduler": None if take.scheduler is None else take.scheduler.state_dict(),
@@ -112,6 +118,8 @@ def put_back(loop: Loop, described: dict[str, Any], tensors: dict[str, Tensor], 
     if not any(map(of_validation, differing)):  # else what was best there says nothing
         loop.best = described["best"], _best(loop, parts)
         loop.run.best_step = described["best_step"]
+        loop.patience.since = described["since"]
+        loop.patience.reference = parts.get("patience", {}).get(str(loop.processes.rank))
     loop.run.records[:] = described["records"]
     loop.spent = loop.run.records[-1]["seconds"]
     _put_back_optimizer(loop, described, parts, any(map(of_optimizer, differing)))

@@ -58,12 +58,19 @@ class Validation:
         weighted = [part for _, part in within(objective) if isinstance(part, Bound) and part.monitor(pair) == "iwae"]
         self.particles = max([particles, *(part.particles for part in weighted)])
 
-    def __call__(self, step: Tensor) -> float:
-        """Its value now, over the rows of all processes; higher is better."""
+    def __call__(self, step: Tensor) -> tuple[float, Tensor]:
+        """Its value now, over the rows of all processes, higher is better; and that of each row of this process.
+
+        The values (N,) are those of the rows where each has one, else the whole value, (1,).
+        """
+        values = self._own(step)
         if self.processes.count == 1:
-            return self._own(step)
-        value = torch.tensor(self.share * self._own(step), dtype=torch.float32, device=step.device)
-        return float(self.processes.sum(value))
+            return float(values.mean()), values
+        value = torch.tensor(self.share * float(values.mean()), dtype=torch.float32, device=step.device)
+        mean = float(self.processes.sum(value))
+        if not self.by_row:
+            return mean, torch.tensor([mean], dtype=torch.float64)
+        return mean, values if self.share else values[:0]
 
     def _kind(self) -> str:
         if callable(self.monitor):
@@ -76,13 +83,18 @@ class Validation:
         bounded = no_bound(self.signature) is None and (self.pair.has_guide or not unguided)
         return self.monitor if bounded else "objective"
 
-    def _own(self, step: Tensor) -> float:
-        if callable(self.monitor) or self.kind == "objective":
-            return self._by_objective(step)
+    @property
+    def by_row(self) -> bool:
+        """Whether each row has a value of its own."""
+        return not callable(self.monitor) and self.kind != "objective"
+
+    def _own(self, step: Tensor) -> Tensor:
+        if not self.by_row:
+            return torch.tensor([self._by_objective(step)], dtype=torch.float64)
         if self.kind == "log p(x)":
-            return exact(self.pair, self.batch, self.signature).mean
+            return exact(self.pair, self.batch, self.signature).values
         estimator = elbo if self.kind == "elbo" else iwae
-        return estimator(self.weights, self.batch, self.particles, self.seed).mean
+        return estimator(self.weights, self.batch, self.particles, self.seed).values
 
     def _by_objective(self, step: Tensor) -> float:
         batch = each(Tensor.detach, self.batch)
