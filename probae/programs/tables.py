@@ -158,7 +158,7 @@ class Tables(Columns):
         first = self.names_of_features(dict(names)) if len(found) == 1 else None
         return alone(
             {
-                site: as_frame(value, names.get(leaf.get(site, site), first) or latent_names(site, value), index)
+                site: as_frame(value, names.get(leaf.get(site, site)) or first or latent_names(site, value), index)
                 for site, value in found.items()
             }
         )
