@@ -26,7 +26,7 @@ PROGRAM = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n*^```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL
 )
 FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
+NUMBER = re.compile(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\bNaN\b")
 
 
 def name_of(page):
