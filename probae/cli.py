@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,10 @@ def in_print(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+CAPTIONS = {
+    "reconstructions": "Test images, and what each model makes of them through its latents.",
+    "samples": "Test images, and images that each model draws by itself.",
+}
 COMPILE: dict[str, bool | str] = {"auto": "auto", "eager": False, "flat": "flat", "compiled": True}
 
 
@@ -88,6 +93,10 @@ def compare(
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that fit models at the same time.")] = 1,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Write report.html too: the table, the figures and what was run, on one page."),
+    ] = False,
     out: Annotated[
         str | None, typer.Option(help="Folder for the results.", metavar="PATH", show_default="probae-compare/DATA")
     ] = None,
@@ -103,12 +112,15 @@ def compare(
     from probae import comparison
     from probae.comparison import lineup
     from probae.data import datasets
+    from probae.export.report import require_report
     from probae.storage.folders import preparing
     from probae.storage.results import KIND, Results, checksum_of
     from probae.transforms.expost import KINDS
 
     if compile not in COMPILE:
         raise ValueError(f"--compile: expected one of {', '.join(COMPILE)}, got {compile!r}")
+    if report:
+        require_report()
     if expost_prior is not None:
         one_of("--expost-prior", expost_prior, KINDS)
     console = Console(markup=False, highlight=False)
@@ -125,7 +137,7 @@ def compare(
     with preparing(folder, KIND) as place:
         results = Results(folder, run, loaded.files, force)
         priors = [] if expost_prior is None else [lineup.named_with_prior(name).replace(" ", "_") for name in chosen]
-        results.require_free(written_names([*chosen, *priors], loaded.image_shape is not None))
+        results.require_free(written_names([*chosen, *priors], loaded.image_shape is not None, report))
         console.print(in_print(f"{loaded.name}: {loaded.description}"))
         console.print(f"{loaded!r}; {len(test)} test rows, {latents} latents\n")
 
@@ -148,7 +160,7 @@ def compare(
         for note in result.notes:
             console.print(f"· {note}")
         made = place / "results"
-        written = write(made, result, table, loaded, held, settings)
+        written = write(made, result, table, loaded, held, settings, report)
         results.put(made)
     console.print()
     console.print(in_print(f"written to {folder}: {', '.join(written)}"))
@@ -232,24 +244,33 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
     return shown
 
 
-def written_names(chosen: Sequence[str], images: bool) -> list[str]:
+def written_names(chosen: Sequence[str], images: bool, report: bool = False) -> list[str]:
     """The files that `write` makes; names of baselines have an asterisk where there are numbers in them."""
     names = ["table.csv", "table.json", "evidence.csv", "evidence.png"]
     models = [*chosen, "independent_features", "full_Gaussian", "mixture_of_*"]
     names += [f"models/{name}/{file}" for name in models for file in ("model.json", "model.safetensors")]
+    names += ["report.html"] if report else []
     return [*names, "reconstructions.png", "samples.png"] if images else names
 
 
 def write(
-    folder: Path, result: Comparison, table: Any, data: Dataset, held: Any, settings: dict[str, Any]
+    folder: Path,
+    result: Comparison,
+    table: Any,
+    data: Dataset,
+    held: Any,
+    settings: dict[str, Any],
+    report: bool = False,
 ) -> list[str]:
-    """Write table, per-datum evidence, figures and models; returns the names of what was written."""
+    """Write table, per-datum evidence, figures, models and a report; returns the names of what was written."""
     import torch
 
     from probae.comparison import lineup
     from probae.comparison.entry import data_for
-    from probae.export import figures
+    from probae.export.figures.images import image_rows
+    from probae.export.figures.style import pyplot
     from probae.storage import saving
+    from probae.storage.results import checksum_of
 
     folder.mkdir()
     table.to_csv(folder / "table.csv")
@@ -270,6 +291,7 @@ def write(
 
     result.plot().figure.savefig(folder / "evidence.png", dpi=150)
     written.append("evidence.png")
+    shown: dict[str, Any] = {}
     if data.image_shape is not None:
         x = torch.as_tensor((held[0] if isinstance(held, tuple) else held)[:12])
         reconstructions, samples = {"test images": lineup.images(x, data)}, {"test images": lineup.images(x, data)}
@@ -283,9 +305,25 @@ def write(
                 given = held[1][:12] if entry.given else None
                 samples[entry.name] = lineup.images(pair.sample(len(x), seed=settings["seed"], given=given), data)
         for name, grid in (("reconstructions", reconstructions), ("samples", samples)):
-            figures.image_rows(grid).savefig(folder / f"{name}.png", dpi=150)
+            shown[name] = image_rows(grid)
+            shown[name].savefig(folder / f"{name}.png", dpi=150)
             written.append(f"{name}.png")
-    figures.pyplot().close("all")
+    if report:
+        parts = data.train, data.validation, data.test
+        ran = {"command": shlex.join(["probae", *sys.argv[1:]]), "data": f"{data.name}: {data.description}"}
+        rows = " / ".join(f"{len(part):,}" for part in parts)
+        ran |= {"training / validation / test": f"{rows} rows, checksum {checksum_of(parts)}"}
+        seconds = table["fit_seconds"].dropna().to_dict()
+        result.report(
+            folder / "report.html",
+            title=f"Held-out log p(x): {data.name}",
+            unit="image" if data.image_shape else "row",
+            ran=ran | {name.replace("_", " "): value for name, value in settings.items()},
+            figures={CAPTIONS[name]: figure for name, figure in shown.items()},
+            fit_seconds=seconds,
+        )
+        written.append("report.html")
+    pyplot().close("all")
     return written
 
 

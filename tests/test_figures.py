@@ -9,6 +9,9 @@ import torch
 from scipy.stats import binom
 
 import probae
+from probae.diagnostics.gaps import Gaps
+from probae.evidence import Evidence
+from probae.evidence.tradeoff import RateDistortion
 from probae.export.figures.bands import simultaneous_band
 from probae.export.figures.style import PALETTE, label
 
@@ -76,11 +79,11 @@ def test_a_function_that_is_watched_has_an_axis_of_its_own_units():
 
 
 def test_a_run_plots_itself_and_one_without_steps_says_so():
-    found = probae.fit(probae.PPCA(6, 2).double(), X, steps=3, compile=False, progress=False)
-    line = found.plot().get_lines()[0]
-    np.testing.assert_array_equal(line.get_ydata(), -found.history["loss"])
+    records = [{"step": step, "loss": 9.0 / step, "validation": -9.5 / step, "seconds": 0.1} for step in (1, 2)]
+    found = probae.Run(None, probae.objectives.ELBO(), records, monitor="elbo", best_step=2)
+    assert [line.get_ydata().tolist() for line in found.plot().get_lines()[:2]] == [[-9.0, -4.5], [-9.5, -4.75]]
     with pytest.raises(ValueError, match="no step was recorded"):
-        figures.training_curves(SimpleNamespace(history=pd.DataFrame({"step": []}), monitor=None, best_step=None))
+        probae.Run(None, probae.objectives.ELBO()).plot()
 
 
 # -- evidence ----------------------------------------------------------------------------------------------------------
@@ -112,27 +115,21 @@ def test_a_table_without_evidence_is_refused(comparison):
         figures.evidence_forest(comparison.table.loc[["flat"]])
 
 
-def gap(lower, upper, error=0.05):
-    return SimpleNamespace(lower=lower, upper=upper, mean=upper.mean - lower.mean, mean_stderr=error)
-
-
 def test_the_waterfall_goes_from_the_elbo_to_log_p():
-    elbo, best, top = evidence(-10.0), evidence(-9.0), evidence(-8.5, bound="lower")
-    gaps = SimpleNamespace(
-        elbo=elbo, top=top, total=gap(elbo, top), amortisation=gap(elbo, best), approximation=gap(best, top)
+    elbo, best, top = (
+        Evidence(torch.tensor([mean - 1, mean + 1], dtype=torch.float64), torch.zeros(2), bound, "iwae", "density")
+        for mean, bound in ((-10.0, "lower"), (-9.0, "lower"), (-8.5, "lower"))
     )
-    ax = figures.gap_waterfall(gaps)
+    ax = Gaps(torch.arange(2), elbo, best, top).plot()
     assert [(bar.get_y(), bar.get_height()) for bar in ax.patches] == [(-10.0, 1.0), (-9.0, 0.5)]
     assert ticks(ax.xaxis) == ["ELBO", "amortisation", "approximation", "log p(x),\nlower bound"]
-    gaps.amortisation = gaps.approximation = None
-    (bar,) = figures.gap_waterfall(gaps).patches
+    (bar,) = Gaps(torch.arange(2), elbo, None, top).plot().patches
     assert (bar.get_y(), bar.get_height()) == (-10.0, 1.5)
 
 
 def test_rate_distortion_is_drawn_with_its_point_at_beta_one():
-    beta, rate, distortion = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 3.0, 4.0]), torch.tensor([9.0, 5.0, 4.5])
-    curve = SimpleNamespace(beta=beta, rate=rate, distortion=distortion, distortion_mc_stderr=torch.zeros(3))
-    line, dot = figures.rate_distortion_curve(curve).get_lines()
+    numbers = ([0.0, 1.0, 2.0], [0.0, 3.0, 4.0], [9.0, 5.0, 4.5])
+    line, dot = RateDistortion(*map(torch.tensor, numbers), *[torch.zeros(3)] * 4).plot().get_lines()
     assert line.get_xydata().tolist() == [[0.0, 9.0], [3.0, 5.0], [4.0, 4.5]]
     assert dot.get_xydata().tolist() == [[3.0, 5.0]]
 
@@ -220,7 +217,7 @@ def test_models_of_the_library_give_images_and_what_has_no_pass_is_refused():
     with pytest.raises(ValueError, match="2 × 2 numbers"):
         figures.reconstructions(model, PIXELS, (2, 2))
     with pytest.raises(ValueError, match="images"):
-        figures.image_rows({"flat": PIXELS})
+        figures.image_rows({"flat": PIXELS.numpy()})
 
 
 # -- latents -----------------------------------------------------------------------------------------------------------
@@ -313,12 +310,7 @@ def test_sparsity_is_drawn_as_it_was_measured():
 
 def test_tiles_are_columns_in_the_order_asked_for():
     columns = torch.stack([torch.full((6,), -1.0), torch.full((6,), 2.0)], 1)
-    sheet = (
-        figures.dictionary_tiles(columns, (2, 3), order=torch.tensor([0.0, 1.0]), across=2)
-        .axes[0]
-        .images[0]
-        .get_array()
-    )
+    sheet = figures.dictionary_tiles(columns.numpy(), (2, 3), order=[0.0, 1.0], across=2).axes[0].images[0].get_array()
     assert (sheet[:, :3] == 1).all()
     assert (sheet[:, 4:] == -1).all()
 

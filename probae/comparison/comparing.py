@@ -113,6 +113,7 @@ def compare(
                 entries.append(evaluated(name, [model], x, True, direct, seed))
     first = next(leaves(data))[1]
     comparison = Comparison(entries, first if first.dim() > 1 else torch.empty(length(data), 0))
+    comparison.settings = {"estimator": estimator, "seed": seed, "folds": folds}
     comparison.notes = [*notes_on(comparison), *left_out]
     if folds is not None:
         comparison.notes.append(f"each datum was held out once: the values of {folds} folds are of as many fits")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from probae.arguments import flag
 from probae.comparison.baselines import INDEPENDENT
 from probae.comparison.entry import Entry, paired
+from probae.comparison.reporting import write_report
 from probae.evidence import Evidence
 from probae.evidence.result import BOUNDS
 from probae.export.datatree import comparison_tree
@@ -26,11 +29,15 @@ _BELIEVED = 0.95  # the share of believable errors below which the reader is tol
 
 @dataclass(repr=False)
 class Comparison:
-    """What `compare` returns: ``entries``, the ``table``, and ``notes``, sentences on how to read it."""
+    """What `compare` returns: ``entries``, the ``table``, and ``notes``, sentences on how to read it.
+
+    ``settings`` are those of the evaluation: its ``estimator``, ``seed`` and ``folds``.
+    """
 
     entries: list[Entry]
     data: Tensor
     notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> pandas.DataFrame:
@@ -103,6 +110,43 @@ class Comparison:
         """
         draw = paired_differences if flag("differences", differences) else evidence_forest
         return draw(self.table, ax)
+
+    def report(
+        self,
+        path: Any,
+        *,
+        title: str = "Held-out log p(x)",
+        unit: str = "datum",
+        ran: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
+        fit_seconds: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write one page of HTML that needs no network, and return its path; needs ``probae[report]``.
+
+        It has the result in a paragraph of words, the table, figures, notes, what was run, and versions.
+
+        Args:
+            path: of the file; in a folder that is there, ``report.html``. A report that is there is replaced.
+            title: of the page.
+            unit: what a value is per: ``"image"`` say.
+            ran: what else is to be told of the run, by name: the data, training options.
+            figures: caption -> matplotlib's figure, after those of the evidence.
+            fit_seconds: of training, by model.
+
+        Raises:
+            FileExistsError: if something else than a report is there.
+            ImportError: if a library is missing, saying how to install it.
+
+        Example:
+            >>> import probae, tempfile
+            >>> x = torch.randn(50, 4)
+            >>> found = probae.compare({"PPCA": probae.PPCA(4, 1).maximum_likelihood(x)}, x)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     found.report(folder).name
+            'report.html'
+        """
+        parts = {"ran": ran or {}, "figures": figures or {}, "fit_seconds": fit_seconds or {}}
+        return write_report(self, path, title=title, unit=unit, **parts)
 
     def to_datatree(self) -> Any:
         """An ``xarray.DataTree`` for ArviZ, with a group for each model; needs ``probae[arviz]``."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from probae.batches import Batch, length, rows_at
 from probae.evidence import log_evidence
 from probae.evidence.result import Evidence
+from probae.export.figures.evidence import gap_waterfall
 from probae.pair import Pair
 from probae.runtime.seeding import derived
 
@@ -96,6 +97,10 @@ class Gaps:
     def approximation(self) -> Gap | None:
         """log p(x) − the best Gaussian's ELBO: what the family costs."""
         return None if self.refined is None else Gap(self.refined, self.top)
+
+    def plot(self, ax: Any = None) -> Any:
+        """From the ELBO up to log p(x), as a waterfall; needs ``probae[plots]``."""
+        return gap_waterfall(self, ax)
 
 
 def some_rows(size: int, count: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from probae.arguments import positive
 from probae.evidence.ais import AIS, Annealer, Block
 from probae.evidence.hmc import Point
 from probae.evidence.weights import prepare
+from probae.export.figures.evidence import rate_distortion_curve
 from probae.runtime.isolation import isolated
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class RateDistortion:
         import pandas
 
         return pandas.DataFrame({field.name: getattr(self, field.name).numpy() for field in fields(self)})
+
+    def plot(self, ax: Any = None) -> Any:
+        """Distortion against rate, with a dot at β = 1; needs ``probae[plots]``."""
+        return rate_distortion_curve(self, ax)
 
     def __repr__(self) -> str:
         return (

@@ -1,1 +1,1 @@
-"""Results for other libraries: trees for ArviZ, figures by matplotlib."""
+"""Results for other libraries and for readers: trees for ArviZ, figures by matplotlib, a report as one page of HTML."""

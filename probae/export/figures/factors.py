@@ -141,7 +141,7 @@ def biplot(scores: Any, loadings: Any, factors: tuple[int, int] = (0, 1), names:
         for name, tip in zip(_names(loadings, names, len(arrows)), longer * arrows, strict=True):
             ax.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "color": ACCENT, "shrinkA": 0, "shrinkB": 0})
             side = "left" if tip[0] >= 0 else "right"
-            ax.annotate(label(name, 16), tip, (2 if tip[0] >= 0 else -2, 3 if tip[1] >= 0 else -3), color=MODEL, ha=side,
+            ax.annotate(label(name, 20), tip, (2 if tip[0] >= 0 else -2, 3 if tip[1] >= 0 else -3), color=MODEL, ha=side,
                         textcoords="offset points", va="center", fontsize=text_size(ax, 0.8))  # fmt: skip
         ax.axhline(0, color=BASELINE, linewidth=0.5, zorder=0)
         ax.axvline(0, color=BASELINE, linewidth=0.5, zorder=0)

@@ -15,7 +15,7 @@ from probae.export.figures.style import PAGE, label, panels
 Limits = tuple[float, float] | None
 
 
-def image_rows(rows: Mapping[str, Tensor], title: str = "") -> Any:
+def image_rows(rows: Mapping[str, Any], title: str = "") -> Any:
     """A grid of images: a labelled row (N, H, W) of values in 0..1 for each name; 1 is black.
 
     Raises:
@@ -25,6 +25,7 @@ def image_rows(rows: Mapping[str, Tensor], title: str = "") -> Any:
         >>> len(image_rows({"data": torch.rand(6, 4, 4), "model": torch.rand(6, 4, 4)}).axes)
         2
     """
+    rows = {str(name): torch.as_tensor(images) for name, images in rows.items()}
     if not rows or any(images.dim() != 3 or not len(images) for images in rows.values()):
         shapes = {name: tuple(images.shape) for name, images in rows.items()}
         raise ValueError(f"rows: expected images (N, H, W) by name, got {shapes}")

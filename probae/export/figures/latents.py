@@ -72,6 +72,8 @@ def _kinds(by: Any, count: int) -> np.ndarray:
     kinds = by.detach().cpu().numpy() if isinstance(by, Tensor) else np.asarray(by)
     if kinds.shape != (count,):
         raise ValueError(f"by: expected one for each of the {count} codes, got shape {kinds.shape}")
+    if kinds.dtype == object:  # text beside gaps
+        kinds = kinds.astype(str)
     if not np.issubdtype(kinds.dtype, np.floating) and len(np.unique(kinds.astype(str))) > _CLASSES:
         if np.issubdtype(kinds.dtype, np.number):
             return kinds.astype(float)

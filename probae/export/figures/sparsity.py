@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from probae.arguments import whole
 from probae.export.figures.style import BASELINE, MODEL, colour, drawing, label, panels, text_size
 from probae.export.results import Sparsity
 
 
-def dictionary_tiles(
-    columns: Tensor, shape: tuple[int, int], order: Tensor | None = None, across: int | None = None
-) -> Any:
+def dictionary_tiles(columns: Any, shape: tuple[int, int], order: Any = None, across: int | None = None) -> Any:
     """The columns of a dictionary (D, L) as tiles of H × W pixels, each on a scale of its own about 0, which is grey.
 
     Args:
@@ -34,13 +31,14 @@ def dictionary_tiles(
         1
     """
     height, width = shape
+    columns = torch.as_tensor(columns)
     if columns.dim() != 2 or len(columns) != height * width:
         raise ValueError(
             f"columns: expected ({height * width}, L) for tiles of {height} × {width}, got {tuple(columns.shape)}"
         )
     tiles = columns.detach().cpu().mT
     if order is not None:
-        tiles = tiles[order.detach().cpu().argsort(descending=True)]
+        tiles = tiles[torch.as_tensor(order).detach().cpu().argsort(descending=True)]
     tiles = (tiles / tiles.abs().amax(1, keepdim=True).clamp_min(1e-12)).reshape(-1, height, width)
     across = across if across is not None else math.ceil(len(tiles) ** 0.5)
     rows = math.ceil(len(tiles) / across)
