@@ -9,7 +9,7 @@ import torch
 
 import probae
 from probae.cli import main
-from probae.comparison import lineup
+from probae.comparison import lineup, own_models
 from probae.data.datasets import Schema
 from probae.models import CATALOGUE, Model, make, register
 
@@ -162,9 +162,9 @@ class ClusteredLine:
 def test_a_file_that_defines_no_such_model_is_told(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="register a model 'x'"):
-        lineup.named(f"{tmp_path}/a.py:x")
+        own_models.named(f"{tmp_path}/a.py:x")
     with pytest.raises(FileNotFoundError, match="no file"):
-        lineup.named(f"{tmp_path}/b.py:x")
+        own_models.named(f"{tmp_path}/b.py:x")
 
 
 def test_what_a_model_is_for_follows_from_its_line():
