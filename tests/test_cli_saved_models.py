@@ -1,6 +1,8 @@
 """`probae fit`, and the commands about the model that it saves, on a table as people have them."""
 
+import inspect
 import json
+import re
 import shutil
 import sys
 
@@ -14,7 +16,7 @@ import probae
 from probae.cli import completion
 from probae.cli.program import COMMANDS
 from probae.datasets import Columns, load
-from probae.models import CATALOGUE
+from probae.models import CATALOGUE, catalogue
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -308,7 +310,8 @@ def test_every_command_prints_json_if_asked(name):
 
 
 def test_names_are_completed(tmp_path):
-    assert list(completion.MODELS) == [name for name in CATALOGUE if not name.startswith("Own")]
+    written = re.findall(r'^    "(\w+)": Model\(', inspect.getsource(catalogue), re.MULTILINE)
+    assert list(completion.MODELS) == written
     assert completion.models("ppca,bino") == ["ppca,binomial_vae"]
     assert "mnist" in completion.sets("mn")
     write(FRAME, tmp_path / "mine.csv")
