@@ -100,7 +100,7 @@ class MLflow:
         run_id: of the run, once it has begun.
 
     Example:
-        >>> tracker = MLflow("digits", name="vae")
+        >>> tracker = MLflow("digits", name="vae")  # doctest: +SKIP
     """
 
     def __init__(self, experiment: str, *, name: str = "probae", uri: str | None = None):

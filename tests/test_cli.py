@@ -617,7 +617,7 @@ def _busy(parent):
 
 
 def _until(holds):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)

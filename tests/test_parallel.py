@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import joblib
 import pandas as pd
@@ -156,3 +160,46 @@ def test_an_error_in_a_process_comes_back_as_it_is():
 
     with joblib.parallel_config(backend="loky", n_jobs=2), pytest.raises(FloatingPointError, match="no number in 0"):
         list(spread(fail, of(1)))
+
+
+SLEEPING = """
+import os, pathlib, signal, sys, time
+import joblib
+from probae.runtime.parallel import spread
+
+def work(_, i):
+    pathlib.Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(600)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+with joblib.parallel_config(backend="loky", n_jobs=2):
+    list(spread(work, {"a": (1,), "b": (2,)}))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.slow
+def test_a_signal_to_the_caller_alone_ends_its_processes(tmp_path, number):
+    environment = os.environ | {"PYTHONPATH": str(Path(probae.__file__).parents[1])}
+    command = [sys.executable, "-c", SLEEPING, str(tmp_path)]
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: len(list(tmp_path.iterdir())) == 2)
+    finally:
+        started.send_signal(number)
+    started.wait(60)
+    until(lambda: not any(is_alive(file.name) for file in tmp_path.iterdir()))
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(holds):
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
