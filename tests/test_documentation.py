@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-MADE = ("models", "api", "notebooks")  # by the build of the site, which checks them itself
+MADE = ("models", "api", "notebooks", "gallery")  # by the build of the site, which checks them itself
 PAGES = sorted(p for p in DOCS.rglob("*.md") if not p.relative_to(DOCS).parts[0].startswith(("_", *MADE)))
 SOURCE = "https://github.com/probae/probae/blob/main/"
 PROGRAM = re.compile(

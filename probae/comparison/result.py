@@ -24,7 +24,7 @@ from probae.export.tabular import MARK, Tabular, in_text, number
 if TYPE_CHECKING:
     import pandas
 
-_BELIEVED = 0.95  # the share of believable errors below which the reader is told
+_MOSTLY_RELIABLE = 0.95  # the share of believable errors below which the reader is told
 
 
 @dataclass(repr=False)
@@ -181,7 +181,7 @@ class Comparison(Tabular):
 
 def is_unsure(entry: Entry) -> bool:
     """Whether an entry is ranked by values whose Monte-Carlo errors cannot be believed for a part of the data."""
-    return entry.ranked and entry.reliable < _BELIEVED
+    return entry.ranked and entry.reliable < _MOSTLY_RELIABLE
 
 
 def notes_on(comparison: Comparison) -> list[str]:

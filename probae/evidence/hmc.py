@@ -95,7 +95,7 @@ class Chains:
         self._move: Callable[..., Any] = self._moved
         if like.device.type == "cuda" and compile is not False:
             for runner in (self.last, self.step, self.last, self.step):  # what is captured has to be decided
-                runner.settle(*inputs)
+                runner.prepare(*inputs)
             point = [like, factors, factors, zero, zero]
             inputs = [t.contiguous() for t in (*point, factors[0], factors[0], *data)]
             self._move = captured(self._moved, inputs, varying=range(len(inputs)), written=())

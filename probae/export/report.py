@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: how the page begins, by which it is known again
 MARK = "<!DOCTYPE html>\n<!-- a report by probae -->"
 #: the share of believable Monte-Carlo errors below which they get an asterisk
-_BELIEVED = 0.95
+_MOSTLY_RELIABLE = 0.95
 
 _WIDTH = 4.7  # inches of the figures of evidence: legible on a phone too
 _DIFFERENCES = "Difference of each model to the best, paired by datum, with two standard errors: the errors to look at."
@@ -151,7 +151,7 @@ def image(figure: Any) -> str:
 
 
 def _doubted(table: pandas.DataFrame) -> pandas.Series:
-    return table["reliable"] < _BELIEVED
+    return table["reliable"] < _MOSTLY_RELIABLE
 
 
 def _with_errors(table: pandas.DataFrame, value: str, error: str, plus: bool = False) -> list[str]:

@@ -58,10 +58,10 @@ class Runner:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Any]:
         """The function's outputs; compiled, they may be overwritten by the next call."""
-        outputs = self.settle(*inputs)
+        outputs = self.prepare(*inputs)
         return self.call(*inputs) if outputs is None else outputs  # type: ignore[misc]
 
-    def settle(self, *inputs: Tensor) -> Sequence[Tensor | None] | None:
+    def prepare(self, *inputs: Tensor) -> Sequence[Tensor | None] | None:
         """Decide what is called, and leave no trace of that; or run the function once and return its outputs.
 
         Two calls decide.

@@ -100,7 +100,7 @@ class Parameters:
         self._blocked: dict[str, nn.Parameter] = {}
         self._surveyed = False
         self._made: set[str] = set()  # names that runs have made
-        self._awaited: tuple[dict[str, Tensor], str] | None = (
+        self._pending: tuple[dict[str, Tensor], str] | None = (
             None  # tensors of a file that the first run takes, and its name
         )
         self._inner: list[Any] | None = None
@@ -290,11 +290,11 @@ class Parameters:
         renamed = keeper._rename()
         names = set(keeper.state_dict())
         keeper._made = (keeper._made | (names - before)) & names
-        if keeper._awaited is not None:
+        if keeper._pending is not None:
             moved = {name for name in names if name not in before or (renamed and name.startswith("used."))}
-            tensors, source = keeper._awaited
+            tensors, source = keeper._pending
             fill(keeper, tensors, source, moved)
-            keeper._awaited = None
+            keeper._pending = None
         keeper._surveyed = True
 
     @contextlib.contextmanager
@@ -352,21 +352,21 @@ class _Statements(Messenger):
         if name in store:
             return
         constraint = msg["kwargs"].get("constraint", constraints.real)
-        tensors: dict[str, Tensor] = self.keeper._awaited[0] if self.keeper._awaited is not None else {}
-        awaited = tensors.get(f"stored.{key(name)}")
-        if init is None and awaited is None:
+        tensors: dict[str, Tensor] = self.keeper._pending[0] if self.keeper._pending is not None else {}
+        pending = tensors.get(f"stored.{key(name)}")
+        if init is None and pending is None:
             raise ValueError(f"pyro.param({name!r}) is read before it was given an initial value")
-        start: Any = awaited
+        start: Any = pending
         if init is not None:
             with torch.no_grad():
                 start = transform_to(constraint).inv(torch.as_tensor(init() if callable(init) else init))
-        if awaited is not None:
-            if start.shape != awaited.shape:
+        if pending is not None:
+            if start.shape != pending.shape:
                 raise ValueError(
-                    f"{self.keeper._awaited[1]}: pyro.param({name!r}): expected shape {tuple(start.shape)}, the file has "
-                    f"{tuple(awaited.shape)}"
+                    f"{self.keeper._pending[1]}: pyro.param({name!r}): expected shape {tuple(start.shape)}, the file has "
+                    f"{tuple(pending.shape)}"
                 )
-            start = awaited.to(device=self.keeper.device)
+            start = pending.to(device=self.keeper.device)
         else:
             if start is init and isinstance(init, nn.Parameter):  # trained itself, as Pyro does
                 return

@@ -40,7 +40,7 @@ _DERIVED = {
     "_made",
 }
 #: what is left out of models
-OF_MODELS = frozenset(_DERIVED | {"_awaited", "_inner", "_probae_pair", "training", "_is_full_backward_hook"})
+OF_MODELS = frozenset(_DERIVED | {"_pending", "_inner", "_probae_pair", "training", "_is_full_backward_hook"})
 _SHOWN = 4  # numbers of an array that are written out; of more there is a checksum
 _LARGE = 2**24  # bytes of an array that are compared while a run goes on
 _PIECE = 2**26  # bytes of data on the CPU at a time

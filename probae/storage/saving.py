@@ -180,10 +180,10 @@ def _finish(folder: Path) -> None:
     """Move the tensors to ``model.json`` that a `save` has put there."""
     pending = place_of(folder, KIND) / _TENSORS
     try:
-        waits = hashlib.sha256(reading.tensors(pending)).hexdigest() == _described(folder / _JSON)["sha256"]
+        unfinished = hashlib.sha256(reading.tensors(pending)).hexdigest() == _described(folder / _JSON)["sha256"]
     except (OSError, ValueError):  # there is nothing to finish
         return
-    if waits:
+    if unfinished:
         with suppress(FileNotFoundError):  # it has moved already
             os.replace(place_of(folder, KIND) / CARD, folder / CARD)
         os.replace(pending, folder / _TENSORS)
@@ -289,8 +289,8 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[st
     keeper, prefix = _keeper(module)
     own = {name.removeprefix(prefix) for name in module.state_dict() if name.startswith(prefix)}
     inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    waits = keeper is not None and not keeper._surveyed and (made & (inside.keys() - own) or keeper.named_by_programs)
-    if keeper is None or not waits:
+    pending = keeper is not None and not keeper._surveyed and (made & (inside.keys() - own) or keeper.named_by_programs)
+    if keeper is None or not pending:
         fill(module, tensors, str(folder))
         return
     for name in sorted(name for name in made & inside.keys() - own if name.startswith("stored.")):
@@ -302,7 +302,7 @@ def _read_into(module: nn.Module, tensors: dict[str, torch.Tensor], made: set[st
     if differing := sorted(outside ^ {name for name in tensors if not name.startswith(prefix)}):
         raise ValueError(f"{folder}: the tensor {differing[0]!r} is in one of model and file alone")
     fill_known(module, tensors, str(folder))
-    keeper._awaited = inside, str(folder)
+    keeper._pending = inside, str(folder)
 
 
 def _keeper(module: nn.Module) -> tuple[Any, str]:
@@ -320,11 +320,11 @@ def _tensors_of(module: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
     if keeper is None:
         return found, []
     made = keeper._made
-    if keeper._awaited is not None:  # loaded, and not run since
-        awaited = {f"{prefix}{name}": tensor for name, tensor in keeper._awaited[0].items()}
-        made = {name.removeprefix(prefix) for name in awaited.keys() - found.keys()}
+    if keeper._pending is not None:  # loaded, and not run since
+        pending = {f"{prefix}{name}": tensor for name, tensor in keeper._pending[0].items()}
+        made = {name.removeprefix(prefix) for name in pending.keys() - found.keys()}
         outside = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
-        found = outside | {name: found.get(name, tensor) for name, tensor in awaited.items()}
+        found = outside | {name: found.get(name, tensor) for name, tensor in pending.items()}
     return found, sorted(made)
 
 

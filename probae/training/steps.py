@@ -231,7 +231,7 @@ class Steps:
 
     def _settled(self, runner: Runner, inputs: list[Tensor]) -> Sequence[Any] | None:
         known = runner.call is not None
-        outputs = runner.settle(*inputs)
+        outputs = runner.prepare(*inputs)
         if not known and runner.call is not None:
             if runner.refused:
                 self._stop(runner.why)

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import nn
 
 import probae
-from probae.evidence import auto as ladder
+from probae.evidence import auto
 from probae.heads import likelihoods
 
 float64 = {"dtype": torch.float64}
@@ -73,7 +73,7 @@ def test_a_poor_guide_is_refined():
     assert found.reliable.all()
 
 
-def test_each_datum_has_its_own_rung():
+def test_each_datum_has_an_estimator_of_its_own():
     """A guide that is exact for half of the data, and far off for the others."""
     model, x, truth = ppca(count=8)
     good = torch.arange(8) % 2 == 0
@@ -170,7 +170,7 @@ def test_what_can_be_computed_is_not_estimated():
 def test_what_is_reported_was_not_seen_in_the_pilot(monkeypatch):
     """Every run, pilots and reports, has a seed or stream of its own."""
     seeds, streams = [], []
-    importance, weighed = ladder.iwae, ladder.Refiner.weighed
+    importance, weighed = auto.iwae, auto.Refiner.weighed
 
     def iwae(weights, batch, particles, seed):
         seeds.append(seed)
@@ -180,8 +180,8 @@ def test_what_is_reported_was_not_seen_in_the_pilot(monkeypatch):
         streams.append(stream)
         return weighed(self, batch, guides, particles, stream)
 
-    monkeypatch.setattr(ladder, "iwae", iwae)
-    monkeypatch.setattr(ladder.Refiner, "weighed", spied)
+    monkeypatch.setattr(auto, "iwae", iwae)
+    monkeypatch.setattr(auto.Refiner, "weighed", spied)
     model, x, _ = ppca()
     probae.log_evidence(Guided(model, model.posterior), x)
     probae.log_evidence(Guided(model, lambda x: dist.Normal(x[..., :2] * 0 + 2.0, 0.1).to_event(1)), x)
@@ -251,7 +251,7 @@ def test_the_same_seed_gives_the_same_bits_and_others_do_not():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_data_from_disk_are_climbed_block_by_block(tmp_path, monkeypatch):
+def test_data_from_disk_are_evaluated_block_by_block(tmp_path, monkeypatch):
     model, x, truth = ppca(count=9)
     np.save(tmp_path / "x.npy", x.numpy())
     monkeypatch.setattr("probae.evidence.evaluation._ROWS", 4)
