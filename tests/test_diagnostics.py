@@ -764,7 +764,7 @@ def test_a_mode_that_the_guide_misses_is_seen_from_above():
 
     x = 2 + normal(20, 1).abs()
     diagnosis = probae.diagnose(User(model, guide), x, particles=300)
-    assert "misses" not in diagnosis.advice
+    assert "seems to miss" not in diagnosis.advice
     assert (~(diagnosis.pareto_k > diagnosis.limit)).all()
     truth = diagnosis.iwae.values + math.log(2)
     node, weight = oracles.panels(np.linspace(-8, 8, 400))
@@ -774,7 +774,7 @@ def test_a_mode_that_the_guide_misses_is_seen_from_above():
     exact = Evidence(torch.from_numpy(integral), torch.zeros(20, **float64), "exact", "exact", "density")
     seen = advised(replace(diagnosis, gaps=estimators.Gaps(torch.arange(20), diagnosis.elbo, None, exact)))
     assert "for 20 of 20 data log p(x) lies above the IWAE bound by 0.69 nats" in seen.advice
-    assert "the guide misses a part of the posterior" in seen.advice
+    assert "the guide seems to miss a part of the posterior" in seen.advice
 
 
 def test_a_pair_of_global_latents_alone():
