@@ -144,9 +144,18 @@ def test_nodes_that_all_data_share_give_the_same_log_p(head):
     torch.testing.assert_close(model._at_shared_nodes(x)(model), model.log_marginal(x), rtol=0, atol=1e-6)
 
 
-def test_a_level_that_nobody_chose_keeps_a_little_probability():
+def test_levels_that_nobody_chose_change_neither_the_fit_nor_its_errors():
     torch.manual_seed(0)
-    x = torch.randint(0, 3, (60, 3)).double()
-    model = ItemResponse(3, likelihood=likelihoods.OrderedCategorical(5)).double().maximum_likelihood(x)
-    unseen = torch.tensor([[4.0, 0.0, 1.0]], dtype=torch.float64)
-    assert -200 < float(model.log_marginal(unseen)) < -20
+    x = (torch.randn(200, 1) + torch.randn(200, 3)).clamp(-1.4, 1.4).round().double() + 1  # 0, 1, 2
+    wide_x = 2 * x + 1  # levels 1, 3 and 5 of seven
+    small, wide = (
+        ItemResponse(3, likelihood=likelihoods.OrderedCategorical(levels)).double().maximum_likelihood(data)
+        for levels, data in ((3, x), (7, wide_x))
+    )
+    torch.testing.assert_close(wide.log_marginal(wide_x), small.log_marginal(x), atol=1e-5, rtol=0)
+    unseen = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
+    assert -200 < wide.log_marginal(unseen).item() < -20
+    errors, expected = wide.standard_errors(wide_x), small.standard_errors(x)
+    torch.testing.assert_close(errors["weight"], expected["weight"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(errors["intercept"][:, [1, 3]], expected["intercept"], atol=1e-3, rtol=0)
+    assert errors["intercept"][:, [0, 5]].isnan().all()

@@ -190,7 +190,7 @@ class ItemResponse(Pair):
 
         People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers to
         one trait have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's
-        posterior from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits the first
+        posterior from there. A level that nobody chose keeps a probability of the order of exp(−25). Of two traits the first
         item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
 
         Args:
@@ -266,6 +266,22 @@ class ItemResponse(Pair):
             each.copy_(axes[:, None] * (spread[:, None] if self.head.width > 1 else 1.0))
         if self.bias is not None:
             self.bias.zero_()
+            return
+        # a level that nobody chose has no maximum: its cut points start where the likelihood is flat
+        counts = self._counts(x)
+        cuts = torch.logit(counts.cumsum(-1)[:, :-1] / counts.sum(-1, keepdim=True)).clamp(-FAR / 2, FAR / 2)
+        gaps = cuts.diff(dim=-1).clamp_min(math.exp(-FAR)).log()
+        self.head.cuts.copy_(torch.cat([cuts[:, :1], gaps], -1))  # type: ignore[union-attr, operator]
+
+    def _counts(self, x: Tensor) -> Tensor:
+        """How many people chose each level of an ordered item, (D, levels)."""
+        return torch.stack([(x == level).sum(0) for level in range(self.head.levels)], -1).double()  # type: ignore[arg-type]
+
+    def _endless(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which cut points (D, levels − 1) lie beyond all answers, and which of the parameters ``cuts`` do not vary."""
+        empty = self._counts(x) == 0
+        below, above = empty.cumprod(-1).bool()[:, :-1], empty.flip(-1).cumprod(-1).flip(-1).bool()[:, 1:]
+        return below | above, empty[:, :-1] | above
 
     def _most(self) -> dict[str, Tensor]:
         """Bounds of the gaps between cut points: a level that nobody chose would have no probability at all, without end."""
@@ -288,7 +304,8 @@ class ItemResponse(Pair):
     def standard_errors(self, x: Any) -> dict[str, Tensor]:
         """Standard errors of ``weight`` and ``intercept`` at a maximum, from the observed information of data (N, D).
 
-        The slope of the first item on a second trait is fixed at 0, and has none.
+        The slope of the first item on a second trait is fixed at 0, so its error is 0. A cut point that lies beyond all
+        answers, since nobody chose a level there, has no error: NaN.
 
         Raises:
             ValueError: if the information is not positive definite: the parameters are at no maximum, or not identified.
@@ -297,6 +314,12 @@ class ItemResponse(Pair):
         patterns, count = torch.unique(x.nan_to_num(math.inf), dim=0, return_counts=True)
         patterns = patterns.masked_fill(patterns.isinf(), torch.nan)
         fixed = {"slope": [1]} if self.latents == 2 else {}
-        return standard_errors(
+        if self.bias is None:
+            beyond, held = self._endless(x)
+            fixed["head.cuts"] = held.flatten().nonzero().flatten().tolist()
+        found = standard_errors(
             self, lambda work: -(work.log_marginal(patterns) * count).sum(), ("weight", "intercept"), fixed
         )
+        if self.bias is None:
+            found["intercept"][beyond] = math.nan
+        return found
