@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -17,12 +17,16 @@ from probae.mixtures.marginal import Marginal
 from probae.mixtures.quadrature import Counted, adapted, even, hermite, moments_at
 from probae.mixtures.quasi_newton import FAR, minimise, standard_errors, units
 from probae.mixtures.weighted_likelihood import require_support
+from probae.models.item_table import item_table
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
+
+if TYPE_CHECKING:
+    import pandas
 
 SLOPES = ("item", "shared")
 _FEW = 64  # values up to which they are counted at nodes that all data share
@@ -190,8 +194,9 @@ class ItemResponse(Pair):
 
         People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers to
         one trait have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's
-        posterior from there. A level that nobody chose keeps a probability of the order of exp(−25). Of two traits the first
-        item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
+        posterior from there. A level that nobody chose keeps a probability of the order of exp(−25). The
+        slopes of one trait have a positive sum. Of two traits the first item loads on the first alone, :math:`a_{12} = 0`, and
+        :math:`a_{11}` and :math:`a_{22}` are positive.
 
         Args:
             x: the data, NaN where an answer is missing.
@@ -292,9 +297,9 @@ class ItemResponse(Pair):
         return {"head.cuts": most}
 
     def _turn(self) -> None:
-        """Turn the traits: the first item loads on the first alone, and the slopes on the diagonal are positive."""
-        if self.slopes == "shared":
-            self.slope.abs_()
+        """Turn the traits: the slopes of one add up to more than 0; of two the first item loads on the first alone."""
+        if self.latents == 1:
+            self.slope.mul_(-1.0 if self.slope.sum() < 0 else 1.0)
             return
         rotation, triangle = torch.linalg.qr(self.slope[: self.latents].mT.double())
         rotation = rotation * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(rotation)
@@ -323,3 +328,24 @@ class ItemResponse(Pair):
         if self.bias is None:
             found["intercept"][beyond] = math.nan
         return found
+
+    def item_parameters(self, x: Any = None) -> pandas.DataFrame:
+        """The parameters of the items as a table: a row per item, under its name.
+
+        The columns are ``slope`` and ``intercept``. Two traits have ``slope 1`` and ``slope 2``. Ordered answers have cut
+        points, ``cut 1``, ``cut 2``, ..., and no intercept. With one trait a ``difficulty`` follows: the trait at which
+        P(x = 1) is 1/2, or for ``difficulty k`` of ordered answers P(x ≥ k). Nominal answers have a row for each class.
+
+        Args:
+            x: the data that the model was fitted to: then a column ``... error`` follows each slope, intercept and cut point.
+
+        Raises:
+            ValueError: as `standard_errors`.
+
+        Example:
+            >>> x = torch.tensor([[1.0, 1], [1, 0], [0, 1], [0, 0], [1, 1]]).repeat(20, 1)
+            >>> model = ItemResponse(features=2, slopes="shared").double().maximum_likelihood(x)
+            >>> list(model.item_parameters())
+            ['slope', 'intercept', 'difficulty']
+        """
+        return item_table(self, None if x is None else self.standard_errors(x))
