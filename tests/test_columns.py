@@ -189,6 +189,12 @@ def test_a_long_number_may_be_a_row_name(tmp_path):
     assert sorted(np.concatenate(load(tmp_path / "mine.csv", columns=Columns(index="id")).index))[1] == 2**60 + 1
 
 
+def test_columns_are_told_as_the_kind_that_was_asked_for(tmp_path):
+    (tmp_path / "answers.csv").write_text("a,b,age\n" + "1,0,30\n2,1,41\n" * 6)
+    data = load(tmp_path / "answers.csv", columns=Columns(covariates=("age",)), kind="real")
+    assert [(c.name, c.kind) for c in data.described] == [("a", "real"), ("b", "real"), ("age", "counts")]
+
+
 def test_columns_survive_json():
     columns = Columns(("a",), "b", ("c",), "d", ("e",), (-99.0,), {"b": ("x", "y")}, exact=True)
     assert Columns.from_json(columns.to_json()) == columns

@@ -291,6 +291,9 @@ def test_the_scree_plot_has_both_lines():
     data, mean, limit = found.plot().get_lines()
     for line, values in ((data, found.eigenvalues), (mean, found.mean), (limit, found.quantile)):
         np.testing.assert_array_equal(line.get_ydata(), values)
+    assert figures.scree(found).get_xlabel() == "component"
+    with pytest.raises(TypeError, match="parallel_analysis"):
+        figures.scree(X)
 
 
 # -- sparse codes ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import numpy as np
 import oracles
+import pandas
 import pytest
 import torch
 from answers import lsat
@@ -128,6 +129,10 @@ def test_a_maximum_with_gaps_has_no_gradient_left_and_beats_the_truth():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="support of Bernoulli; row 3"):
         ItemResponse(2).double().maximum_likelihood(torch.tensor([[0.0, 1.0]] * 3 + [[2.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"from 0 to 2, .* row 1 is not: .*give x - 1"):
+        ItemResponse(2, likelihood=likelihoods.OrderedCategorical(3)).maximum_likelihood(
+            torch.tensor([[1.0, 2], [3, 1]])
+        )
     with pytest.raises(ValueError, match="latents"):
         ItemResponse(5, 3)
     with pytest.raises(ValueError, match="one trait"):
@@ -144,9 +149,36 @@ def test_nodes_that_all_data_share_give_the_same_log_p(head):
     torch.testing.assert_close(model._at_shared_nodes(x)(model), model.log_marginal(x), rtol=0, atol=1e-6)
 
 
-def test_a_level_that_nobody_chose_keeps_a_little_probability():
+def test_levels_that_nobody_chose_change_neither_the_fit_nor_its_errors():
     torch.manual_seed(0)
-    x = torch.randint(0, 3, (60, 3)).double()
-    model = ItemResponse(3, likelihood=likelihoods.OrderedCategorical(5)).double().maximum_likelihood(x)
-    unseen = torch.tensor([[4.0, 0.0, 1.0]], dtype=torch.float64)
-    assert -200 < float(model.log_marginal(unseen)) < -20
+    x = (torch.randn(200, 1) + torch.randn(200, 3)).clamp(-1.4, 1.4).round().double() + 1  # 0, 1, 2
+    wide_x = 2 * x + 1  # levels 1, 3 and 5 of seven
+    small, wide = (
+        ItemResponse(3, likelihood=likelihoods.OrderedCategorical(levels)).double().maximum_likelihood(data)
+        for levels, data in ((3, x), (7, wide_x))
+    )
+    torch.testing.assert_close(wide.log_marginal(wide_x), small.log_marginal(x), atol=1e-5, rtol=0)
+    unseen = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
+    assert -200 < wide.log_marginal(unseen).item() < -20
+    errors, expected = wide.standard_errors(wide_x), small.standard_errors(x)
+    torch.testing.assert_close(errors["weight"], expected["weight"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(errors["intercept"][:, [1, 3]], expected["intercept"], atol=1e-3, rtol=0)
+    assert errors["intercept"][:, [0, 5]].isnan().all()
+
+
+def test_items_come_as_a_table_under_their_names():
+    x = pandas.DataFrame(array(lsat(6)), columns=[f"Q{i}" for i in range(1, 6)])
+    reversed_first = x.assign(Q1=1 - x["Q1"])
+    model = ItemResponse(5).double().maximum_likelihood(reversed_first)
+    table = model.item_parameters(reversed_first)
+    assert list(table) == ["slope", "slope error", "intercept", "intercept error", "difficulty"]
+    # of the R package ltm; one reversed item turns its own slope alone
+    difficulty = [-3.3597, -1.3696, -0.2799, -1.8659, -3.1236]
+    assert table["difficulty"].to_list() == pytest.approx(difficulty, abs=5e-3)
+    assert table.loc["Q1", "slope"] == pytest.approx(-0.8254, abs=1e-3)
+    assert table.loc["Q2", "slope error"] == pytest.approx(0.1867, abs=1e-3)
+    nominal = ItemResponse(5, likelihood=likelihoods.Categorical(3), seed=0).item_parameters()
+    assert nominal.index.names == ["item", "class"]
+    assert ItemResponse(5, 2, likelihoods.OrderedCategorical(3), seed=0).item_parameters().columns.to_list() == [
+        *("slope 1", "slope 2", "cut 1", "cut 2")
+    ]

@@ -53,7 +53,8 @@ def evaluate(
         f"a {found.measure}"
     )
     by = f"method {found.method}" + (f" with {found.particles:,} particles" if found.particles else "")
-    screen.say(f"{by}; of the error {found.mean_mc_stderr:.3f} is of the draws, the rest of the rows")
+    draws = f", of which {found.mean_mc_stderr:.3f} comes from the draws" if found.mean_mc_stderr > 0 else ""
+    screen.say(f"{by}; ± is the standard error over rows{draws}")
     if found.note:
         screen.say(f"· {found.note}")
     unreliable = 0 if found.reliable is None else int((~found.reliable).sum())

@@ -93,6 +93,7 @@ def rows_for(
 ) -> Held:  # fmt: skip
     """The rows of data that are asked for, as a model takes them; what was understood of their columns is printed."""
     from probae.data import datasets
+    from probae.data.datasets.columns import taken_as
     from probae.data.datasets.ownfiles import LEAST_ROWS, as_kind, load_file, read_file
 
     if which is not None:
@@ -104,7 +105,7 @@ def rows_for(
     columns = reading.parts(None if origin is None else origin.columns)
     content = read_file(path, missing, columns, reading.layer)
     if not reading.quiet:
-        say_columns(reading.screen, content.described)
+        say_columns(reading.screen, taken_as(content.described, reading.values or (origin and origin.schema.kind)))
     if len(content.parts) == 3:
         return _of_set(model, load_file(path, 0, missing, columns, reading.layer), which)
     _, _, (x,) = as_kind(path, content.parts)

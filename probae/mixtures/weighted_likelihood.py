@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probae.heads.likelihoods import Bernoulli, Binomial, Categorical, Head, Normal, Poisson, ScaleHead
 from probae.tracing.missing import observed
-from probae.tracing.sites import support_of
+from probae.tracing.sites import describe_support, support_of
 
 #: the least probability, and the least share of the mean rate: an estimate at the edge would be no finite parameter
 EDGE = 1e-10
@@ -55,9 +55,10 @@ def require_support(head: Head, outputs: Tensor, x: Tensor) -> None:
     good = support_of(fn).check(values)
     if not bool(good.all()):
         n = int((~good).nonzero()[0, 0])
+        count = "; classes and levels count from 0, these data from 1: give x - 1" if values.min() == 1 else ""
         raise ValueError(
-            f"site 'x': expected data within the support of {type(head).__name__}; row {n} is not: "
-            f"{x[n].flatten().tolist()!r:.200}"
+            f"site 'x': expected {describe_support(fn)}, the support of {type(head).__name__}; row {n} is not: "
+            f"{x[n].flatten().tolist()!r:.200}{count}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -17,12 +17,16 @@ from probae.mixtures.marginal import Marginal
 from probae.mixtures.quadrature import Counted, adapted, even, hermite, moments_at
 from probae.mixtures.quasi_newton import FAR, minimise, standard_errors, units
 from probae.mixtures.weighted_likelihood import require_support
+from probae.models.item_table import item_table
 from probae.objectives import MarginalLikelihood, Objective
 from probae.pair import Pair
 from probae.programs.columns import learns_columns
 from probae.recipe import recorded
 from probae.runtime.isolation import isolated
 from probae.tracing.missing import known, masked, moments, observed, require_observed
+
+if TYPE_CHECKING:
+    import pandas
 
 SLOPES = ("item", "shared")
 _FEW = 64  # values up to which they are counted at nodes that all data share
@@ -190,8 +194,9 @@ class ItemResponse(Pair):
 
         People who gave the same answers are counted, so that a step costs what their number of patterns does. Where answers to
         one trait have few levels, nodes that all people share lead near to the maximum, and the quadrature around each person's
-        posterior from there. A level that nobody chose keeps a probability of the order of exp(−50). Of two traits the first
-        item loads on the first alone, :math:`a_{12} = 0`, and the first two slopes that fix the axes are positive.
+        posterior from there. A level that nobody chose keeps a probability of the order of exp(−25). The
+        slopes of one trait have a positive sum. Of two traits the first item loads on the first alone, :math:`a_{12} = 0`, and
+        :math:`a_{11}` and :math:`a_{22}` are positive.
 
         Args:
             x: the data, NaN where an answer is missing.
@@ -266,6 +271,22 @@ class ItemResponse(Pair):
             each.copy_(axes[:, None] * (spread[:, None] if self.head.width > 1 else 1.0))
         if self.bias is not None:
             self.bias.zero_()
+            return
+        # a level that nobody chose has no maximum: its cut points start where the likelihood is flat
+        counts = self._counts(x)
+        cuts = torch.logit(counts.cumsum(-1)[:, :-1] / counts.sum(-1, keepdim=True)).clamp(-FAR / 2, FAR / 2)
+        gaps = cuts.diff(dim=-1).clamp_min(math.exp(-FAR)).log()
+        self.head.cuts.copy_(torch.cat([cuts[:, :1], gaps], -1))  # type: ignore[union-attr, operator]
+
+    def _counts(self, x: Tensor) -> Tensor:
+        """How many people chose each level of an ordered item, (D, levels)."""
+        return torch.stack([(x == level).sum(0) for level in range(self.head.levels)], -1).double()  # type: ignore[arg-type]
+
+    def _endless(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which cut points (D, levels − 1) lie beyond all answers, and which of the parameters ``cuts`` do not vary."""
+        empty = self._counts(x) == 0
+        below, above = empty.cumprod(-1).bool()[:, :-1], empty.flip(-1).cumprod(-1).flip(-1).bool()[:, 1:]
+        return below | above, empty[:, :-1] | above
 
     def _most(self) -> dict[str, Tensor]:
         """Bounds of the gaps between cut points: a level that nobody chose would have no probability at all, without end."""
@@ -276,9 +297,9 @@ class ItemResponse(Pair):
         return {"head.cuts": most}
 
     def _turn(self) -> None:
-        """Turn the traits: the first item loads on the first alone, and the slopes on the diagonal are positive."""
-        if self.slopes == "shared":
-            self.slope.abs_()
+        """Turn the traits: the slopes of one add up to more than 0; of two the first item loads on the first alone."""
+        if self.latents == 1:
+            self.slope.mul_(-1.0 if self.slope.sum() < 0 else 1.0)
             return
         rotation, triangle = torch.linalg.qr(self.slope[: self.latents].mT.double())
         rotation = rotation * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(rotation)
@@ -288,7 +309,8 @@ class ItemResponse(Pair):
     def standard_errors(self, x: Any) -> dict[str, Tensor]:
         """Standard errors of ``weight`` and ``intercept`` at a maximum, from the observed information of data (N, D).
 
-        The slope of the first item on a second trait is fixed at 0, and has none.
+        The slope of the first item on a second trait is fixed at 0, so its error is 0. A cut point that lies beyond all
+        answers, since nobody chose a level there, has no error: NaN.
 
         Raises:
             ValueError: if the information is not positive definite: the parameters are at no maximum, or not identified.
@@ -297,6 +319,33 @@ class ItemResponse(Pair):
         patterns, count = torch.unique(x.nan_to_num(math.inf), dim=0, return_counts=True)
         patterns = patterns.masked_fill(patterns.isinf(), torch.nan)
         fixed = {"slope": [1]} if self.latents == 2 else {}
-        return standard_errors(
+        if self.bias is None:
+            beyond, held = self._endless(x)
+            fixed["head.cuts"] = held.flatten().nonzero().flatten().tolist()
+        found = standard_errors(
             self, lambda work: -(work.log_marginal(patterns) * count).sum(), ("weight", "intercept"), fixed
         )
+        if self.bias is None:
+            found["intercept"][beyond] = math.nan
+        return found
+
+    def item_parameters(self, x: Any = None) -> pandas.DataFrame:
+        """The parameters of the items as a table: a row per item, under its name.
+
+        The columns are ``slope`` and ``intercept``. Two traits have ``slope 1`` and ``slope 2``. Ordered answers have cut
+        points, ``cut 1``, ``cut 2``, ..., and no intercept. With one trait a ``difficulty`` follows: the trait at which
+        P(x = 1) is 1/2, or for ``difficulty k`` of ordered answers P(x ≥ k). Nominal answers have a row for each class.
+
+        Args:
+            x: the data that the model was fitted to: then a column ``... error`` follows each slope, intercept and cut point.
+
+        Raises:
+            ValueError: as `standard_errors`.
+
+        Example:
+            >>> x = torch.tensor([[1.0, 1], [1, 0], [0, 1], [0, 0], [1, 1]]).repeat(20, 1)
+            >>> model = ItemResponse(features=2, slopes="shared").double().maximum_likelihood(x)
+            >>> list(model.item_parameters())
+            ['slope', 'intercept', 'difficulty']
+        """
+        return item_table(self, None if x is None else self.standard_errors(x))

@@ -201,6 +201,14 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(repr(name)[:80] for name in names[:most]) + more
 
 
+def taken_as(described: tuple[Column, ...], kind: str | None) -> tuple[Column, ...]:
+    """What was understood of columns whose values were said to be of a kind; None where nothing was said."""
+    told = {"real": ("binary", "counts"), "counts": ("binary",)}.get(kind or "", ())
+    return tuple(
+        replace(column, kind=kind) if column.part == "feature" and column.kind in told else column for column in described
+    )  # fmt: skip
+
+
 def _of_numbers(name: str, part: str, values: np.ndarray) -> Column:
     seen = values[~np.isnan(values)]
     missing = len(values) - len(seen)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probae.arguments import printable
-from probae.data.datasets.columns import Column, Columns, arranged
+from probae.data.datasets.columns import Column, Columns, arranged, taken_as
 from probae.data.datasets.dataset import Dataset, Kind, Splits, split
 from probae.data.datasets.delimited import UNNAMED, table
 from probae.data.datasets.formats import INEXACT, numpy_arrays
@@ -99,7 +99,8 @@ def load_file(
     return Dataset(
         path.stem, train, validation, test, found, maximum, content.image_shape, content.names,
         description=f"{printable(path.name)}{content.note}: {how}", files=(path,), labels=labels,
-        covariates=apart(content.covariates), index=apart(index), columns=content.columns, described=content.described,
+        covariates=apart(content.covariates), index=apart(index), columns=content.columns,
+        described=taken_as(content.described, kind),
     )  # fmt: skip
 
 

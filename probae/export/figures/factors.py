@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,22 +20,25 @@ from probae.export.figures.style import (
     text_size,
 )  # fmt: skip
 
-if TYPE_CHECKING:
-    import pandas
 
-
-def scree(table: pandas.DataFrame, ax: Any = None) -> Any:
+def scree(table: Any, ax: Any = None) -> Any:
     """Eigenvalues of correlations, largest first, beside those of independent data: mean and quantile.
 
     Args:
-        table: ``probae.parallel_analysis(x).to_frame()``.
+        table: ``probae.parallel_analysis(x)``, or its table.
         ax: axes to draw on.
+
+    Raises:
+        TypeError: if it is neither.
 
     Example:
         >>> import probae, torch
-        >>> scree(probae.parallel_analysis(torch.randn(50, 4)).to_frame()).get_xlabel()
+        >>> scree(probae.parallel_analysis(torch.randn(50, 4))).get_xlabel()
         'component'
     """
+    table = table.to_frame() if hasattr(table, "to_frame") else table
+    if "independent_quantile" not in getattr(table, "columns", ()):
+        raise TypeError(f"table: expected the result of probae.parallel_analysis(x), got {type(table).__name__}")
     with drawing(ax) as ax:
         ax.plot(table.index, table["eigenvalue"], "o-", color=MODEL, label="data")
         ax.plot(table.index, table["independent_mean"], ":", color=BASELINE, label="independent data, mean")
