@@ -198,6 +198,8 @@ def _from_array(data: Any, what: str) -> Tensor:
             if column.dtype.kind not in "biuf" or str(dtype) == "category":
                 raise TypeError(f"{what}: expected columns of numbers, column {name!r} is {dtype}")
         array = np.stack(columns, 1) if columns else np.empty((len(data), 0))
+        if array.dtype.kind == "b":  # indicators, as pandas.get_dummies gives them
+            array = array.astype(np.float32)
     else:
         data = held(data)
         try:
@@ -207,7 +209,12 @@ def _from_array(data: Any, what: str) -> Tensor:
                 f"{what}: expected {type_names}; got a {type(data).__name__}, which is not one: {error}"
             ) from error
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"{what}: expected {type_names}, of real numbers; got {type(data).__name__} ({array.dtype})")
+        text = (
+            ". Text and categories become whole numbers by pandas.factorize(x)[0]" if array.dtype.kind in "OUST" else ""
+        )
+        raise TypeError(
+            f"{what}: expected {type_names}, of real numbers; got {type(data).__name__} ({array.dtype}){text}"
+        )
     if array.ndim == 0:
         raise ValueError(f"{what}: expected N >= 1 rows, got a single number")
     # torch takes the machine's byte order, and has no long double

@@ -186,6 +186,35 @@ def test_a_model_of_labels_and_covariates_is_fitted_evaluated_and_drawn_from_by_
     )
 
 
+def test_fit_takes_a_likelihood_by_name_and_says_which_columns_the_model_does_not_use(tmp_path):
+    counts = RNG.poisson(3.0, (60, 3))
+    file = write(
+        pd.DataFrame(counts, columns=["a", "b", "c"]).assign(batch=RNG.choice(["u", "v"], 60)), tmp_path / "t.csv"
+    )
+    fit = [
+        "fit",
+        "--data",
+        file,
+        "--covariates",
+        "batch",
+        "--likelihood",
+        "poisson",
+        "--steps",
+        2,
+        "--compile",
+        "eager",
+    ]
+    for name in ("vae", "conditional_vae"):
+        code, out, err = command(*fit, "--model", name, "--out", tmp_path / name, "--quiet")
+        assert (code, ("not used: batch" in out)) == (0, name == "vae"), err
+        recipe = json.loads((tmp_path / name / "model.json").read_text())["recipe"]
+        assert recipe["arguments"]["likelihood"]["build"] == "likelihood Poisson"
+    code, _, err = command(*fit, "--model", "ppca", "--out", tmp_path / "ppca")
+    assert code == 2
+    assert "'ppca' takes no other likelihood" in err
+    assert not (tmp_path / "ppca").exists()
+
+
 def mistake_of_sample(*arguments):
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")

@@ -169,3 +169,12 @@ def test_twenty_thousand_rows_are_never_dense_at_once():
     x = counts(n, d, share=0.01)
     assert peak_of(lambda: x.toarray().astype(np.float32)) > n * d * 4
     assert peak_of(lambda: run(x)) < n * d * 4 / 2
+
+
+def test_beside_sparse_data_text_is_refused_by_its_place_and_indicators_are_numbers():
+    x, batch = counts(6), pd.Series([*"uvuvuv"], dtype="category")
+    with pytest.raises(TypeError, match=r"leaf 1: .* by pandas.factorize"):
+        Rows((x, batch))
+    indicators = Rows((x, pd.get_dummies(batch))).parts[1]
+    assert indicators.dtype.is_floating_point
+    assert indicators.sum(1).tolist() == [1.0] * 6

@@ -17,7 +17,8 @@ from probae.arguments import as_path, one_of
 from probae.cli import completion
 from probae.cli.console import with_error
 from probae.cli.fitting import COMPILE
-from probae.cli.reading import Reading, reads_data, say_columns
+from probae.cli.reading import Reading, reads_data, say_columns, say_unused
+from probae.export.tabular import BELIEVED, MARK
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
@@ -119,6 +120,7 @@ def compare(
         screen.say(f"{loaded.name}: {loaded.description}\n{loaded!r}; {len(test)} test rows, {latents} latents\n")
         if not reading.quiet:
             say_columns(screen, loaded.described, standardise)
+        say_unused(screen, lineup.unused(loaded, chosen))
 
         fitted: dict[str, Pair] = {}
         seconds: dict[str, float] = {}
@@ -166,7 +168,9 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
     cells = {
         "model": [str(name) for name in table.index],
         "log p(x)": [
-            {"lower": "≥ ", "upper": "≤ "}.get(row["bound"], "") + with_error(row["log_evidence"], row["stderr"])
+            {"lower": "≥ ", "upper": "≤ "}.get(row["bound"], "")
+            + with_error(row["log_evidence"], row["stderr"])
+            + MARK * bool(row["reliable"] < BELIEVED)
             for _, row in table.iterrows()
         ],
         "to the best": [with_error(a, b) for a, b in zip(table["difference"], table["difference_stderr"], strict=True)],

@@ -12,7 +12,7 @@ import typer
 from probae.arguments import as_path, printable
 from probae.cli.completion import models, sets
 from probae.cli.console import Logged
-from probae.cli.reading import Reading, reads_data, say_columns
+from probae.cli.reading import Reading, reads_data, say_columns, say_unused
 
 COMPILE: dict[str, bool | str] = {"auto": "auto", "eager": False, "flat": "flat", "compiled": True}
 
@@ -34,6 +34,14 @@ def fit(
         ),
     ],
     latents: Annotated[int, typer.Option(min=1, help="Number of latents.")] = 2,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="bernoulli, binomial, poisson, categorical, ordered, normal or laplace.",
+            show_default="that of the model",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a model that is trained by steps.")] = 4000,
     seed: Annotated[int, typer.Option(help="Of the fit, the draws, and the split of a file.")] = 0,
     compile: Annotated[str, typer.Option(help="How training steps are taken: auto, eager, flat or compiled.")] = "auto",
@@ -56,10 +64,13 @@ def fit(
     from probae.arguments import one_of
     from probae.comparison import lineup, own_models
     from probae.comparison.fits import has_maximum_likelihood
+    from probae.models.builders import LIKELIHOODS
     from probae.storage import saving
     from probae.storage.origin import Origin
 
     one_of("--compile", compile, COMPILE)
+    if likelihood is not None:
+        one_of("--likelihood", likelihood, LIKELIHOODS)
     names = own_models.named(model)
     if names is None or len(names) != 1:
         raise ValueError(f"--model: expected one model, got {model!r}")
@@ -75,10 +86,11 @@ def fit(
         screen.say(f"{loaded.name}: {loaded.description}\n{loaded!r}")
         if not reading.quiet:
             say_columns(screen, loaded.described, standardise)
+        say_unused(screen, lineup.unused(loaded, [name]))
         live = sys.stderr.isatty()
         watch = [] if live else [Logged(name, steps)]
         pair, seconds = lineup.train(
-            name, loaded, latents, steps, seed, COMPILE[compile], progress=live, callbacks=watch
+            name, loaded, latents, steps, seed, COMPILE[compile], progress=live, callbacks=watch, likelihood=likelihood
         )
         saving.save(pair, folder)
         Origin.of(loaded, name, latents, seed, reading.missing).write(folder)

@@ -176,6 +176,12 @@ def say_columns(screen: Screen, described: tuple[Column, ...], standardised: boo
     screen.say()
 
 
+def say_unused(screen: Screen, columns: list[str]) -> None:
+    """Say which columns of labels and covariates no model uses."""
+    if columns:
+        screen.say(f"not used: {', '.join(columns)}. Only a model with labels does that, such as conditional_vae")
+
+
 def _range(column: Column) -> str:
     if column.levels:
         more = f", … ({len(column.levels):,})" if len(column.levels) > _LEVELS else ""

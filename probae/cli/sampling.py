@@ -34,6 +34,7 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Draw rows from a saved model, in the units of the data that it was fitted to, under their columns' names."""
+    import numpy as np
     import pandas as pd
 
     from probae.adapter import as_pair
@@ -45,8 +46,8 @@ def sample(
         wanted = ",".join(f"{name}=..." for name in conditions(origin)) or "..."
         raise ValueError(f"the model conditions on labels or covariates: say what they are by --given {wanted}")
     drawn = draw(fitted, n, seed=seed, given=given_row(given, origin))
-    x = drawn["x"] if isinstance(drawn, dict) else drawn
-    values = x.to_numpy() if isinstance(x, pd.DataFrame) else x.detach().cpu().reshape(n, -1).numpy()
+    # a DataFrame where the model keeps the names of its columns
+    values = np.asarray(drawn["x"] if isinstance(drawn, dict) else drawn).reshape(n, -1)
     if origin is not None and origin.schema.kind != "real":
         values = values.astype("int64")
     names = origin.names if origin is not None else None

@@ -81,7 +81,8 @@ def compare(
     direct = Auto() if particles is None else Auto(particles=particles)  # of baselines
     if is_by_rows(x) and (folds is not None or train is not None):
         raise ValueError(
-            "x: with folds= or train=, expected dense data, since baselines and folds need all of them: x.toarray()"
+            "x: with folds= or train=, expected dense data, since baselines and folds need all of them: "
+            "x.toarray() of a sparse matrix, x.to_df() of an AnnData"
         )
     left_out: list[str] = []
     if folds is None:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from probae.adapter import as_pair
+from probae.arguments import one_of
 from probae.comparison.fits import has_maximum_likelihood
 from probae.data.datasets import Dataset
+from probae.data.datasets.dataset import Schema
 from probae.models import CATALOGUE, Model
+from probae.models.builders import LIKELIHOODS
 from probae.pair import Pair
 from probae.runtime.parallel import spread
 from probae.runtime.processes import require_shared_memory
@@ -28,6 +31,14 @@ _VALIDATION = 2000  # rows by which the best step is chosen
 def conditions(names: Sequence[str]) -> bool:
     """Whether one of some models conditions on labels."""
     return any(CATALOGUE[name].labels for name in names)
+
+
+def unused(data: Dataset, names: Sequence[str]) -> list[str]:
+    """The columns of labels and covariates that were named, and that none of some models conditions on."""
+    columns = data.columns
+    if columns is None or conditions(names):
+        return []
+    return [*filter(None, (columns.labels,)), *columns.covariates]
 
 
 def conditional(data: Dataset) -> list[str] | None:
@@ -86,12 +97,30 @@ def train(
     compile: bool | str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callable[[Run], Any]] = (),
+    likelihood: str | None = None,
 ) -> tuple[Pair, float]:
     """A fitted model of the line-up, and the seconds that fitting took.
 
     Linear-Gaussian models are fitted by maximum likelihood, the others by `fit`, with the best validation value kept.
+
+    Raises:
+        ValueError: if a likelihood is named, and is unknown, or the model's own is fixed.
     """
-    return _train(data, CATALOGUE[name], latents, steps, seed, compile, progress, callbacks)
+    model = CATALOGUE[name] if likelihood is None else _under(likelihood, name)
+    return _train(data, model, latents, steps, seed, compile, progress, callbacks)
+
+
+def _under(likelihood: str, name: str) -> Model:
+    """A model of the catalogue under a likelihood by its name."""
+    head = LIKELIHOODS[one_of("likelihood", likelihood, LIKELIHOODS)]
+
+    def build(schema: Schema, latents: int) -> Any:
+        try:
+            return CATALOGUE[name].build(schema, latents, likelihood=head(schema))
+        except TypeError as error:
+            raise ValueError(f"likelihood: {name!r} takes no other likelihood than its own") from error
+
+    return replace(CATALOGUE[name], build=build)
 
 
 def _train(

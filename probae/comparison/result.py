@@ -19,12 +19,10 @@ from probae.evidence import Evidence
 from probae.evidence.result import BOUNDS
 from probae.export.datatree import comparison_tree
 from probae.export.figures.evidence import evidence_forest, paired_differences
-from probae.export.tabular import MARK, Tabular, in_text, number
+from probae.export.tabular import MOSTLY_RELIABLE, MARK, Tabular, in_text, number
 
 if TYPE_CHECKING:
     import pandas
-
-_MOSTLY_RELIABLE = 0.95  # the share of believable errors below which the reader is told
 
 
 @dataclass(repr=False)
@@ -181,7 +179,7 @@ class Comparison(Tabular):
 
 def is_unsure(entry: Entry) -> bool:
     """Whether an entry is ranked by values whose Monte-Carlo errors cannot be believed for a part of the data."""
-    return entry.ranked and entry.reliable < _MOSTLY_RELIABLE
+    return entry.ranked and entry.reliable < MOSTLY_RELIABLE
 
 
 def notes_on(comparison: Comparison) -> list[str]:
@@ -221,7 +219,10 @@ def _ends(x: Tensor) -> str:
     if x.numel() == 0 or not bool((x == x.round()).all()):
         return ""
     low, high = x.min(), x.max()
-    share = float(((x == low) | (x == high)).double().mean())
+    least, most = (float((x == end).double().mean()) for end in (low, high))
+    share = least + most
     if share < 0.2 or high - low < 2:
         return ""
+    if most < 0.01:  # a few large counts are no pile
+        return f"; {least:.0%} of the counts are {int(low)}"
     return f"; {share:.0%} of the counts are {int(low)} or {int(high)}, the ends of their range"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from probae.export import tabular
 from probae.export.figures.evidence import evidence_forest, paired_differences
 from probae.export.figures.style import pyplot
 from probae.export.results import Comparison
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 #: how the page begins, by which it is known again
 MARK = "<!DOCTYPE html>\n<!-- a report by probae -->"
-#: the share of believable Monte-Carlo errors below which they get an asterisk
-_MOSTLY_RELIABLE = 0.95
 
 _WIDTH = 4.7  # inches of the figures of evidence: legible on a phone too
 _DIFFERENCES = "Difference of each model to the best, paired by datum, with two standard errors: the errors to look at."
@@ -103,7 +102,7 @@ def table_html(table: pandas.DataFrame, unit: str, fit_seconds: Mapping[str, flo
     columns = {
         "model": [str(name) for name in table.index],
         f"log p(x), nats per {unit}": [
-            bounds.get(bound, "") + value + "*" * bool(doubt)
+            bounds.get(bound, "") + value + tabular.MARK * bool(doubt)
             for bound, value, doubt in zip(table["bound"], values, doubted, strict=True)
         ],
         "to the best": _with_errors(table, "difference", "difference_stderr"),
@@ -137,7 +136,7 @@ def table_note(table: pandas.DataFrame) -> str:
         "Baselines are grey. Seconds are of training and evaluation."
     )
     if _doubted(table).any():
-        note += " *: the Monte Carlo error of some data cannot be believed, see the notes."
+        note += f" {tabular.MARK}: the Monte Carlo error of some data cannot be believed, see the notes."
     return note
 
 
@@ -151,7 +150,7 @@ def image(figure: Any) -> str:
 
 
 def _doubted(table: pandas.DataFrame) -> pandas.Series:
-    return table["reliable"] < _MOSTLY_RELIABLE
+    return table["reliable"] < tabular.MOSTLY_RELIABLE
 
 
 def _with_errors(table: pandas.DataFrame, value: str, error: str, plus: bool = False) -> list[str]:

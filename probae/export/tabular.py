@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _ROWS = 40  # of a table in a notebook, if nothing else is said
 #: the mark of what a note below the table explains
 MARK = "†"
+#: the share of data with a Monte-Carlo error that can be believed, below which a value bears the mark
+MOSTLY_RELIABLE = 0.95
 
 
 class Tabular:

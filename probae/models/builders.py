@@ -39,6 +39,18 @@ def gaussian(schema: Schema) -> Head:
     return likelihoods.DiscretisedNormal(maximum(schema), scale="feature")
 
 
+#: the likelihoods that `probae fit --likelihood` knows
+LIKELIHOODS: dict[str, Callable[[Schema], Head]] = {
+    "bernoulli": lambda schema: likelihoods.Bernoulli(),
+    "binomial": lambda schema: likelihoods.Binomial(maximum(schema)),
+    "poisson": lambda schema: likelihoods.Poisson(),
+    "categorical": lambda schema: likelihoods.Categorical(maximum(schema) + 1),
+    "ordered": lambda schema: likelihoods.OrderedCategorical(maximum(schema) + 1),
+    "normal": gaussian,
+    "laplace": lambda schema: likelihoods.Laplace("feature" if schema.varies else "shared"),
+}
+
+
 def of_classes(schema: Schema) -> Head:
     """The likelihood of a class that suits the values: its scales are its own, and none falls far below the data's."""
     if schema.kind == "real" and schema.varies:

@@ -85,7 +85,11 @@ class Rows:
     def __init__(self, data: Any):
         self.data = data
         parts = list(data.values()) if isinstance(data, dict) else list(data) if isinstance(data, tuple) else [data]
-        self.parts = [_rows_first(held(part)) if is_by_rows(part) else _one(part) for part in parts]
+        names = list(data) if isinstance(data, dict) else range(len(parts))
+        self.parts = [
+            _rows_first(held(part)) if is_by_rows(part) else _one(part, name)
+            for name, part in zip(names, parts, strict=True)
+        ]
         self.size = self.parts[0].shape[0]
         for part in self.parts:
             if is_by_rows(part) and (len(part.shape) != 2 or 0 in part.shape):
@@ -127,9 +131,9 @@ def _rows_first(matrix: Any) -> Any:
     return matrix.tocsr() if hasattr(matrix, "tocsr") else matrix
 
 
-def _one(part: Any) -> Any:
-    found = as_batch((part,))
-    return found[0]  # type: ignore[index]
+def _one(part: Any, name: Any) -> Any:
+    found = as_batch({name: part})
+    return found[str(name)]  # type: ignore[index,call-overload]
 
 
 def _dense(part: Any, places: np.ndarray) -> Any:
