@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,28 @@ def test_a_file_that_defines_no_such_model_is_told(tmp_path):
         own_models.named(f"{tmp_path}/a.py:x")
     with pytest.raises(FileNotFoundError, match="no file"):
         own_models.named(f"{tmp_path}/b.py:x")
+
+
+def test_a_file_runs_once_whatever_is_named_in_it_and_imports_from_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "lies_beside.py").write_text("NAMES = 'first_beside', 'second_beside'\n")
+    (tmp_path / "a.py").write_text(
+        "import lies_beside\nfrom probae.models import CATALOGUE, register\n"
+        "for name in lies_beside.NAMES:\n    register(name, CATALOGUE['ppca'])\n"
+    )
+    names = ["first_beside", "second_beside"]
+    assert own_models.named(",".join(f"{tmp_path}/a.py:{name}" for name in names)) == names
+    for name in names:
+        CATALOGUE.pop(name)
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "import no_such_package"])
+def test_a_module_that_fails_is_told_with_its_line(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fails_itself.py").write_text(f"import math\n{code}\n")
+    with pytest.raises(ValueError, match=r"fails_itself: line 2: \w+Error: "):
+        own_models.named("fails_itself:A")
 
 
 def test_what_a_model_is_for_follows_from_its_line():

@@ -558,15 +558,22 @@ def test_brackets_in_names_are_printed_as_they_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_fits_spread_over_processes_are_the_same(tmp_path):
-    file = write(tmp_path, "counts")
+def test_fits_spread_over_processes_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spread_models.py").write_text("import probae\n\n\nclass Own(probae.PPCA):\n    pass\n")
+    file = write(tmp_path, "real")
+    models = "ppca,vae,autoencoder,spread_models:Own"
     tables = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        code, _, err = command("compare", "--data", file, *QUICK, "--processes", count, "--out", out)
+        code, _, err = command(
+            "compare", "--data", file, *QUICK, "--models", models, "--processes", count, "--out", out
+        )
         assert (code, err) == (0, "")
         tables.append(pd.read_csv(out / "table.csv").drop(columns=["seconds", "fit_seconds"]))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    CATALOGUE.pop("Own")
 
 
 @pytest.mark.slow

@@ -235,6 +235,7 @@ class {name}(probae.PPCA):
 
 @pytest.mark.parametrize("source", ["OwnInFile", "OwnInModule"])
 def test_a_model_of_ones_own_comes_from_a_file_or_a_module(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"{source.lower()}.py").write_text(OWN.format(name=source))
     spec = f"{source.lower()}.py:{source}" if source == "OwnInFile" else f"{source.lower()}:{source}"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import probae
+from probae.runtime import parallel
 from probae.runtime.parallel import spread
 
 pytestmark = pytest.mark.xdist_group("parallel")  # one process starts the workers for all
@@ -121,6 +122,18 @@ def test_what_cannot_be_sent_is_named_before_any_work():
         spread(lambda _, call: call(1), tasks)
     assert started == []
     assert list(spread(lambda _, held: held.locked(), {"a": (lock,)})) == [False]  # in one process there is no need
+
+
+def test_a_module_that_the_other_process_does_not_have_is_told(tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("def work(shared, x):\n    return x\n")
+    with monkeypatch.context() as here:
+        here.syspath_prepend(tmp_path)
+        import only_here
+
+        raw = parallel._bytes("a task", (only_here.work, (1,)))
+    monkeypatch.delitem(sys.modules, "only_here")
+    with pytest.raises(ModuleNotFoundError, match=r"task 'a' needs the module 'only_here'.*PYTHONPATH"):
+        parallel._run_there(parallel._bytes("the data", None), raw, "a", 0, 1, -1, [])
 
 
 def test_inside_a_callback_tasks_run_one_after_another():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
+import importlib.util
 import runpy
 import sys
 import traceback
@@ -19,29 +18,32 @@ from probae.models import CATALOGUE, Model, register
 def named(models: str | None) -> list[str] | None:
     """The names in a list separated by commas.
 
-    ``FILE.py:NAME`` is run, ``MODULE:NAME`` imported, the current folder first, and its model known.
+    ``FILE.py:NAME`` is run, ``MODULE:NAME`` imported, and its model is known from then on. Imports are looked for in the
+    file's folder, or in the current one, before all others, as Python does for a script.
 
     Raises:
-        ValueError: if a file or module defines no such model.
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file or module fails, or defines no such model.
     """
     if not models:
         return None
     found = []
+    sources: dict[str, Mapping[str, Any]] = {}  # each runs once, however many of its models are named
     for part in (part.strip() for part in models.split(",")):
-        _, colon, name = part.rpartition(":")
+        path, colon, name = part.rpartition(":")
         if colon:
-            run_file(part)
-        found.append(name if colon else part)
+            if path not in sources:
+                sources[path] = _run(path)
+            _make_known(name, path, sources[path])
+        found.append(name)
     return found
 
 
-def run_file(part: str) -> None:
-    """Run a user's file, or import a module, and make the model of a name known that it registers, or that is a class in it."""
-    path, _, name = part.rpartition(":")
-    module = _run(path)
+def _make_known(name: str, path: str, source: Mapping[str, Any]) -> None:
+    """Register the model of a name, unless its source has: the class of this name in it."""
     if name in CATALOGUE:
         return
-    cls = module.get(name)
+    cls = source.get(name)
     if not isinstance(cls, type):
         raise ValueError(
             f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
@@ -59,28 +61,29 @@ def run_file(part: str) -> None:
 
 def _run(path: str) -> Mapping[str, Any]:
     """The names that a file or a module defines."""
-    if path.endswith(".py"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {printable(path)}")
-        try:
-            return runpy.run_path(path)
-        except Exception as error:  # of the user's own code
-            raise ValueError(f"{printable(path)}: {_where(error, path)}{type(error).__name__}: {error}") from error
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
+    is_file = path.endswith(".py")
+    if is_file and not Path(path).is_file():
+        raise FileNotFoundError(f"no file {printable(path)}")
+    _import_from(Path(path).resolve().parent if is_file else Path.cwd())
+    file: str | None = path
     try:
-        return vars(importlib.import_module(path))
-    except ModuleNotFoundError as error:
-        if error.name is None or not path.startswith(error.name):
-            raise
-        raise ValueError(
-            f"no module {printable(path)}; a file is named with its ending, as in {path}.py:NAME"
-        ) from error
-    finally:
-        sys.path[:] = before
+        if is_file:
+            return runpy.run_path(path)
+        if (spec := importlib.util.find_spec(path)) is not None:
+            file = spec.origin
+            return vars(importlib.import_module(path))
+    except Exception as error:  # of the user's own code
+        raise ValueError(f"{printable(path)}: {_where(error, file)}{type(error).__name__}: {error}") from error
+    raise ValueError(f"no module {printable(path)}; a file is named with its ending, as in {path}.py:NAME")
 
 
-def _where(error: Exception, path: str) -> str:
+def _import_from(folder: Path) -> None:
+    """Let modules be imported from a folder, first of all, from now on: other processes import a class by its module's name."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _where(error: Exception, path: str | None) -> str:
     """The last line of a file that an error has passed through."""
     if isinstance(error, SyntaxError):
         return ""

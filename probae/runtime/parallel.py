@@ -67,7 +67,7 @@ def spread(
         return iter(Parallel(n_jobs=jobs, return_as="generator")(here))
     sent = np.frombuffer(_bytes("the data", shared), np.uint8)  # an array: joblib writes a large one to memory once
     work = {name: _bytes(f"the task {name!r}", (function, task)) for name, task in tasks.items()}
-    where = threads, os.getpid()
+    where = threads, os.getpid(), [folder or os.getcwd() for folder in sys.path]
     calls = [delayed(_run_there)(sent, raw, name, i, *where) for i, (name, raw) in enumerate(work.items())]
     return _received(Parallel(n_jobs=jobs, return_as="generator", batch_size=1)(calls))
 
@@ -91,16 +91,24 @@ def _run(function: Callable[..., Any], shared: Any, task: tuple[Any, ...], threa
         return function(shared, *task)
 
 
-def _run_there(shared: Any, raw: bytes, name: str, number: int, threads: int, caller: int) -> bytes:
+def _run_there(shared: Any, raw: bytes, name: str, number: int, threads: int, caller: int, path: list[str]) -> bytes:
     """A task in another process, from bytes to bytes."""
     import cloudpickle
 
     with ExitStack() as around:
         if os.getppid() == caller:  # of this machine, and the caller's own
             _end_with(caller)
+            sys.path[:] = path  # the caller's may have grown since this process began
             # each task takes the next GPU, and none joins the processes that the caller trains with
             around.enter_context(_environment(LOCAL_RANK=str(number), WORLD_SIZE="1"))
-        function, task = cloudpickle.loads(raw)
+        try:
+            function, task = cloudpickle.loads(raw)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"the task {name!r} needs the module {error.name!r}, and the process that runs it cannot import this. Install "
+                "it there, set PYTHONPATH to its folder, or let cloudpickle.register_pickle_by_value(module) send its code",
+                name=error.name,
+            ) from error
         found = _run(function, cloudpickle.loads(memoryview(shared)), task, threads)
         return _bytes(f"what the task {name!r} gave", found)
 
