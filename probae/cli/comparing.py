@@ -15,7 +15,7 @@ from rich.table import Table
 
 from probae.arguments import as_path, one_of
 from probae.cli import completion
-from probae.cli.console import with_error
+from probae.cli.console import Plain, with_error
 from probae.cli.fitting import COMPILE
 from probae.cli.reading import Reading, reads_data, say_columns
 
@@ -180,7 +180,7 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
         "parameters": [f"{v:,}" for v in table["parameters"]],
         "seconds": [f"{v:.1f}" for v in table["seconds"] + table["fit_seconds"].fillna(0)],
     }
-    shown = Table(
+    shown = Plain(
         title=f"held-out log p(x), nats per {unit} of {of}; higher is better",
         caption="± one standard error over all data, Monte Carlo included; differences are paired by datum",
         title_justify="left",

@@ -15,6 +15,8 @@ from probae.arguments import printable
 from probae.data.datasets import Schema
 from probae.models import CATALOGUE, Model, register
 
+_OURS = frozenset(CATALOGUE)
+
 
 def named(models: str | None) -> list[str] | None:
     """The names in a list separated by commas.
@@ -39,9 +41,11 @@ def run_file(part: str) -> None:
     """Run a user's file, or import a module, and make the model of a name known that it registers, or that is a class in it."""
     path, _, name = part.rpartition(":")
     module = _run(path)
+    cls = module.get(name)
+    if name in _OURS and isinstance(cls, type):
+        raise ValueError(f"{printable(path)}: probae has a model {name!r} of its own: give the class another name")
     if name in CATALOGUE:
         return
-    cls = module.get(name)
     if not isinstance(cls, type):
         raise ValueError(
             f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
@@ -64,7 +68,7 @@ def _run(path: str) -> Mapping[str, Any]:
             raise FileNotFoundError(f"no file {printable(path)}")
         try:
             return runpy.run_path(path)
-        except Exception as error:  # of the user's own code
+        except (Exception, SystemExit) as error:  # of the user's own code
             raise ValueError(f"{printable(path)}: {_where(error, path)}{type(error).__name__}: {error}") from error
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
@@ -80,7 +84,7 @@ def _run(path: str) -> Mapping[str, Any]:
         sys.path[:] = before
 
 
-def _where(error: Exception, path: str) -> str:
+def _where(error: BaseException, path: str) -> str:
     """The last line of a file that an error has passed through."""
     if isinstance(error, SyntaxError):
         return ""
