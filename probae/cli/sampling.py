@@ -78,7 +78,7 @@ def given_row(text: str | None, origin: Origin | None) -> Any:
         raise ValueError("--given: the model was not fitted to data with named labels or covariates")
     parts = [tuple(word.strip() for word in part.split("=", 1)) for part in listed([text])]
     found = {part[0]: part[-1] for part in parts}
-    if sorted(part[0] for part in parts if len(part) == 2) != sorted(wanted):
+    if sorted(part[0] for part in parts) != sorted(wanted) or any(len(part) < 2 for part in parts):
         raise ValueError(f"--given: expected a value of each of {', '.join(wanted)}, as {wanted[0]}=..., got {text!r}")
     row: list[float] = []
     for name in wanted:
