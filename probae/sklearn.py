@@ -25,7 +25,7 @@ except ImportError as error:
 
 from probae.adapter import as_pair
 from probae.arguments import one_of
-from probae.batches import checksums, column_names, held, is_annotated, rows_of
+from probae.batches import checksums, column_names, held, is_annotated, rows_at, rows_of
 from probae.data.datasets.dataset import Schema
 from probae.data.streams import blocks_of
 from probae.evidence import ELBO, IWAE, Estimator
@@ -35,6 +35,8 @@ from probae.models import make
 from probae.programs.columns import require_same_names
 from probae.runtime.seeding import checked_seed, derived, seeded, with_seed
 from probae.training import fit
+
+_ROWS = 64  # of a block in which log p(x) is exact
 
 
 class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):  # type: ignore[misc]
@@ -199,11 +201,14 @@ class LatentVariableModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Den
 
 
 def _row_by_row(model: Any, x: Any, estimator: Estimator, seed: int) -> Any:
-    """log p(x_n) (N,): of all rows at once where it is exact, else of each alone, from draws that its own numbers decide."""
+    """log p(x_n) (N,): block by block where it is exact, else of each alone, from draws that its own numbers decide."""
     pair, batch, signature = prepare(model, x)
     rows = list(rows_of(batch, 1))
     if estimator(pair, rows[0], signature, seed).bound == "exact":
-        return estimator(pair, batch, signature, seed).values.numpy()
+        # products of matrices sum in another order for another number of rows, so all have the same
+        at = torch.arange(-(-len(rows) // _ROWS) * _ROWS).clamp(max=len(rows) - 1)
+        blocks = rows_of(rows_at(batch, at), _ROWS)
+        return torch.cat([estimator(pair, block, signature, seed).values for block in blocks])[: len(rows)].numpy()
     seeds = (derived(seed, key % 2**63) for key in checksums(batch).tolist())
     compile = False if isinstance(estimator, ELBO | IWAE) else "auto"  # a few runs for a row are not worth tracing
     found = [estimator(pair, row, signature, own, compile).values for row, own in zip(rows, seeds, strict=True)]

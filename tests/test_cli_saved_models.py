@@ -180,6 +180,9 @@ def test_a_model_of_labels_and_covariates_is_fitted_evaluated_and_drawn_from_by_
     assert one != other
     assert "--given sex=...,age=..." in mistake_of_sample(*draw)
     assert "'sex' has the levels f, m, got 'x'" in mistake_of_sample(*draw, "--given", "sex=x,age=30")
+    for given in ("sex=f,age=30,sex=m", "sex=f,age=30,more"):
+        assert "expected a value of each of sex, age" in mistake_of_sample(*draw, "--given", given)
+    assert "expected a finite number for 'age'" in mistake_of_sample(*draw, "--given", "sex=f,age=nan")
     strange = write(frame.assign(sex="x"), tmp_path / "strange.csv")
     assert "the level 'x', which the model was not fitted to" in mistake(
         "evaluate", tmp_path / "out", "--data", strange
@@ -361,3 +364,40 @@ def test_few_features_have_half_as_many_latents_unless_a_number_is_said(tmp_path
     code, _, err = command(*compare, "--latents", 16, "--out", tmp_path / "other")
     assert code == 2
     assert "latents: expected a whole number from 1 to 4, got 16" in err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "    def __init__(self, features, latents):\n        raise RuntimeError('not today')",
+            "line 4: RuntimeError: not t",
+        ),
+        ("    pass\nimport sys\nsys.exit(3)", "line 5: SystemExit: 3"),
+    ],
+)
+def test_what_a_users_own_code_raises_is_one_line_with_its_place(body, message, fitted, tmp_path):
+    (tmp_path / "mine.py").write_text(f"import probae\nclass Raises(probae.PPCA):\n{body}\n")
+    data = ["--data", fitted[0] / "mine.csv", *PARTS, "--missing", "mask", "--out", tmp_path / "out"]
+    code, _, err = command("fit", *data, "--model", f"{tmp_path}/mine.py:Raises")
+    assert code == 2
+    assert f"mine.py: {message}" in err
+    assert len(err.splitlines()) == 1
+    CATALOGUE.pop("Raises", None)
+
+
+def test_a_class_does_not_give_way_to_a_model_of_the_catalogue_with_its_name(fitted, tmp_path):
+    (tmp_path / "mine.py").write_text("import probae\nclass ppca(probae.PPCA):\n    pass\n")
+    data = ["--data", fitted[0] / "mine.csv", *PARTS, "--missing", "mask", "--out", tmp_path / "out"]
+    assert "give the class another name" in mistake("fit", *data, "--model", f"{tmp_path}/mine.py:ppca")
+
+
+def test_names_of_columns_are_not_obeyed_by_the_terminal(tmp_path):
+    frame = FRAME[FEATURES].fillna(50.0).set_axis(["a\x1b[31m", "b]x[bold]", "c,d", "e\nf"], axis=1)
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    code, out, err = command("fit", "--data", tmp_path / "mine.csv", "--model", "ppca", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert r"a\x1b[31m" in out
+    assert r"e\nf" in out
+    assert list(said("sample", tmp_path / "out", "-n", "1")[0]) == list(frame)

@@ -110,6 +110,7 @@ def test_a_damaged_file_is_one_error_with_its_name(suffix, tmp_path):
         ('a,b\n"1,234",2\n"5,678",3\n' * 6, r"column 'a' \('1,234'\) has thousands separators"),
         ("a;b\n1.234,5;2\n1,5;3\n" * 6, r"column 'a' \('1.234,5'\) has thousands separators"),
         ("a\tb\n1,234.5\t2\n7.5\t3\n" * 6, r"column 'a' \('1,234.5'\) has thousands separators"),
+        ("a;b\n1,5;1.234\n2,5;5.678\n" * 6, r"column 'b' \('1.234'\) has decimal points or thousands separators"),
         ("a,b\nx1,2\nx2,3\n", r"not numeric: column 'a' \('x1', different in each row: row names\?\)"),
         ("a,b\n1,2\x00\n" * 12, "which is no text"),
     ],
@@ -129,6 +130,10 @@ def test_what_cannot_be_a_number_is_refused_with_the_reason(text, message, tmp_p
         (Columns(labels="sex", drop=("sex",)), "the column 'sex' was given two parts"),
         (Columns(features=("size",), labels="sex", levels={"sex": ("weiblich",)}), "'sex' has the level 'männlich'"),
         (Columns(features=("size", "weight"), exact=True), "'score', 'sex', 'age', 'who' is none of those"),
+        (
+            Columns(features=("size",), covariates=("who",), drop=("weight", "score", "sex", "age"), exact=True),
+            "the covariate 'who' has the value 'P0', where the model was fitted to numbers",
+        ),
         (Columns(drop=tuple(FRAME)), "no column is left as a feature"),
     ],
 )
@@ -164,7 +169,7 @@ def test_a_gap_in_labels_or_covariates_is_refused(tmp_path):
     frame.loc[2, "sex"], frame.loc[4, "age"] = None, np.nan
     frame.to_csv(tmp_path / "mine.csv", index=False)
     for columns in (Columns(labels="sex", drop=("who", "age")), Columns(covariates=("age",), drop=("who", "sex"))):
-        with pytest.raises(ValueError, match="missing values: fill them"):
+        with pytest.raises(ValueError, match=r"missing (or infinite )?values: fill them"):
             load(tmp_path / "mine.csv", columns=columns)
 
 
@@ -198,3 +203,35 @@ def test_columns_are_told_as_the_kind_that_was_asked_for(tmp_path):
 def test_columns_survive_json():
     columns = Columns(("a",), "b", ("c",), "d", ("e",), (-99.0,), {"b": ("x", "y")}, exact=True)
     assert Columns.from_json(columns.to_json()) == columns
+
+
+def test_names_and_levels_keep_every_digit_and_covariates_that_would_lose_one_are_refused(tmp_path):
+    rows = [f"{name};{i % 2 + 2**53};{i},5" for i, name in enumerate(["007", "NA", "1e5", *map(str, range(10, 20))])]
+    (tmp_path / "mine.csv").write_text("\n".join(["id;class;a", *rows]))
+    data = load(tmp_path / "mine.csv", columns=Columns(index="id", labels="class"))
+    by_name = {
+        name: (int(label), x[0])
+        for part in zip(data.index, data.labels, (data.train, data.validation, data.test), strict=True)
+        for name, label, x in zip(*part, strict=True)
+    }
+    assert by_name["007"] == (0, 0.5)
+    assert by_name["NA"] == (1, 1.5)
+    assert by_name["1e5"] == (0, 2.5)
+    with pytest.raises(ValueError, match="lose digits"):
+        load(tmp_path / "mine.csv", columns=Columns(index="id", covariates=("class",)))
+
+
+def test_text_among_decimal_commas_may_stand_for_a_missing_value(tmp_path):
+    (tmp_path / "mine.csv").write_text("a;b\n1,5;?\n2,5;3,5\n9;4\n" + "2,5;3,5\n" * 9)
+    data = load(tmp_path / "mine.csv", missing="mask", columns=Columns(missing_codes=("?", "9")))
+    x = np.concatenate([data.train, data.validation, data.test])
+    np.testing.assert_array_equal(np.sort(x[:, 0]), [1.5, *[2.5] * 10, np.nan])
+    assert np.isnan(x[:, 1]).sum() == 1
+    assert np.nansum(x[:, 1]) == 10 * 3.5 + 4
+
+
+def test_a_level_is_the_same_whole_number_whatever_stands_in_the_other_rows(tmp_path):
+    (tmp_path / "mine.csv").write_text("a,b\n" + "0.5,1.5\n0.2,3\n" * 6)
+    levels = load(tmp_path / "mine.csv", columns=Columns(labels="b")).columns.levels
+    (tmp_path / "mine.csv").write_text("a,b\n" + "0.5,3\n0.2,3\n" * 6)
+    assert load(tmp_path / "mine.csv", columns=Columns(labels="b", levels=levels)).labels[0].tolist() == [1] * 7

@@ -42,6 +42,16 @@ def test_a_bound_of_a_row_depends_on_that_row_alone(check):
     getattr(sklearn.utils.estimator_checks, check)("LatentVariableModel", estimator)
 
 
+def test_an_exact_value_of_a_row_depends_on_that_row_alone_to_the_bit():
+    x = np.random.default_rng(0).normal(size=(300, 2)) @ np.random.default_rng(1).normal(size=(2, 40))
+    x += np.random.default_rng(2).normal(size=x.shape)
+    model = LatentVariableModel(latents=3).fit(x)
+    whole, order = model.score_samples(x), np.random.default_rng(3).permutation(len(x))
+    assert np.array_equal(model.score_samples(x[order]), whole[order])
+    for rows in (slice(1), slice(7, 9), slice(5, 38), slice(100, 231), slice(299, 300)):
+        assert np.array_equal(model.score_samples(x[rows]), whole[rows])
+
+
 def test_alike_rows_have_one_value_and_the_draws_follow_from_the_random_state():
     x = np.repeat(data(4), 2, axis=0)
     estimator = LatentVariableModel(**VAE, evidence_options={"particles": 5}).fit(x)

@@ -137,6 +137,14 @@ def test_names_are_saved_and_loaded(fitted, tmp_path):
     assert not hasattr(probae.load(folder), "feature_names_in_")
 
 
+@pytest.mark.parametrize("columns", [[3, 1, 2], pd.MultiIndex.from_tuples([("x", "a"), ("x", "b"), ("y", "a")])])
+def test_a_reconstruction_has_the_columns_of_the_data_themselves(columns):
+    x = pd.DataFrame(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).numpy(), columns=columns)
+    model = probae.PPCA(3, 1).maximum_likelihood(x)
+    assert (x - model.reconstruct(x)).shape == x.shape
+    assert model.reconstruct(x).columns.equals(x.columns)
+
+
 def test_names_in_a_file_are_lists_of_names(tmp_path):
     folder = probae.save(closed_form(frame()), tmp_path)
     described = json.loads((folder / "model.json").read_text()) | {"columns": {"x": 3}}

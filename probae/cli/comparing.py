@@ -15,10 +15,10 @@ from rich.table import Table
 
 from probae.arguments import as_path, one_of
 from probae.cli import completion
-from probae.cli.console import with_error
+from probae.cli.console import Plain, with_error
 from probae.cli.fitting import COMPILE
 from probae.cli.reading import Reading, reads_data, say_columns, say_unused
-from probae.export.tabular import BELIEVED, MARK
+from probae.export.tabular import MARK, MOSTLY_RELIABLE
 
 if TYPE_CHECKING:
     from probae.comparison import Comparison
@@ -170,7 +170,7 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
         "log p(x)": [
             {"lower": "≥ ", "upper": "≤ "}.get(row["bound"], "")
             + with_error(row["log_evidence"], row["stderr"])
-            + MARK * bool(row["reliable"] < BELIEVED)
+            + MARK * bool(row["reliable"] < MOSTLY_RELIABLE)
             for _, row in table.iterrows()
         ],
         "to the best": [with_error(a, b) for a, b in zip(table["difference"], table["difference_stderr"], strict=True)],
@@ -184,7 +184,7 @@ def rendered(table: Any, data: Dataset, width: int) -> Table:
         "parameters": [f"{v:,}" for v in table["parameters"]],
         "seconds": [f"{v:.1f}" for v in table["seconds"] + table["fit_seconds"].fillna(0)],
     }
-    shown = Table(
+    shown = Plain(
         title=f"held-out log p(x), nats per {unit} of {of}; higher is better",
         caption="± one standard error over all data, Monte Carlo included; differences are paired by datum",
         title_justify="left",

@@ -59,9 +59,17 @@ def plain(value: Any) -> Any:
     return value
 
 
+class Plain(Table):
+    """A table in whose cells nothing is obeyed by the terminal."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """A row, of text."""
+        super().add_row(*(in_print(cell) for cell in cells), **options)
+
+
 def table(title: str, *headings: str, left: int = 1) -> Table:
     """An empty table whose first columns, so many, are of text, and whose others are of numbers."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    made = Plain(title=in_print(title), title_justify="left", box=None, pad_edge=False)
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < left else "right", overflow="fold")
     return made

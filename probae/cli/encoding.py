@@ -46,9 +46,11 @@ def _frame(codes: Any) -> Any:
     """Codes (N, L), or several by site, as a frame."""
     import pandas as pd
 
+    from probae.programs.tables import latent_names
+
     sites = codes if isinstance(codes, dict) else {"z": codes}
     columns: dict[str, Any] = {}
     for name, values in sites.items():
-        flat = values.detach().cpu().reshape(len(values), -1).numpy()
-        columns |= {f"{name}{i + 1}": flat[:, i] for i in range(flat.shape[1])}
+        flat = values.detach().cpu().reshape(len(values), -1)
+        columns |= dict(zip(latent_names(name, flat), flat.numpy().T, strict=True))
     return pd.DataFrame(columns)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from probae.cli.console import Screen
 from probae.cli.held import Folder, Seed, Source, conditions, saved
+from probae.cli.reading import listed
 from probae.cli.tables import as_rows, as_text, require_writable, written
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Draw rows from a saved model, in the units of the data that it was fitted to, under their columns' names."""
-    import numpy as np
     import pandas as pd
 
     from probae.adapter import as_pair
@@ -46,8 +47,8 @@ def sample(
         wanted = ",".join(f"{name}=..." for name in conditions(origin)) or "..."
         raise ValueError(f"the model conditions on labels or covariates: say what they are by --given {wanted}")
     drawn = draw(fitted, n, seed=seed, given=given_row(given, origin))
-    # a DataFrame where the model keeps the names of its columns
-    values = np.asarray(drawn["x"] if isinstance(drawn, dict) else drawn).reshape(n, -1)
+    found = drawn["x"] if isinstance(drawn, dict) else drawn
+    values = (found.to_numpy() if isinstance(found, pd.DataFrame) else found.detach().cpu().numpy()).reshape(n, -1)
     if origin is not None and origin.schema.kind != "real":
         values = values.astype("int64")
     names = origin.names if origin is not None else None
@@ -75,9 +76,9 @@ def given_row(text: str | None, origin: Origin | None) -> Any:
     columns, wanted = None if origin is None else origin.columns, conditions(origin)
     if columns is None or not wanted:
         raise ValueError("--given: the model was not fitted to data with named labels or covariates")
-    found = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    found = {name.strip(): value.strip() for name, value in found.items()}
-    if set(found) != set(wanted):
+    parts = [tuple(word.strip() for word in part.split("=", 1)) for part in listed([text])]
+    found = {part[0]: part[-1] for part in parts}
+    if sorted(part[0] for part in parts) != sorted(wanted) or any(len(part) < 2 for part in parts):
         raise ValueError(f"--given: expected a value of each of {', '.join(wanted)}, as {wanted[0]}=..., got {text!r}")
     row: list[float] = []
     for name in wanted:
@@ -93,6 +94,9 @@ def given_row(text: str | None, origin: Origin | None) -> Any:
 
 def _number(name: str, text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise ValueError(f"--given: expected a number for {name!r}, got {text!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"--given: expected a finite number for {name!r}, got {text!r}")
+    return number

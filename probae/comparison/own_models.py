@@ -14,6 +14,8 @@ from probae.arguments import printable
 from probae.data.datasets import Schema
 from probae.models import CATALOGUE, Model, register
 
+_OURS = frozenset(CATALOGUE)
+
 
 def named(models: str | None) -> list[str] | None:
     """The names in a list separated by commas.
@@ -41,9 +43,11 @@ def named(models: str | None) -> list[str] | None:
 
 def _make_known(name: str, path: str, source: Mapping[str, Any]) -> None:
     """Register the model of a name, unless its source has: the class of this name in it."""
+    cls = source.get(name)
+    if name in _OURS and isinstance(cls, type):
+        raise ValueError(f"{printable(path)}: probae has a model {name!r} of its own: give the class another name")
     if name in CATALOGUE:
         return
-    cls = source.get(name)
     if not isinstance(cls, type):
         raise ValueError(
             f"{printable(path)}: expected it to register a model {name!r}, or to define a class of that name"
@@ -72,7 +76,7 @@ def _run(path: str) -> Mapping[str, Any]:
         if (spec := importlib.util.find_spec(path)) is not None:
             file = spec.origin
             return vars(importlib.import_module(path))
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         raise ValueError(f"{printable(path)}: {_where(error, file)}{type(error).__name__}: {error}") from error
     raise ValueError(f"no module {printable(path)}; a file is named with its ending, as in {path}.py:NAME")
 
@@ -83,7 +87,7 @@ def _import_from(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _where(error: Exception, path: str | None) -> str:
+def _where(error: BaseException, path: str | None) -> str:
     """The last line of a file that an error has passed through."""
     if isinstance(error, SyntaxError):
         return ""

@@ -19,7 +19,7 @@ from probae.evidence import Evidence
 from probae.evidence.result import BOUNDS
 from probae.export.datatree import comparison_tree
 from probae.export.figures.evidence import evidence_forest, paired_differences
-from probae.export.tabular import MOSTLY_RELIABLE, MARK, Tabular, in_text, number
+from probae.export.tabular import MARK, MOSTLY_RELIABLE, Tabular, in_text, number
 
 if TYPE_CHECKING:
     import pandas

@@ -112,7 +112,12 @@ class Tables(Columns):
         """
         self.warn_unfitted()
         found, index = self._reconstruct(x), index_of(x)
-        return alone(found) if index is None else self._features(found, self.columns_of(x), index)
+        if index is None:
+            return alone(found)
+        frames = self._features(found, self.columns_of(x), index)
+        if isinstance(frames, dict):
+            return {site: _as_given(frame, x) for site, frame in frames.items()}
+        return _as_given(frames, x)
 
     @isolated
     def impute(self: Any, x: Any, draws: int = 10, *, particles: int = 500, seed: int = 0) -> Any:
@@ -189,6 +194,15 @@ def as_frame(values: Tensor, names: Sequence[str], index: Any) -> Any:
     if values.dim() not in (1, 2) or values.reshape(len(values), -1).shape[1] != len(names):
         return values
     return pandas.DataFrame(values.reshape(len(values), -1).cpu().numpy(), index=index, columns=list(names))
+
+
+def _as_given(frame: Any, data: Any) -> Any:
+    """A DataFrame with the columns themselves, numbers or several levels, of the one in data that has these names."""
+    names = column_names(frame)
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else [data]
+    given = (part.columns for part in parts if index_of(part) is not None and column_names(part) == names)
+    columns = next(given, None) if names is not None else None
+    return frame if columns is None else frame.set_axis(columns, axis=1)
 
 
 def _copies(copies: Tensor, data: Any) -> Any:

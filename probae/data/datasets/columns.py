@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probae.arguments import printable
-from probae.data.datasets.delimited import as_numbers, numbers
+from probae.data.datasets.delimited import EXACT, as_numbers, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +131,7 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
     features, places = _features(path, names, columns, set(beside))
     if texts := [code for code in columns.missing_codes if isinstance(code, str)]:
         frame = frame.mask(frame.isin(texts))
-    codes_of_none = [code for code in columns.missing_codes if not isinstance(code, str)]
+    codes_of_none = _numbers_of(columns.missing_codes)
     chosen = frame.iloc[:, places]
     x = numbers(path, chosen if named else chosen.set_axis(places, axis=1))
     x[np.isin(x, codes_of_none)] = np.nan
@@ -143,14 +144,19 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
     parts = []
     for name in columns.covariates:
         values, bad = as_numbers(frame[name])
+        if len(bad) and columns.exact and name not in levels:
+            raise ValueError(
+                f"{printable(path)}: the covariate {name!r} has the value {bad.iloc[0]!r:.80}, where the model was "
+                "fitted to numbers"
+            )
         if name in levels or len(bad):
             codes, levels[name] = _codes(path, frame[name], columns)
             parts.append(np.eye(len(levels[name]))[codes])
             described.append(Column(name, "covariate", "classes", levels=levels[name]))
         else:
-            if np.isnan(values).any() or np.isin(values, codes_of_none).any():
+            if not np.isfinite(values).all() or np.isin(values, codes_of_none).any():
                 raise ValueError(
-                    f"{printable(path)}: the covariate {name!r} has missing values: fill them, or leave it out"
+                    f"{printable(path)}: the covariate {name!r} has missing or infinite values: fill them, or leave it out"
                 )
             parts.append(values[:, None])
             described.append(_of_numbers(name, "covariate", values))
@@ -196,6 +202,15 @@ def _features(path: Path, names: list[str], columns: Columns, beside: set[str]) 
     return tuple(names[i] for i in places), places
 
 
+def _numbers_of(codes: Sequence[float | str]) -> list[float]:
+    """The numbers among codes of missing values, whether they are written as text or not."""
+    found = []
+    for code in codes:
+        with contextlib.suppress(ValueError):
+            found.append(float(code))
+    return found
+
+
 def _listed(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(repr(name)[:80] for name in names[:most]) + more
@@ -223,9 +238,11 @@ def _codes(path: Path, column: pd.Series, columns: Columns) -> tuple[np.ndarray,
     """The levels of a column of classes, numbers in their order, text in that of the alphabet, and each row's place in them."""
     name = str(column.name)
     values, bad = as_numbers(column)
-    whole = not len(bad) and bool((values == np.round(values)).all())
-    text = np.array([str(int(v)) for v in values] if whole else [str(v).strip() for v in column], dtype=object)
-    none = [code for code in columns.missing_codes if not isinstance(code, str)]
+    text = np.array([str(v).strip() for v in column], dtype=object)
+    if not len(bad):  # 1 and 1.0 are one level, whatever stands in the other rows
+        whole = (values == np.round(values)) & (np.abs(values) < EXACT)
+        text[whole] = [str(int(v)) for v in values[whole]]
+    none = _numbers_of(columns.missing_codes)
     if column.isna().any() or np.isin(values, none).any():
         raise ValueError(f"{printable(path)}: the column {name!r} has missing values: fill them, or leave it out")
     found = dict.fromkeys(text)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "null", "none"}
 UNNAMED = ("", "Unnamed: 0")  # what pandas and R write above row names
 _NO_DIGITS = MISSING | {"true", "false"}  # values that are no names
-_EXACT = 2**53  # beyond this number float64 leaves whole numbers out
+EXACT = 2**53  # beyond this number float64 leaves whole numbers out
 _COLUMNS = 2**17  # a table of more is no table
 _SAMPLE = 2**16  # characters by which the separator is found
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -45,7 +45,9 @@ class Dialect:
         return f"fields separated by {_SEPARATORS[self.separator]}{decimal}{encoding}"
 
 
-def table(path: Path, labels: Collection[str] = ()) -> tuple[list[str] | None, pd.DataFrame, Dialect]:
+def table(
+    path: Path, labels: Collection[str] = (), index: str | None = None
+) -> tuple[list[str] | None, pd.DataFrame, Dialect]:
     """Read a table of text: ``(names, frame, dialect)``, the header, None where there is none, the rows, and how it is written.
 
     The first row is a header if none of its fields is a number, or if it counts the columns 0, 1, 2, ... as pandas does
@@ -55,9 +57,11 @@ def table(path: Path, labels: Collection[str] = ()) -> tuple[list[str] | None, p
     Args:
         path: of the file.
         labels: columns whose values are names, whatever their digits.
+        index: the column of row names, beside a first one without a heading; they stay as they are written.
 
     Raises:
-        ValueError: if it is no such table, if the first row may be either, or if a whole number is too large for float64.
+        ValueError: if it is no such table, if the first row may be either, if a whole number is too large for float64, or if
+            there are decimal points beside decimal commas.
     """
     import pandas as pd
 
@@ -89,6 +93,12 @@ def table(path: Path, labels: Collection[str] = ()) -> tuple[list[str] | None, p
     if names is not None:
         _require_header(path, names, frame, dialect.decimal)
     _require_exact(path, names, frame, read, labels)
+    if dialect.decimal == ",":
+        frame = _of_decimal_commas(path, names, frame, labels)
+    for i, name in enumerate(names or map(str, range(1, frame.shape[1] + 1))):
+        if name == index or (i == 0 and name in UNNAMED):
+            written = read(usecols=[i], dtype=str, keep_default_na=False)[i]
+            frame[i] = frame[i] if frame[i].astype(str).equals(written) else written  # 007 is no 7, nor NA a gap
     if names is not None:
         frame.columns = names  # type: ignore[assignment]
         # a separator at the end of each line opens a column of nothing
@@ -225,17 +235,39 @@ def _require_exact(
     """Refuse whole numbers that float64 would change; their digits are looked up where numbers are that large."""
     import pandas as pd
 
-    for i in range(frame.shape[1]):
+    known = frame.dtypes.map(pd.api.types.is_numeric_dtype).to_numpy()
+    small = np.zeros(frame.shape[1], dtype=bool)
+    small[known] = ~(np.abs(frame.loc[:, known].to_numpy(np.float64)) >= EXACT).any(0)
+    for i in np.flatnonzero(~small):
         if (names[i] if names else str(i + 1)) in labels:
             continue
         values = pd.to_numeric(frame[i], errors="coerce")
-        large = values.notna() & ((values >= _EXACT) | (values <= -_EXACT))
+        large = values.notna() & ((values >= EXACT) | (values <= -EXACT))
         if not large.any():
             continue
         for text in read(usecols=[i], dtype=str)[i][large]:
             if re.fullmatch(r"\s*[+-]?\d+\s*", text, re.ASCII) and (len(text) > 300 or int(text) != int(float(text))):
                 column = repr(names[i]) if names else i + 1
                 raise ValueError(f"{printable(path)}: column {column} ({text:.30}): {INEXACT}")
+
+
+def _of_decimal_commas(
+    path: Path, names: list[str] | None, frame: pd.DataFrame, labels: Collection[str]
+) -> pd.DataFrame:
+    """The columns in which text stands beside numbers with decimal commas; refused where others have a decimal point."""
+    for i in range(frame.shape[1]):
+        name = names[i] if names else str(i + 1)
+        if name in labels or frame[i].dtype.kind in "biuf":
+            continue
+        text = frame[i].astype(str)
+        if (pointed := text[text.str.fullmatch(r"\s*[+-]?\d*\.\d+(?:[eE][+-]?\d+)?\s*")]).size:
+            raise ValueError(
+                f"{printable(path)}: column {name!r} ({pointed.iloc[0]!r:.80}) has decimal points or thousands separators, "
+                "where others have decimal commas: write all numbers in one way"
+            )
+        comma = text.str.fullmatch(r"\s*[+-]?\d*,\d+(?:[eE][+-]?\d+)?\s*")
+        frame[i] = frame[i].mask(comma, text.str.replace(",", ".", regex=False))
+    return frame
 
 
 def _is_number(field: str, decimal: str = ".") -> bool:

@@ -133,7 +133,7 @@ def _table(path: Path, columns: Columns, layer: str | None) -> Content:
         frame = _parquet(path)
         extra = None if _is_counted(frame.index) else frame.index
     else:
-        names, frame, dialect = table(path, columns.named)
+        names, frame, dialect = table(path, set(columns.named) - set(columns.covariates), columns.index)
         named = names is not None
         note = "" if str(dialect) == "fields separated by commas" else f", {dialect}"
         if not named:
