@@ -262,7 +262,8 @@ def fit(
                 checkpoints.require_free(loop.number, steps, every)
         tracking = Tracking(trackers, loop)
         loop.track = tracking.record
-        tracking.start({"steps": steps, "lr": rates, "patience": patience, **settings})
+        asked = {"steps": steps, "lr": rates, "patience": patience, "compile": compile, "every": every}
+        tracking.start({**settings, **asked})
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
