@@ -262,8 +262,9 @@ def fit(
                 checkpoints.require_free(loop.number, steps, every)
         tracking = Tracking(trackers, loop)
         loop.track = tracking.record
-        asked = {"steps": steps, "lr": rates, "patience": patience, "compile": compile, "every": every}
-        tracking.start({**settings, **asked})
+        tracking.start({
+            **settings, "steps": steps, "lr": rates, "patience": patience, "compile": compile, "every": every
+        })  # fmt: skip
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
