@@ -244,7 +244,9 @@ def test_a_model_of_ones_own_comes_from_a_file_or_a_module(source, tmp_path, mon
     spec = f"{source.lower()}.py:{source}" if source == "OwnInFile" else f"{source.lower()}:{source}"
     frame = FRAME.fillna(50.0)
     write(frame, "mine.csv")
-    assert said("fit", "--data", "mine.csv", *PARTS, "--model", spec, "--out", "out")["model"] == source
+    fitting = "fit", "--data", "mine.csv", *PARTS, "--model", spec, "--out", "out"
+    assert said(*fitting)["model"] == source
+    assert f"--model {spec}" in command(*fitting, "--force", columns=200)[1]
     assert said("evaluate", "out", "--data", "mine.csv", "--model", spec)["bound"] == "exact"
     sys.modules.pop(source.lower(), None)
     CATALOGUE.pop(source)

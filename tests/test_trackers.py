@@ -49,6 +49,7 @@ def test_a_tracker_is_told_the_history_the_rates_and_the_terms_of_the_bound():
     assert [told[0] for told in kept.told] == ["parameters", "metrics", "metrics", "close"]
     _, parameters, step = kept.told[0]
     assert (parameters["model"], parameters["steps"], parameters["data rows"], step) == ("VAE", 20, 60, 0)
+    assert (parameters["compile"], parameters["every"]) == (False, 10)
     for row, (_, step, metrics) in zip(run.records, kept.told[1:3], strict=True):
         assert (step, metrics["loss"], metrics["validation"]) == (row["step"], row["loss"], row["validation"])
     # cosine from 1e-3 to 0 over 20 steps

@@ -103,10 +103,9 @@ def fit(
     screen.say(
         f"fitted {name} with {parameters:,} parameters to {len(loaded.train):,} training rows {how}, {seconds:.1f} s"
     )
-    screen.say(
-        f"written to {folder}\nnext: {shlex.join(['probae', 'evaluate', str(folder), '--data', data])}",
-        whole=True,
-    )
+    own = ["--model", model] if ":" in model else []  # a class of the user's has to be named again
+    again = shlex.join(["probae", "evaluate", str(folder), "--data", data, *own])
+    screen.say(f"written to {folder}\nnext: {again}", whole=True)
     screen.result({
         "model": name, "latents": latents, "data": loaded.name, "kind": loaded.kind, "features": loaded.features,
         "rows": {"train": len(loaded.train), "validation": len(loaded.validation), "test": len(loaded.test)},

@@ -262,7 +262,9 @@ def fit(
                 checkpoints.require_free(loop.number, steps, every)
         tracking = Tracking(trackers, loop)
         loop.track = tracking.record
-        tracking.start({"steps": steps, "lr": rates, "patience": patience, **settings})
+        tracking.start({
+            **settings, "steps": steps, "lr": rates, "patience": patience, "compile": compile, "every": every
+        })  # fmt: skip
         try:
             loop.go(steps, every, patience, callbacks, progress)
         finally:
