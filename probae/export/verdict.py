@@ -50,7 +50,7 @@ def _others(others: pandas.DataFrame, unit: str) -> list[str]:
     if math.isnan(error.iloc[0]):
         return [*said, "The error of the difference is unknown, so the data cannot tell whether it is chance."]
     if below.iloc[0] > _CLEAR * error.iloc[0]:
-        said.append("That is more than two paired standard errors: other data of the kind would hardly turn it around.")
+        said.append("That is more than two paired standard errors: it is hardly chance.")
     else:
         said.append("That is within two paired standard errors: these data do not tell the two apart.")
     near = [str(name) for name in others.index[1:][(below <= _CLEAR * error)[1:]]]
@@ -66,12 +66,8 @@ def _bounds(ranked: pandas.DataFrame) -> list[str]:
     which = "All values are lower bounds" if len(names) == len(ranked) > 1 else (
         f"The values of {listed(names)} are lower bounds" if len(names) > 1 else f"The value of {names[0]} is a lower bound"
     )  # fmt: skip
-    doubt = (
-        ""
-        if list(names) == [str(ranked.index[0])]
-        else " A model that is ranked lower by a bound may in truth be better."
-    )
-    return [f"{which}: log p(x) may be higher, by how much is not known from this table.{doubt}"]
+    doubt = "" if list(names) == [str(ranked.index[0])] else " So a model whose bound is lower may still be better."
+    return [f"{which}: log p(x) may be higher; this table does not say by how much.{doubt}"]
 
 
 def _unranked(table: pandas.DataFrame) -> list[str]:
@@ -81,7 +77,7 @@ def _unranked(table: pandas.DataFrame) -> list[str]:
     if none:
         said.append(f"Without a log p(x), and so without a rank: {listed(none)}.")
     if other:
-        said.append(f"With a value that cannot be ranked beside the others: {listed(other)}.")
+        said.append(f"With a value of another kind, and so not ranked beside the others: {listed(other)}.")
     return said
 
 
