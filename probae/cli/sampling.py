@@ -45,7 +45,8 @@ def sample(
         wanted = ",".join(f"{name}=..." for name in conditions(origin)) or "..."
         raise ValueError(f"the model conditions on labels or covariates: say what they are by --given {wanted}")
     drawn = draw(fitted, n, seed=seed, given=given_row(given, origin))
-    values = (drawn["x"] if isinstance(drawn, dict) else drawn).detach().cpu().reshape(n, -1).numpy()
+    x = drawn["x"] if isinstance(drawn, dict) else drawn
+    values = x.to_numpy() if isinstance(x, pd.DataFrame) else x.detach().cpu().reshape(n, -1).numpy()
     if origin is not None and origin.schema.kind != "real":
         values = values.astype("int64")
     names = origin.names if origin is not None else None
