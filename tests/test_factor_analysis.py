@@ -418,3 +418,11 @@ def test_a_row_of_gaps_is_no_datum_and_whole_numbers_are_data():
     assert model.summary(x, draws=0).fit.n == len(x) - 1
     whole = probae.parallel_analysis(x[1:].long(), draws=5)
     assert torch.equal(whole.eigenvalues, probae.parallel_analysis(x[1:], draws=5).eigenvalues)
+
+
+def test_scores_of_an_unfitted_model_warn_and_an_unknown_rotation_is_named():
+    model, x = probae.FactorAnalysis(4, 2), torch.randn(20, 4)
+    with pytest.warns(RuntimeWarning, match="never fitted"):
+        model.scores(x)
+    with pytest.raises(ValueError, match=r"rotation: expected one of .*, got 'promx'"):
+        model.loadings(rotation="promx")

@@ -105,7 +105,8 @@ def rows_for(
     columns = reading.parts(None if origin is None else origin.columns)
     content = read_file(path, missing, columns, reading.layer)
     if not reading.quiet:
-        say_columns(reading.screen, taken_as(content.described, reading.values or (origin and origin.schema.kind)))
+        kind = reading.values or (None if origin is None else origin.schema.kind)
+        say_columns(reading.screen, taken_as(content.described, kind))
     if len(content.parts) == 3:
         return _of_set(model, load_file(path, 0, missing, columns, reading.layer), which)
     _, _, (x,) = as_kind(path, content.parts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from probae.arguments import flag, one_of, whole
 from probae.batches import as_matrix, column_names, index_of
 from probae.linear_gaussian.report import FactorReport, factor_names, report_of
-from probae.linear_gaussian.rotation import Rotation, rotate
+from probae.linear_gaussian.rotation import METHODS, Rotation, rotate
 from probae.linear_gaussian.saturated import saturated, saturated_at
 from probae.runtime.isolation import isolated
 from probae.runtime.precision import float64
@@ -70,6 +70,8 @@ class FactorTables:
                 are uncorrelated; else in the units of the data. The rotation is that of the standardised ones.
         """
         flag("standardised", standardised)
+        if method is not None:
+            one_of("rotation", method, METHODS)
         weight, unit = self._loadings_and_units()
         if method is None:
             identity = torch.eye(weight.shape[1]).to(weight)
@@ -130,6 +132,7 @@ class FactorTables:
         """
         import pandas
 
+        self.warn_unfitted()
         one_of("method", method, ("regression", "bartlett"))
         index, data = index_of(x), self.as_data(x)
         z = float64(self.posterior(data).mean) if method == "regression" else self._bartlett(data)

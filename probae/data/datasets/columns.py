@@ -218,7 +218,9 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 
 def taken_as(described: tuple[Column, ...], kind: str | None) -> tuple[Column, ...]:
     """What was understood of columns whose values were said to be of a kind; None where nothing was said."""
-    told = {"real": ("binary", "counts"), "counts": ("binary",)}.get(kind or "", ())
+    if kind is None:
+        return described
+    told = {"real": ("binary", "counts"), "counts": ("binary",)}.get(kind, ())
     return tuple(
         replace(column, kind=kind) if column.part == "feature" and column.kind in told else column for column in described
     )  # fmt: skip
