@@ -235,3 +235,23 @@ def test_a_level_is_the_same_whole_number_whatever_stands_in_the_other_rows(tmp_
     levels = load(tmp_path / "mine.csv", columns=Columns(labels="b")).columns.levels
     (tmp_path / "mine.csv").write_text("a,b\n" + "0.5,3\n0.2,3\n" * 6)
     assert load(tmp_path / "mine.csv", columns=Columns(labels="b", levels=levels)).labels[0].tolist() == [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (np.arange(20) % 5 + 2**53, r"column 'b' \(9007199254740993\): .*lose digits"),
+        (pd.array(np.arange(20) % 5 + 2**53).astype("Int64"), "lose digits"),
+        (pd.date_range("2020-01-01", periods=20), r"not numeric: column 'b' \(Timestamp\('2020-01-01"),
+        (pd.timedelta_range("1D", periods=20), r"not numeric: column 'b' \(Timedelta\('1 days"),
+        ([[1, 2]] * 20, "not numeric: column 'b'"),
+    ],
+)
+def test_a_parquet_file_gives_no_dates_and_no_rounded_numbers(column, message, tmp_path):
+    pytest.importorskip("pyarrow")
+    pd.DataFrame({"a": np.linspace(0, 1, 20), "b": column}).to_parquet(tmp_path / "mine.parquet")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "mine.parquet")
+    if "lose" in message:
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "mine.parquet", columns=Columns(covariates=("b",)))

@@ -231,6 +231,13 @@ def chosen():
     return probae.select(lambda latents: probae.PPCA(D, latents), {"latents": (1, 2)}, frame(), folds=2, seeds=2)
 
 
+def searched():
+    pytest.importorskip("optuna")
+    return probae.search(
+        lambda latents: probae.PPCA(D, latents), {"latents": (1, 2)}, frame(), validation=frame(9, 7), trials=1
+    )
+
+
 @functools.cache
 def diagnosed():
     return probae.diagnose(once(closed_form), frame(), particles=30, gaps=True)
@@ -245,6 +252,7 @@ RESULTS = {
     ),
     "Comparison": lambda: probae.compare({"<b>fa</b>": analysed()[0]}, analysed()[1]),
     "Selection": chosen,
+    "Search": searched,
     "Diagnosis": diagnosed,
     "Gaps": lambda: diagnosed().gaps,
     "Gap": lambda: diagnosed().gaps.total,

@@ -15,6 +15,7 @@ from probae.comparison.fits import fitted
 from probae.comparison.journal import study
 from probae.evidence import Estimator, Evidence, log_evidence
 from probae.evidence.evaluation import estimator_of
+from probae.export.tabular import Tabular
 from probae.runtime.fingerprints import Checksum, fingerprints, of_data
 from probae.runtime.isolation import isolated
 from probae.runtime.seeding import checked_seed, derived
@@ -28,7 +29,7 @@ _COLUMNS = ("log_evidence", "stderr", "bound", "state", "seconds")
 
 
 @dataclass(repr=False)
-class Search:
+class Search(Tabular):
     """What `search` returns.
 
     Attributes:

@@ -154,6 +154,7 @@ def arranged(path: Path, frame: pd.DataFrame, columns: Columns, beside: Sequence
             parts.append(np.eye(len(levels[name]))[codes])
             described.append(Column(name, "covariate", "classes", levels=levels[name]))
         else:
+            values = numbers(path, frame[[name]])[:, 0]
             if not np.isfinite(values).all() or np.isin(values, codes_of_none).any():
                 raise ValueError(
                     f"{printable(path)}: the covariate {name!r} has missing or infinite values: fill them, or leave it out"

@@ -110,7 +110,7 @@ def table(
 def numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
     """The values (N, D) of a table as float64, NaN where one is missing; ValueError names the columns of text."""
     if all(isinstance(dtype, np.dtype) and dtype.kind in "biuf" for dtype in frame.dtypes):
-        return frame.to_numpy(np.float64)
+        return _exact(path, frame, frame.to_numpy(np.float64))
     x, text = np.empty(frame.shape), []
     for index in range(frame.shape[1]):
         column = frame.iloc[:, index]
@@ -123,7 +123,11 @@ def numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
                     f"{printable(path)}: column {column_name} ({value!r:.80}) has thousands separators, which are refused: "
                     "the same signs are decimal signs elsewhere. Write the numbers without them"
                 )
-            names = ", different in each row: row names?" if len(bad) == len(set(bad)) == len(column) > 1 else ""
+            names = (
+                ", different in each row: row names?"
+                if len(bad) == bad.astype(str).nunique() == len(column) > 1
+                else ""
+            )
             text.append(f"{column_name} ({value!r:.80}{names})")
     if text:
         more = f" and {len(text) - 5} more" if len(text) > 5 else ""
@@ -131,13 +135,28 @@ def numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
             f"{printable(path)}: not numeric: column {', '.join(text[:5])}{more}; leave out (drop), encode as numbers, or "
             "name as labels, covariates or index"
         )
+    return _exact(path, frame, x)
+
+
+def _exact(path: Path, frame: pd.DataFrame, x: np.ndarray) -> np.ndarray:
+    """The values, unless they are whole numbers that float64 has changed."""
+    large = np.abs(x) >= EXACT
+    for i in np.flatnonzero(large.any(0)):
+        whole = (v for v in frame.iloc[:, i][large[:, i]] if isinstance(v, int | np.integer))
+        if (lost := next((v for v in whole if int(float(v)) != int(v)), None)) is not None:
+            name = frame.columns[i]
+            raise ValueError(
+                f"{printable(path)}: column {repr(name) if isinstance(name, str) else name + 1} ({lost}): {INEXACT}"
+            )
     return x
 
 
 def as_numbers(column: pd.Series) -> tuple[np.ndarray, pd.Series]:
-    """A column (N,) as float64, NaN where a value is missing or no number, and the values that are no numbers."""
+    """A column (N,) as float64, NaN where a value is missing or no number, and the values that are no numbers, as dates are."""
     import pandas as pd
 
+    if column.dtype.kind in "mM":
+        return np.full(len(column), np.nan), column.dropna()
     values = pd.to_numeric(column, errors="coerce")
     return values.to_numpy(np.float64, na_value=np.nan), column[values.isna() & column.notna()]
 
