@@ -237,6 +237,7 @@ def test_every_schedule_is_unbiased(schedule):
 
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_a_schedule_rises_from_zero_to_one(kind):
     model = linear_gaussian()
     annealer = Annealer(*prepare(model, probae.sample(model, 3)), AIS(schedule=kind, chains=4), 0, "flat")
@@ -345,6 +346,7 @@ def test_a_positive_latent():
     assert evidence.measure == "mass"
 
 
+@pytest.mark.slow
 def test_a_latent_on_the_simplex():
     alpha = np.array([0.8, 1.5, 3.0])
 
@@ -499,6 +501,7 @@ def test_blocks_of_data_give_what_all_at_once_give_in_law():
     assert_unbiased(evidence.values, truth)
 
 
+@pytest.mark.slow
 def test_data_are_read_block_by_block_from_disk(tmp_path, monkeypatch):
     model = linear_gaussian()
     x = probae.sample(model, 5)
@@ -511,6 +514,7 @@ def test_data_are_read_block_by_block_from_disk(tmp_path, monkeypatch):
     assert len(evidence.values) == len(evidence.reliable) == len(evidence.details["ess"]) == 5
 
 
+@pytest.mark.slow
 def test_programs_without_a_particle_axis():
     def model(x):
         z = pyro.sample("z", dist.Normal(vector(0, (len(x), 1)), 1).to_event(1))
@@ -561,6 +565,7 @@ def test_errors_of_few_chains_are_widened_by_students_t():
 # -- from both sides ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_estimates_of_one_over_p_are_unbiased():
     model = linear_gaussian()
     bounds = probae.sandwich(model, 1000, chains=1, seed=1, **QUICK)

@@ -167,6 +167,7 @@ def test_what_can_be_computed_is_not_estimated():
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_reported_was_not_seen_in_the_pilot(monkeypatch):
     """Every run, pilots and reports, has a seed or stream of its own."""
     seeds, streams = [], []

@@ -204,6 +204,7 @@ def test_a_list_of_fits_is_averaged_and_gives_the_error_between_fits():
     assert row["stderr"]["vae"] == pytest.approx(averaged.std(ddof=1) / len(TEST) ** 0.5, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_averaging_fits_with_shared_draws_does_not_add_their_errors_up():
     e = probae.log_evidence(GlobalMean(), MANY, particles=3)
     table = probae.compare({"one": GlobalMean(), "two": [GlobalMean(), GlobalMean()]}, MANY, particles=3).table

@@ -199,6 +199,7 @@ def test_the_gradient_of_a_classification_loss_is_pyros():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.sample(2)
+@pytest.mark.slow
 def test_a_classification_loss_lifts_no_bound_above_log_p(method):
     it, batch = Classifying(True), labelled()
     weight, bias = it.dec.weight, it.dec.bias
@@ -682,6 +683,7 @@ def offset_guide(x):
         pyro.sample("u", dist.Normal(0.3 * x.mean(1), OFFSET))
 
 
+@pytest.mark.slow
 def test_a_chain_is_summed_out_beside_a_continuous_latent():
     torch.manual_seed(4)
     x = torch.randn(3, 6) + torch.tensor([0.0, 1.0, -1.0])[:, None]

@@ -82,6 +82,7 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused_unread(tmp
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_gzipped_images_are_unpacked_no_further_than_expected(tmp_path):
     with gzip.open(tmp_path / "bomb.gz", "wb") as file:
         file.write(struct.pack(">4I", 0x803, 2, 28, 28))

@@ -788,6 +788,7 @@ def test_dropout_is_off_while_evaluating():
 
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_chunks_change_the_draws_and_nothing_else(memory):
     model, x = linear_gaussian(probae.FactorAnalysis)
     truth = oracles.linear_gaussian(x, model.weight, model.loc, model.scale)

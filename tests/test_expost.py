@@ -246,6 +246,7 @@ def test_a_guide_with_a_density_stays_and_gives_draws():
     assert probae.log_evidence(found, x[:3], method="iwae", particles=50).bound == "lower"
 
 
+@pytest.mark.slow
 def test_a_users_class_will_do():
     class User(probae.Pair):
         def __init__(self):

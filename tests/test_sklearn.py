@@ -170,6 +170,7 @@ def test_starts_follow_from_the_random_state():
     assert len(scores) == 3
 
 
+@pytest.mark.slow
 def test_codes_of_several_sites_go_back_to_data():
     x = data(60)
     estimator = LatentVariableModel("mixture_of_factor_analysers").fit(x)

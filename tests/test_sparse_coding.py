@@ -57,6 +57,7 @@ def test_codes_are_scikit_learns_in_the_units_of_the_data(positive):
         assert (found >= 0).all()
 
 
+@pytest.mark.slow
 def test_far_from_the_origin_no_tolerance_is_asked_for_before_the_unit_is_known(recwarn):
     unit = 1e-3
     model = coding(rate=1 / unit, likelihood=likelihoods.Normal(unit))
