@@ -453,6 +453,7 @@ def test_flat_graphs_give_the_same_bits():
     assert torch.equal(eager.elbo.values, flat.elbo.values)
 
 
+@pytest.mark.slow
 def test_guides_that_start_from_others_are_refined_block_by_block():
     # PPCA's posterior is Normal, and draws in pairs ε and −ε have its slope at their mean without noise
     x = normal(50, 4)

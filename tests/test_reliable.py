@@ -169,7 +169,8 @@ def test_a_comparison_of_one_particle_has_a_dash_for_its_error():
     assert table.table["mc_stderr"].isna().all()
     row = next(line for line in repr(table).splitlines() if line.startswith("a "))
     assert "–" in row
-    assert sum("unknown (one draw tells none)" in note for note in table.notes) == 2
+    (note,) = (note for note in table.notes if "unreliable (one draw tells none)" in note)
+    assert "a (100% of the data), b (100% of the data)" in note
 
 
 # -- modes -------------------------------------------------------------------------------------------------------------
