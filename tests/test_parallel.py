@@ -31,8 +31,9 @@ class Own(nn.Module):
         self.classes, self.inside = classes, probae.VAE(4, classes, hidden=(3,))
 
     def model(self, x):
-        assert isinstance(self.classes, int)
-        assert torch.is_tensor(x)
+        # an assert of pytest's would make the session a part of the program
+        if not (isinstance(self.classes, int) and torch.is_tensor(x)):
+            raise TypeError
         return self.inside.model(x)
 
     def guide(self, x):
